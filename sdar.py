@@ -1,0 +1,1420 @@
+"""SDAR, Self-Distilled Agentic Reinforcement Learning (arXiv 2605.15155), in one file and on one GPU.
+
+The method. A language-model agent plays G episodes of each task. GRPO is the backbone: an episode's advantage is its
+reward, normalised within its group, shared by all the tokens the agent wrote. On top of it the SAME weights are asked
+again, with a prompt that also holds retrieved skills, how likely they find the very tokens that were sampled. That
+privileged prompt is the teacher; each token's detached gap opens or closes a gate:
+
+    Delta_t = log pi(y_t | s_t, skill) - log pi(y_t | s_t)            the teacher-student gap
+    g_t     = sigmoid(beta * Delta_t)                                 the gate            -> sdar_gate
+    L       = L_GRPO + lambda * mean_t( g_t * (log pi_teacher - log pi_student) )         -> grpo_loss, sdar_loss
+
+At test time the skills are gone.
+
+How to read it. The file follows the paper: settings, policy, prompts, rollout, advantages, losses, training loop,
+command line. Two dataclasses travel through it: a `Turn` (one prompt, one response) and an `Episode` (its turns and
+its reward). The losses are plain functions on (B, T) tensors that need nothing but torch: copy them.
+
+What was left out, and why. No inference server: `generate` here is a page long and shares the weights with the
+trainer, so there is nothing to synchronise. No sharding: models up to some 3B parameters train on one card. No value
+network: GRPO has none. The environments are in envs.py, measuring is in eval.py.
+
+    python sdar.py --env alfworld --model tiny                           # a laptop, offline, minutes
+    python sdar.py --env alfworld --model Qwen/Qwen2.5-1.5B-Instruct     # one GPU, the paper's settings
+    python sdar.py --resume runs/alfworld-sdar-tiny                      # go on where a run stopped
+    python sdar.py --help                                                # every setting, explained
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import dataclasses
+import hashlib
+import itertools
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+import envs
+from envs import UserError
+
+# ------------------------------------------------------------------------------------------------------------------
+# Settings. The defaults are the paper's for ALFWorld; PRESETS holds what differs elsewhere, TINY what a laptop needs.
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def opt(default, help, choices=None):
+    """One setting: its default, its line in --help, and what it may be."""
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass
+class Settings:
+    """Every setting of a run, as saved in config.json; `python sdar.py --help` prints the same list."""
+
+    env: str = opt("alfworld", "benchmark", ("alfworld", "webshop", "search"))
+    model: str = opt("tiny", "Hugging Face name, local folder, GGUF file, or `tiny` (a million parameters, no download)")
+    algo: str = opt("sdar", "training objective", ("grpo", "sdar"))
+    out: str = opt("", "run folder (default: runs/ENV-ALGO-MODEL)")
+    seed: int = opt(233, "one seed for tasks, sampling and initial weights")
+    device: str = opt("auto", "auto, cpu, cuda, cuda:1, mps")
+    # data
+    data: str = opt("", "folder or archive of the benchmark (default: $ALFWORLD_DATA etc., ~/.cache, then built-in)")
+    env_args: str = opt("", "further options of the environment, as in 'house=6 detours=2' (see envs.py)")
+    skills: str = opt("", "folder of a public skill library (default: the skills in envs.py)")
+    split: str = opt("", "training split (default: the benchmark's own)")
+    val_split: str = opt("", "validation split (default: the benchmark's own)")
+    # rollout
+    groups: int = opt(16, "tasks per step")
+    group_size: int = opt(8, "episodes per task, the G of GRPO")
+    max_turns: int = opt(50, "turns before an episode ends as a failure")
+    history: int = opt(2, "past turns shown in the prompt")
+    max_prompt: int = opt(2048, "tokens of the student's prompt; longer ones lose their oldest history first")
+    max_teacher_prompt: int = opt(3072, "tokens of the teacher's prompt; the skill itself is never cut")
+    max_response: int = opt(512, "tokens of a response")
+    prompt_style: str = opt("paper", "wording of the prompts; brief: the same parts in few tokens", ("paper", "brief"))
+    temperature: float = opt(1.0, "sampling temperature of training rollouts")
+    rollout_rows: int = opt(128, "sequences decoded together; lower it if a rollout runs out of memory")
+    # objective
+    success_reward: float = opt(10.0, "reward of a solved task; everything else gets 0")
+    invalid_penalty: float = opt(0.1, "taken from the advantage of a turn whose response is malformed")
+    advantage_over: str = opt("trajectories", "what a group's mean and std run over; turns: as the public code",
+                              ("trajectories", "turns"))
+    loss_agg: str = opt("trajectory", "trajectory: (1/G) sum_i Agg as the paper; token: mean over all tokens as the "
+                        "public code", ("trajectory", "token"))
+    beta: float = opt(5.0, "sharpness of the gate")
+    lam: float = opt(0.01, "lambda, the weight of the distillation term")
+    clip: float = opt(0.2, "clip range of the importance ratio")
+    dual_clip: float = opt(3.0, "bound on the token loss of negative advantages, in units of |A|")
+    kl: float = opt(0.01, "alpha_KL, the weight of the KL term; 0 keeps no reference policy")
+    # optimisation
+    steps: int = opt(150, "training steps (one rollout each)")
+    lr: float = opt(1e-6, "learning rate of AdamW")
+    lr_warmup: float = opt(0.0, "share of the steps over which the learning rate rises from 0")
+    weight_decay: float = opt(0.01, "weight decay of AdamW")
+    mini_batch: int = opt(256, "turns per optimizer step; 0: one optimizer step per rollout")
+    micro_tokens: int = opt(16384, "tokens per forward-backward; changes memory, not the gradient; lower it if the "
+                            "update runs out of memory")
+    head_chunk: int = opt(1024, "response positions per chunk of the output head")
+    grad_clip: float = opt(1.0, "largest gradient norm")
+    # behaviour cloning before RL
+    warm_start: int = opt(0, "steps of behaviour cloning on expert episodes before RL, half of them with the skill")
+    warm_lr: float = opt(1e-5, "learning rate of the warm start (cosine to a tenth)")
+    warm_tasks: int = opt(8, "expert episodes per warm-start step")
+    warm_prompt_loss: float = opt(0.0, "weight of the prompt's own tokens in the warm start; helps models from scratch")
+    # measuring and saving
+    val_every: int = opt(10, "steps between validations; 0: never")
+    val_episodes: int = opt(128, "tasks of the validation panel")
+    val_temperature: float = opt(0.4, "sampling temperature of validation; 0: greedy")
+    save_every: int = opt(10, "steps between checkpoints (warm start: ten times as many)")
+    keep: int = opt(2, "checkpoints kept")
+    log_episodes: int = opt(2, "episodes per step written to episodes.jsonl as text")
+    # tiny
+    tiny_width: int = opt(128, "hidden size of `tiny`")
+    tiny_layers: int = opt(4, "layers of `tiny`")
+    tiny_vocab: int = opt(1024, "vocabulary of `tiny`")
+
+
+PRESETS = {
+    "alfworld": {},
+    "webshop": dict(max_turns=15, max_prompt=4096, max_teacher_prompt=5120, mini_batch=64),
+    "search": dict(groups=128, max_turns=4, history=4, max_prompt=4096, max_teacher_prompt=5120, success_reward=1.0,
+                   invalid_penalty=0.01, lr_warmup=0.1, val_temperature=0.0),
+}
+TINY = dict(prompt_style="brief", groups=8, group_size=8, max_prompt=512, max_teacher_prompt=640, max_response=48,
+            micro_tokens=8192, mini_batch=0, lr=1e-4, kl=0.0, steps=20, warm_start=200, warm_lr=1e-3,
+            warm_prompt_loss=0.3, val_every=10, val_episodes=64)
+
+
+def make_parser():
+    """The command line of sdar.py, one flag per field of Settings."""
+    parser = argparse.ArgumentParser(prog="sdar.py", formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     description=__doc__, argument_default=argparse.SUPPRESS)
+    parser.error = lambda message: fail(f"{message}; see python sdar.py --help")
+    parser.add_argument("--resume", metavar="RUN", help="continue the run in this folder with its own settings")
+    for f in dataclasses.fields(Settings):
+        shown = "" if f.default == "" else f" (default: {f.default})"
+        parser.add_argument("--" + f.name.replace("_", "-"), type=type(f.default), choices=f.metadata["choices"],
+                            metavar=None if f.metadata["choices"] else f.name.upper(),
+                            help=(f.metadata["help"] + shown).replace("%", "%%"))
+    return parser
+
+
+def read_settings(argv):
+    """Settings from the command line: defaults, then the benchmark's preset, then `tiny`'s, then explicit flags;
+    with --resume the run's own settings, then explicit flags. Returns (settings, resumed run folder or None).
+    Raises UserError for values that make no sense."""
+    explicit = vars(make_parser().parse_args(argv))
+    resume = explicit.pop("resume", None)
+    if resume is not None:
+        fixed = sorted(set(explicit) - {"steps", "keep", "save_every", "val_every", "device", "rollout_rows",
+                                        "micro_tokens", "log_episodes", "data"})
+        if fixed:
+            raise UserError(f"--{fixed[0].replace('_', '-')} cannot change within a run; start a new one with --out")
+        settings = Settings(**read_json(Path(resume) / "config.json", f"{resume} holds no run (no config.json)"))
+        settings = dataclasses.replace(settings, **explicit, out=str(resume))
+    else:
+        name = explicit.get("env", Settings.env)
+        tiny = TINY if explicit.get("model", Settings.model) == "tiny" else {}
+        settings = Settings(**{**PRESETS[name], **tiny, **explicit})
+        short = re.sub(r"[^\w.-]+", "-", Path(settings.model).name)
+        settings.out = settings.out or f"runs/{settings.env}-{settings.algo}-{short}"
+    check_settings(settings)
+    return settings, resume
+
+
+def check_settings(s):
+    """Raise UserError for the first setting that cannot work."""
+    positive = ("groups", "group_size", "max_turns", "max_prompt", "max_teacher_prompt", "max_response", "rollout_rows",
+                "temperature", "micro_tokens", "head_chunk", "grad_clip", "keep", "save_every", "lr", "warm_lr",
+                "warm_tasks", "clip", "tiny_width", "tiny_layers")
+    for name in positive:
+        if not 0 < getattr(s, name) < math.inf:
+            raise UserError(f"--{name.replace('_', '-')} must be above 0, not {getattr(s, name)}")
+    for f in dataclasses.fields(s):
+        value = getattr(s, f.name)
+        if isinstance(value, (int, float)) and f.name != "seed" and not 0 <= value < math.inf:
+            raise UserError(f"--{f.name.replace('_', '-')} must be a number of 0 or more, not {value}")
+    if s.group_size < 2:
+        raise UserError("--group-size must be at least 2: an advantage is a comparison within a group")
+    if s.dual_clip <= 1:
+        raise UserError(f"--dual-clip must be above 1, not {s.dual_clip}")
+    if s.tiny_width % 32:
+        raise UserError(f"--tiny-width must be a multiple of 32, not {s.tiny_width}")
+
+
+def env_options(s):
+    """The keyword arguments for envs.open_env that `--env-args 'house=6 detours=2'` stands for."""
+    options = {}
+    for item in s.env_args.split():
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise UserError(f"--env-args takes KEY=VALUE pairs, not {item!r}")
+        options[key] = int(value) if re.fullmatch(r"-?\d+", value) else value
+    return options
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Policy: any causal language model with a chat template
+# ------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Policy:
+    """A language model, its tokenizer, and what generation must know of them."""
+
+    model: torch.nn.Module
+    tokenizer: object
+    end_ids: frozenset        # token ids that end a response (EOS, end of turn)
+    closing_ids: frozenset    # token ids whose text holds '>': only these can complete a closing tag
+    think_closed: bool        # the chat template closes the think block in the prompt (Qwen3, thinking off)
+
+    @property
+    def device(self):
+        return self.model.device
+
+    @property
+    def head(self):
+        """The output layer, (hidden) -> (vocabulary)."""
+        return self.model.get_output_embeddings()
+
+
+def pick_device(name):
+    """The torch device of a --device flag; UserError if it is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"--device {name} cannot be used here ({first_line(error)}); try --device cpu") from None
+    return torch.device(name)
+
+
+def load_policy(name, device="auto", texts=(), settings=None):
+    """Load a policy: bf16 on a GPU, fp32 on a CPU.
+
+    name: a Hugging Face model, a local folder (a run folder stands for its last checkpoint), a .gguf file, or `tiny`,
+    which is built from `texts` (an iterable of strings) and the sizes in `settings`.
+    Raises UserError when the model cannot be had, has no chat template, or hides its logits behind more than a head.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, logging
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    device = pick_device(device)
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    path = Path(name)
+    if name == "tiny":
+        model, tokenizer = build_tiny(texts, settings or Settings())
+    else:
+        folder, kwargs = str(last_checkpoint(path) or name), {}
+        if path.suffix == ".gguf":
+            folder, kwargs = str(path.parent), {"gguf_file": path.name}
+        try:
+            # AutoTokenizer would give a saved `tiny` the pre-tokenizer of Qwen2, which is not the one it was trained with
+            ours = (Path(folder) / "state.json").exists() and Path(folder, "tokenizer_config.json").read_text()
+            kind = PreTrainedTokenizerFast if ours and "TokenizersBackend" in ours else AutoTokenizer
+            tokenizer = kind.from_pretrained(folder, **kwargs)
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **kwargs)
+        except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+            raise UserError(f"cannot load the model {name!r}: {first_line(error)}; give a Hugging Face name that this "
+                            "machine can reach, a local folder, a .gguf file, or tiny") from None
+    if not tokenizer.chat_template:
+        raise UserError(f"{name!r} has no chat template; take an instruction-tuned model")
+    for module in model.modules():  # the losses compare log-probabilities of one and the same function
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    policy = wrap_policy(model.to(device, dtype).eval(), tokenizer)
+    check_head(policy, name)
+    return policy
+
+
+def wrap_policy(model, tokenizer):
+    """A Policy around a loaded model and tokenizer."""
+    end = model.generation_config.eos_token_id
+    end = set(end if isinstance(end, list) else [end]) | {tokenizer.eos_token_id}
+    pieces = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    rendered = render_chat(tokenizer, "Hello")
+    return Policy(model, tokenizer, frozenset(end - {None}),
+                  frozenset(i for i, piece in enumerate(pieces) if piece and ">" in piece),
+                  "</think>" in rendered[rendered.rindex("Hello"):])
+
+
+@torch.no_grad()
+def check_head(policy, name):
+    """UserError if the model's logits are not its head applied to its last hidden states (soft-capped or scaled)."""
+    ids = torch.tensor([policy.tokenizer("Hello there", add_special_tokens=False)["input_ids"]], device=policy.device)
+    hidden = policy.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    logits = policy.model(input_ids=ids, use_cache=False).logits
+    if not torch.allclose(policy.head(hidden), logits, rtol=1e-2, atol=1e-2):
+        raise UserError(f"{name!r} scales or caps its logits, which the chunked head does not; take a Qwen2.5, Qwen3, "
+                        "Llama or SmolLM2 model")
+
+
+TINY_TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+                 "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+
+
+def build_tiny(texts, s):
+    """A Qwen2 of about a million parameters with random weights (seeded by s.seed), and a byte-level BPE tokenizer
+    trained on `texts`. Nothing is downloaded. Returns (model, tokenizer)."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    bpe.add_tokens([AddedToken(f"<{slash}{tag}>", normalized=False) for tag in ("think", "action", "search", "answer")
+                    for slash in ("", "/")])
+    roles = ["user", "assistant"] * 500  # frequent enough to become a token each
+    bpe.train_from_iterator(itertools.chain(roles, texts), trainers.BpeTrainer(vocab_size=s.tiny_vocab, special_tokens=special,
+                            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>",
+                                        additional_special_tokens=["<|im_start|>"], chat_template=TINY_TEMPLATE)
+    config = Qwen2Config(vocab_size=len(tokenizer), hidden_size=s.tiny_width, intermediate_size=3 * s.tiny_width,
+                         num_hidden_layers=s.tiny_layers, num_attention_heads=s.tiny_width // 32,
+                         num_key_value_heads=s.tiny_width // 32, max_position_embeddings=8192, tie_word_embeddings=True,
+                         bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    torch.manual_seed(s.seed)
+    return Qwen2ForCausalLM(config), tokenizer
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Prompts: the student's, and the teacher's, which also holds the skill
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def render_chat(tokenizer, text):
+    """The chat template around one user message, thinking switched off where the template knows the switch."""
+    return tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False,
+                                         add_generation_prompt=True, enable_thinking=False)
+
+
+def encode_chat(tokenizer, text):
+    """Token ids of a user message in the chat template. Special tokens that a model or a web page wrote as plain text
+    are taken out first: they would end the message and open another."""
+    for token in tokenizer.all_special_tokens:
+        text = text.replace(token, "")
+    return tokenizer(render_chat(tokenizer, text), add_special_tokens=False)["input_ids"]
+
+
+def fit_prompt(policy, session, skill, budget, s, flag):
+    """The prompt of this turn within `budget` tokens: first the oldest history goes, then the middle of the
+    observation; the skill is never cut. Returns (token ids, whether it was shortened)."""
+    brief = s.prompt_style == "brief"
+    shortened = False
+    for history in range(min(s.history, len(session.turns)), -1, -1):
+        ids = encode_chat(policy.tokenizer, session.prompt(skill, history, brief=brief))
+        if len(ids) <= budget:
+            return ids, shortened
+        shortened = True
+    room = len(session.observation)
+    while room > 0:
+        room = room * 3 // 4
+        ids = encode_chat(policy.tokenizer, session.prompt(skill, 0, room=room, brief=brief))
+        if len(ids) <= budget:
+            return ids, True
+    raise UserError(f"a prompt of {len(ids)} tokens cannot be shortened to {budget}; raise {flag}")
+
+
+def student_prompt(policy, session, s, skill=""):
+    """What the agent sees: token ids and whether the prompt was shortened. `skill` stays empty, except where a method
+    gives skills to the student itself (Skill-GRPO, Skill-Prompt)."""
+    return fit_prompt(policy, session, skill, s.max_teacher_prompt if skill else s.max_prompt, s,
+                      "--max-teacher-prompt" if skill else "--max-prompt")
+
+
+def teacher_prompt(policy, session, s, skill):
+    """The same turn with the skill in its place (the privileged context c^+), within a token budget of its own."""
+    if not skill:
+        raise UserError("the teacher has no skill text: without it SDAR would silently be plain GRPO; check --skills")
+    return fit_prompt(policy, session, skill, s.max_teacher_prompt, s, "--max-teacher-prompt")
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Rollout: episodes played in batches
+# ------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Turn:
+    """One response of the agent, with the two prompts that it is scored under."""
+
+    prompt_ids: list
+    response_ids: list                  # as sampled, never re-tokenised; EOS included where it was sampled
+    text: str
+    action: str
+    observation: str                    # what the agent saw before it acted
+    valid: bool                         # well-formed, as the public code judges
+    admissible: bool                    # among the actions offered
+    teacher_ids: list = None
+    shortened: bool = False
+    advantage: float = 0.0
+    weight: float = 0.0                 # of each response token in its mini-batch's loss, see token_weights
+    old_logp: torch.Tensor = None       # (T,) under the policy that sampled
+    teacher_logp: torch.Tensor = None   # (T,)
+    ref_logp: torch.Tensor = None       # (T,)
+    logp: torch.Tensor = None           # (T,) at the update, kept for logs
+
+
+@dataclass
+class Episode:
+    """One attempt at a task."""
+
+    task_id: str
+    group: str                          # the column it is reported under: task type or dataset
+    group_id: int                       # which of the step's tasks: the G episodes of GRPO share it
+    skill_name: str = ""
+    turns: list = field(default_factory=list)
+    done: bool = False
+    won: bool = False
+    score: float = 0.0                  # the benchmark's own, 0 to 1
+    reward: float = 0.0
+    details: dict = field(default_factory=dict)
+
+
+def response_ended(policy, ids, stop):
+    """Whether the last of these sampled ids ends the response: an EOS, or the last piece of a closing tag."""
+    return ids[-1] in policy.end_ids or (ids[-1] in policy.closing_ids and any(
+        tag in policy.tokenizer.decode(ids[-16:]) for tag in stop))
+
+
+def sample(logits, temperature, generator):
+    """One token per row of (B, V) logits. Dividing by exponential noise and taking the largest draws from the softmax
+    (the Gumbel trick) and, unlike multinomial, never waits for the device."""
+    if temperature == 0:
+        return logits.argmax(-1)  # (B,)
+    probs = torch.softmax(logits.float() / temperature, -1)  # (B, V)
+    noise = torch.empty_like(probs).exponential_(generator=generator)
+    return (probs / noise).argmax(-1)  # (B,)
+
+
+@torch.no_grad()
+def generate(policy, prompts, s, temperature, stop, generator):
+    """Responses (lists of token ids) to prompts (lists of token ids), each ended by EOS, by a closing tag of `stop`,
+    or by s.max_response. Sorted by length, s.rollout_rows at a time, so that little is padded."""
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    responses = [None] * len(prompts)
+    for start in range(0, len(order), s.rollout_rows):
+        rows = order[start:start + s.rollout_rows]
+        done = decode_batch(policy, [prompts[i] for i in rows], s.max_response, temperature, stop, generator)
+        for i, ids in zip(rows, done):
+            responses[i] = ids
+    return responses
+
+
+def decode_batch(policy, prompts, max_new, temperature, stop, generator):
+    """`generate` for one batch: equal prompts are read once, and rows that have ended leave the batch."""
+    from transformers import DynamicCache
+    trunk, device = policy.model.base_model, policy.device
+    unique = list(dict.fromkeys(map(tuple, prompts)))
+    width = max(map(len, unique))
+    ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in unique], device=device)              # (U, L)
+    lengths = torch.tensor([len(p) for p in unique], device=device)                                     # (U,)
+    mask = (torch.arange(width, device=device) >= width - lengths[:, None]).long()                      # (U, L)
+    cache = DynamicCache(config=policy.model.config)
+    hidden = trunk(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
+                   past_key_values=cache, use_cache=True).last_hidden_state[:, -1]                      # (U, D)
+    slot = {p: i for i, p in enumerate(unique)}
+    index = torch.tensor([slot[tuple(p)] for p in prompts], device=device)
+    cache.batch_select_indices(index)
+    hidden, mask, lengths = hidden[index], mask[index], lengths[index]                                  # (B, .)
+    responses, rows, ended = [[] for _ in prompts], list(range(len(prompts))), [False] * len(prompts)
+    for step in range(max_new):
+        token = sample(policy.head(hidden), temperature, generator)                                     # (B,)
+        for row, value in zip(rows, token.tolist()):
+            if not ended[row]:
+                responses[row].append(value)
+                ended[row] = response_ended(policy, responses[row], stop)
+        keep = [j for j, row in enumerate(rows) if not ended[row]]
+        if not keep or step == max_new - 1:
+            break
+        if len(keep) <= 0.8 * len(rows):  # copying the cache has a price: wait until a fifth of the rows can go
+            index, rows = torch.tensor(keep, device=device), [rows[j] for j in keep]
+            cache.batch_select_indices(index)
+            token, mask, lengths = token[index], mask[index], lengths[index]
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)                                        # (B, L + 1)
+        hidden = trunk(input_ids=token[:, None], attention_mask=mask, position_ids=lengths[:, None],
+                       past_key_values=cache, use_cache=True).last_hidden_state[:, -1]                  # (B, D)
+        lengths = lengths + 1
+    return responses
+
+
+def rollout(policy, env, task_ids, s, generator, temperature, skills=None, teacher=False, label="rollout"):
+    """Play one episode of each task id (repeat an id for a group), all of them turn by turn in batches; episodes that
+    are over cost nothing.
+
+    skills: None, or for each episode (name, text) of its skill. With `teacher` the skill goes into the teacher's
+    prompt of every turn, otherwise into the agent's own. Returns a list of Episodes in the order of task_ids.
+    """
+    sessions = [env.start(task_id) for task_id in task_ids]
+    numbers = {task_id: i for i, task_id in enumerate(dict.fromkeys(task_ids))}
+    skills = skills or [("", "")] * len(sessions)
+    episodes = [Episode(t, x.group, numbers[t], name) for t, x, (name, _) in zip(task_ids, sessions, skills)]
+    with tqdm(total=len(sessions), desc=label, unit="ep", leave=False, dynamic_ncols=True) as bar:
+        for number in range(s.max_turns):
+            live = [i for i, x in enumerate(sessions) if not x.done]
+            if not live:
+                break
+            bar.set_postfix_str(f"turn {number + 1}, {len(live)} playing")
+            prompts = [student_prompt(policy, sessions[i], s, "" if teacher else skills[i][1]) for i in live]
+            teachers = [teacher_prompt(policy, sessions[i], s, skills[i][1]) if teacher else (None, False) for i in live]
+            responses = generate(policy, [ids for ids, _ in prompts], s, temperature, env.stop, generator)
+            texts = [policy.tokenizer.decode(ids, skip_special_tokens=True) for ids in responses]
+            seen = [sessions[i].observation for i in live]
+            env.step([sessions[i] for i in live], texts, think_closed=policy.think_closed)
+            for k, i in enumerate(live):
+                x = sessions[i]
+                episodes[i].turns.append(Turn(prompts[k][0], responses[k], texts[k], x.action, seen[k], x.valid,
+                                              x.admissible, teachers[k][0], prompts[k][1] or teachers[k][1]))
+            bar.update(sum(sessions[i].done for i in live))
+    for episode, x in zip(episodes, sessions):
+        episode.done, episode.won, episode.score, episode.details = x.done, bool(x.won), float(x.score), dict(x.details)
+        episode.reward = s.success_reward * episode.won  # an episode cut off at the step limit has not won
+    return episodes
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Advantages and losses
+# Every loss is first a per-token function, (B, T) -> (B, T). aggregate() makes it a scalar with weights (B, T) that
+# token_weights() computed ONCE for the whole mini-batch: slicing them into micro-batches cannot change the gradient.
+
+AGGREGATIONS = ("token-mean", "trajectory", "seq-mean-token-mean", "seq-mean-token-sum")
+METHODS = ("grpo", "sdar", "opsd", "grpo+opsd", "skill-grpo", "skill-sd", "rlsd")
+
+
+def group_normalized_advantages(rewards, group_ids, eps=1e-6):
+    """GRPO's A = (R - mean_G) / (std_G + eps), Bessel's std: rewards (N,), N hashable group_ids -> (N,) float32, CPU.
+    One entry per trajectory (the paper) or per turn row (the public code): the caller's choice. A group without
+    variance gives exactly 0. A group of one keeps mean 0 and std 1 as in the public code: A is the reward itself."""
+    rewards = torch.as_tensor(rewards, dtype=torch.float64, device="cpu")  # a handful of numbers: lose no digits
+    members = {}
+    for row, group in enumerate(group_ids.tolist() if torch.is_tensor(group_ids) else group_ids):
+        members.setdefault(group, []).append(row)
+    advantages = torch.zeros_like(rewards)
+    for rows in members.values():
+        r = rewards[rows]
+        if len(rows) == 1:
+            advantages[rows] = r / (1 + eps)
+        elif r.max() > r.min():  # equal rewards would leave rounding noise, which eps = 1e-6 blows up
+            advantages[rows] = (r - r.mean()) / (r.std() + eps)
+    return advantages.float()
+
+
+def token_weights(mask, mode="token-mean", trajectory_ids=None):
+    """Weight (B, T) of each response token in the loss. mask (B, T) of 0/1: ALL rows of one optimizer step.
+    token-mean: 1 / tokens. trajectory (the paper's (1/G) sum_i Agg): 1 / trajectories / tokens of that trajectory, a
+    trajectory being all rows of one id in trajectory_ids (B,). seq-mean-token-mean: every row its own trajectory.
+    These sum to one. seq-mean-token-sum: 1 / rows. ValueError for another mode or missing ids."""
+    mask = mask if mask.is_floating_point() else mask.float()
+    if mode == "token-mean":
+        return mask / mask.sum().clamp(min=1)
+    if mode == "seq-mean-token-sum":
+        return mask / max(len(mask), 1)
+    if mode not in AGGREGATIONS or (mode == "trajectory" and trajectory_ids is None):
+        raise ValueError(f"aggregation {mode!r}: use one of {', '.join(AGGREGATIONS)}; trajectory needs trajectory_ids")
+    ids = torch.arange(len(mask)) if mode == "seq-mean-token-mean" else torch.as_tensor(trajectory_ids)
+    names, index = torch.unique(ids.to(mask.device), return_inverse=True)                         # index (B,)
+    tokens = mask.new_zeros(len(names)).index_add(0, index, mask.sum(1))                          # (trajectories,)
+    return mask / tokens[index].clamp(min=1)[:, None] / (tokens > 0).sum().clamp(min=1)           # empty: no share
+
+
+def aggregate(token_values, weights):
+    """Scalar sum of weights * token_values, both (B, T). Where the weight is 0 the value is not looked at."""
+    return (token_values.masked_fill(weights == 0, 0) * weights).sum()
+
+
+def _blank(mask, *tensors):
+    """Zero what lies outside the mask BEFORE any exp: an infinity behind a mask makes NaN gradients."""
+    return [t if t is None else torch.where(mask.bool(), t, torch.zeros_like(t)) for t in tensors]
+
+
+def sdar_gate(student_logp, teacher_logp, beta=5.0, gate="gap", entropy=None):
+    """The paper's g_t (B, T), detached. entropy (B, T): the student's, in nats, for `entropy` and `soft-or`.
+    gap: sigmoid(beta * Delta), Delta = teacher - student log-probability of the sampled token; none: 1; entropy:
+    sigmoid(beta * h); soft-or: sigmoid(beta * [1 - (1 - h)(1 - Delta)]). ValueError for others, or without entropy."""
+    gap = (teacher_logp - student_logp).detach()
+    if gate == "none":
+        return torch.ones_like(gap)
+    if gate == "gap":
+        return torch.sigmoid(beta * gap)
+    if gate not in ("entropy", "soft-or") or entropy is None:
+        raise ValueError(f"gate {gate!r}: use gap, entropy, soft-or or none; entropy and soft-or need the entropy")
+    h = entropy.detach()
+    return torch.sigmoid(beta * (h if gate == "entropy" else 1 - (1 - h) * (1 - gap)))
+
+
+def sdar_tokens(student_logp, teacher_logp, beta=5.0, gate="gap", entropy=None, divergence=None, baseline=0.0):
+    """l_t = (g_t - baseline) * (log pi_T - log pi_theta), (B, T); the gradient flows through log pi_theta alone.
+    divergence (B, T): an exact one (chunked_divergence) instead of the sampled log-ratio; gated, without a baseline.
+    baseline: mean gate of the WHOLE mini-batch at the OLD log-probabilities (gap_diagnostics), so known in advance."""
+    g = sdar_gate(student_logp, teacher_logp, beta, gate, entropy)
+    return (g - baseline) * (teacher_logp.detach() - student_logp) if divergence is None else g * divergence
+
+
+def sdar_loss(student_logp, teacher_logp, mask, beta=5.0, weights=None, gate="gap", entropy=None, **options):
+    """SDAR's distillation loss -> (scalar, metrics of 0-dim tensors). All (B, T); options as for sdar_tokens.
+    weights: this micro-batch's slice of token_weights(...); by default the token mean over `mask`."""
+    student_logp, teacher_logp, entropy = _blank(mask, student_logp, teacher_logp, entropy)
+    values = sdar_tokens(student_logp, teacher_logp, beta, gate, entropy, **options)
+    sums = gap_diagnostics(student_logp, teacher_logp, mask, beta, gate, entropy)
+    return aggregate(values, token_weights(mask) if weights is None else weights), diagnostic_means(sums)
+
+
+@torch.no_grad()
+def gap_diagnostics(student_logp, teacher_logp, mask, beta=5.0, gate="gap", entropy=None):
+    """What the paper plots, as SUMS over tokens (0-dim): add them over micro-batches, then call diagnostic_means."""
+    student_logp, teacher_logp, entropy = _blank(mask, student_logp, teacher_logp, entropy)
+    gap, m = teacher_logp - student_logp, mask.to(student_logp.dtype)
+    g = sdar_gate(student_logp, teacher_logp, beta, gate, entropy)
+    return {"tokens": m.sum(), "gate": (g * m).sum(), "gate_active": ((g > 0.5) * m).sum(), "gap": (gap * m).sum(),
+            "negative_gap": ((gap < 0) * m).sum(), "distill_loss": (g * gap * m).sum()}
+
+
+def diagnostic_means(sums):
+    """{name: sum / tokens} of summed diagnostics, without `tokens`."""
+    return {name: value / sums["tokens"].clamp(min=1) for name, value in sums.items() if name != "tokens"}
+
+
+def grpo_tokens(logp, old_logp, advantages, clip=0.2, dual_clip=3.0):
+    """-min(r A, clip(r, 1-e, 1+e) A), at most -dual_clip * A for A < 0. (B, T); advantages (B, T) or (B, 1).
+    log r is cut at +-20 so that exp stays finite; no gradient worth having lies beyond."""
+    ratio = (logp - old_logp.detach()).clamp(-20, 20).exp()
+    loss = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip))
+    return torch.where(advantages < 0, torch.minimum(loss, -dual_clip * advantages), loss)
+
+
+def grpo_loss(logp, old_logp, advantages, mask, clip=0.2, dual_clip=3.0, weights=None):
+    """Clipped policy loss with dual clip -> (scalar, metrics of 0-dim tensors); weights as for sdar_loss."""
+    logp, old_logp = _blank(mask, logp, old_logp)
+    loss = aggregate(grpo_tokens(logp, old_logp, advantages, clip, dual_clip),
+                     token_weights(mask) if weights is None else weights)
+    return loss, diagnostic_means(clip_diagnostics(logp, old_logp, advantages, mask, clip, dual_clip))
+
+
+@torch.no_grad()
+def clip_diagnostics(logp, old_logp, advantages, mask, clip=0.2, dual_clip=3.0):
+    """Sums over tokens: clipped, clipped by the dual clip, old - new log-probability (estimates KL(old || new))."""
+    logp, old_logp = _blank(mask, logp, old_logp)
+    ratio, m = (logp - old_logp).exp(), mask.to(logp.dtype)
+    clipped = ((advantages > 0) & (ratio > 1 + clip)) | ((advantages < 0) & (ratio < 1 - clip))
+    dual = (advantages < 0) & (ratio > dual_clip)
+    return {"tokens": m.sum(), "clip_fraction": (clipped * m).sum(), "clip_fraction_dual": (dual * m).sum(),
+            "old_kl": ((old_logp - logp) * m).sum()}
+
+
+def k3_kl(logp, ref_logp):
+    """Per-token estimate exp(d) - d - 1 of KL(pi_theta || pi_ref), d = ref - logp; cut at 10 as in the public code."""
+    d = ref_logp.detach() - logp
+    return (d.exp() - d - 1).clamp(-10, 10)
+
+
+def opsd_tokens(logp, ref_logp):
+    """The paper's OPSD term log pi_theta - log pi_ref, (B, T), against a FROZEN reference. On-policy its expected
+    gradient is zero (README, "What the gate really optimises"). The public code's OPSD is sdar_tokens."""
+    return logp - ref_logp.detach()
+
+
+def skill_sd_tokens(logp, teacher_logp, old_logp, as_released=False):
+    """Skill-SD's rho_t k_t, (B, T): d = logp - teacher, k = exp(-d) - 1 + d, rho = exp(logp - old), both with gradient.
+    as_released: the public code's guards, -d <= 20 inside the exponential and log rho <= 10."""
+    d, log_rho = logp - teacher_logp.detach(), logp - old_logp.detach()
+    limit_d, limit_rho = (20, 10) if as_released else (math.inf, math.inf)
+    return log_rho.clamp(max=limit_rho).exp() * ((-d).clamp(max=limit_d).exp() - 1 + d)
+
+
+def rlsd_advantages(advantages, old_logp, teacher_logp, mask, lam=0.5, e_w=0.2):
+    """RLSD's token advantages A * [(1 - lam) + lam * clip(exp(sign(A) (teacher - old)), 1 - e_w, 1 + e_w)], (B, T), no
+    gradient. advantages (B, T) or (B, 1)."""
+    old_logp, teacher_logp = _blank(mask, old_logp.detach(), teacher_logp.detach())
+    scale = (advantages.sign() * (teacher_logp - old_logp)).exp().clamp(1 - e_w, 1 + e_w)
+    return advantages * ((1 - lam) + lam * scale) * mask
+
+
+def rlsd_lambda(step, lam=0.5, as_released=False, decay_steps=100):
+    """RLSD's lam at optimizer step 1, 2, ...: constant in the paper; as released it falls linearly to 0 at decay_steps
+    (the public scripts say 100, the trainer's default is 50)."""
+    return lam * max(0.0, 1 - step / decay_steps) if as_released else lam
+
+
+def method_tokens(method, logp, old_logp, advantages, teacher_logp=None, ref_logp=None, coef=0.01, kl_coef=0.0,
+                  clip=0.2, dual_clip=3.0, as_released=False, **sdar_options):
+    """The whole per-token loss (B, T) of one of METHODS, for aggregate(); ValueError for another. Tensors (B, T).
+    coef: lambda (alpha) of the distillation term. skill-grpo is grpo with the skill in the student's prompt, rlsd is
+    grpo on rlsd_advantages(...): the caller's data, no other loss. As released, opsd is SDAR's term without the policy
+    gradient and grpo+opsd is SDAR with beta 0. The KL to the reference (kl_coef) is added to all of them."""
+    if method not in METHODS:
+        raise ValueError(f"method {method!r}: use one of {', '.join(METHODS)}")
+    total = 0 * logp if method == "opsd" else grpo_tokens(logp, old_logp, advantages, clip, dual_clip)
+    if method in ("opsd", "grpo+opsd") and not as_released:
+        total = total + coef * opsd_tokens(logp, ref_logp)
+    elif method == "skill-sd":
+        total = total + coef * skill_sd_tokens(logp, teacher_logp, old_logp, as_released)
+    elif method in ("sdar", "opsd", "grpo+opsd"):
+        constant = {"beta": 0.0, "gate": "gap"} if method == "grpo+opsd" else {}
+        total = total + coef * sdar_tokens(logp, teacher_logp, **{**sdar_options, **constant})
+    return total + kl_coef * k3_kl(logp, ref_logp) if kl_coef else total
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# The vocabulary head in chunks
+# Full logits of a micro-batch are gigabytes: only `chunk` rows exist at a time, and backward makes them again.
+
+def _by_chunks(function, chunk, needs_grad, *tensors):
+    chunks = zip(*(t.split(chunk) for t in tensors))
+    if not (needs_grad and torch.is_grad_enabled()):
+        return [function(*rows) for rows in chunks]
+    return [checkpoint(function, *rows, use_reentrant=False, preserve_rng_state=False) for rows in chunks]
+
+
+def _log_softmax(hidden, weight, bias, temperature):
+    logits = F.linear(hidden, weight, bias)                                                       # (chunk, V)
+    return torch.log_softmax((logits if logits.dtype == torch.float64 else logits.float()) / temperature, dim=-1)
+
+
+def chunked_logps(hidden, weight, targets, bias=None, chunk=1024, temperature=1.0, with_entropy=False):
+    """log pi(target) (N,) in fp32 from hidden states (N, D), head weight (V, D), targets (N,) [bias (V,)], holding at
+    most (chunk, V) logits. with_entropy: -> (logp, entropy (N,) in nats, no gradient)."""
+    def one(h, t):
+        logp = _log_softmax(h, weight, bias, temperature)
+        p = logp.detach()
+        return logp.gather(1, t[:, None])[:, 0], -(p.exp() * p).sum(-1) if with_entropy else None
+    results = _by_chunks(one, chunk, hidden.requires_grad or weight.requires_grad, hidden, targets)
+    logps = torch.cat([logp for logp, _ in results])
+    return (logps, torch.cat([entropy for _, entropy in results])) if with_entropy else logps
+
+
+def chunked_divergence(student_hidden, teacher_hidden, weight, kind="reverse-kl", chunk=1024, bias=None,
+                       temperature=1.0):
+    """Exact divergence over the vocabulary per token, (N,) in nats, from hidden states (N, D) and head weight (V, D).
+    reverse-kl: KL(pi || pi_T); forward-kl: KL(pi_T || pi); jsd: [KL(pi || M) + KL(pi_T || M)] / 2, M = (pi + pi_T) / 2.
+    The teacher's side is detached, its use of the head included. ValueError for another kind."""
+    if kind not in ("reverse-kl", "forward-kl", "jsd"):
+        raise ValueError(f"divergence {kind!r}: use reverse-kl, forward-kl or jsd")
+
+    def one(h, teacher_h):
+        p = _log_softmax(h, weight, bias, temperature)
+        with torch.no_grad():
+            q = _log_softmax(teacher_h, weight, bias, temperature)
+        if kind == "reverse-kl":
+            return (p.exp() * (p - q)).sum(-1)
+        if kind == "forward-kl":
+            return (q.exp() * (q - p)).sum(-1)
+        m = torch.logaddexp(p, q) - math.log(2)
+        return 0.5 * (p.exp() * (p - m) + q.exp() * (q - m)).sum(-1)
+    needs_grad = student_hidden.requires_grad or weight.requires_grad
+    return torch.cat(_by_chunks(one, chunk, needs_grad, student_hidden, teacher_hidden.detach()))
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Scoring: log-probabilities of responses under a prompt
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def response_hidden(model, prompts, responses):
+    """Last hidden states at the positions that predict the response tokens.
+
+    prompts, responses: B lists of token ids. Returns hidden (N, D), targets (N,) and mask (B, T), T the longest
+    response and N = mask.sum(); rows follow one another. Sequences are padded on the right, where causal attention
+    never looks, so that no attention mask is needed; what counts comes from the lengths, never from a pad id.
+    """
+    device = model.device
+    starts = torch.tensor([len(p) - 1 for p in prompts], device=device)
+    lengths = torch.tensor([len(r) for r in responses], device=device)
+    width = max(len(p) + len(r) for p, r in zip(prompts, responses))
+    ids = torch.tensor([list(p) + list(r) + [0] * (width - len(p) - len(r)) for p, r in zip(prompts, responses)],
+                       device=device)                                                                   # (B, L)
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state                         # (B, L, D)
+    steps = torch.arange(int(max(map(len, responses))), device=device)
+    mask = steps < lengths[:, None]                                                                     # (B, T)
+    row, step = mask.nonzero(as_tuple=True)
+    return hidden[row, starts[row] + step], ids[row, starts[row] + step + 1], mask
+
+
+def response_logps(model, prompts, responses, s, with_entropy=False):
+    """log pi(response token | prompt, earlier tokens) as (B, T) with zeros beyond the mask, and the mask (B, T); with
+    the entropy (B, T) as a third. The temperature is the rollout's: the policy that sampled is the policy scored."""
+    hidden, targets, mask = response_hidden(model, prompts, responses)
+    head = model.get_output_embeddings()
+    flat = chunked_logps(hidden, head.weight, targets, head.bias, s.head_chunk, s.temperature, with_entropy)
+    if not with_entropy:
+        return unflatten(flat, mask), mask
+    return unflatten(flat[0], mask), mask, unflatten(flat[1], mask)
+
+
+def unflatten(flat, mask):
+    """(N,) values of the tokens in mask (B, T), N = mask.sum(), as (B, T) with zeros elsewhere."""
+    return flat.new_zeros(mask.shape).masked_scatter(mask, flat)
+
+
+def pad_rows(rows, mask):
+    """B vectors of the lengths of mask (B, T) -> (B, T) with zeros elsewhere, on the mask's device."""
+    return unflatten(torch.cat(rows).to(mask.device), mask)
+
+
+def micro_batches(lengths, budget):
+    """Indices 0..n-1 in batches whose padded size (rows times longest) stays within `budget` tokens; longest first,
+    so that memory fails at once or never."""
+    batches, order = [], sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    for i in order:
+        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= budget:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches
+
+
+@torch.no_grad()
+def score_turns(model, turns, prompt_field, result_field, s, label):
+    """Store log-probabilities of each turn's response under turn.<prompt_field> in turn.<result_field>, (T,) on the CPU."""
+    model.eval()
+    lengths = [len(getattr(t, prompt_field)) + len(t.response_ids) for t in turns]
+    for rows in tqdm(micro_batches(lengths, s.micro_tokens), desc=label, leave=False, dynamic_ncols=True):
+        batch = [turns[i] for i in rows]
+        logp, mask = response_logps(model, [getattr(t, prompt_field) for t in batch], [t.response_ids for t in batch], s)
+        for turn, values, keep in zip(batch, logp.cpu(), mask.cpu()):
+            setattr(turn, result_field, values[keep].clone())
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Training loop
+# ------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class State:
+    """All that changes in a run. Random streams are functions of (seed, step), see `stream`, so that a resumed run has
+    no generator state to lose."""
+
+    policy: Policy
+    optimizer: torch.optim.Optimizer
+    masters: list                      # fp32 masters, one per model parameter; the parameter itself where it is fp32
+    step: int = 0                      # finished RL steps
+    warm_step: int = 0                 # finished steps of the warm start
+    cursor: int = 0                    # tasks drawn from the training split so far
+    bandit: dict = field(default_factory=dict)
+
+
+def stream(s, *where):
+    """The seed of one random stream of this run, e.g. stream(s, "rollout", step)."""
+    return int.from_bytes(hashlib.sha256(repr((s.seed, *where)).encode()).digest()[:7], "big")
+
+
+def generator_for(policy, s, *where):
+    """A torch generator on the policy's device for one random stream."""
+    return torch.Generator(policy.device).manual_seed(stream(s, *where))
+
+
+def make_state(policy, s):
+    """AdamW over fp32 masters: a step of 1e-6 is lost in bf16, whose neighbours of 0.01 lie 6e-5 apart."""
+    params = list(policy.model.parameters())
+    masters = [p if p.dtype == torch.float32 else p.detach().float().requires_grad_() for p in params]
+    return State(policy, torch.optim.AdamW(masters, lr=s.lr, weight_decay=s.weight_decay), masters)
+
+
+def collect_gradients(state):
+    """After a backward: add bf16 gradients to the masters' in fp32, so that micro-batches are summed exactly."""
+    for p, master in zip(state.policy.model.parameters(), state.masters):
+        if master is not p and p.grad is not None:
+            master.grad = p.grad.float() if master.grad is None else master.grad.add_(p.grad)
+            p.grad = None
+
+
+@torch.no_grad()
+def apply_update(state, lr, grad_clip):
+    """Clip, step, copy the masters back. Returns (gradient norm before clipping, whether the step was taken): a
+    gradient that is not finite is dropped."""
+    norm = torch.nn.utils.clip_grad_norm_(state.masters, grad_clip).item()
+    if math.isfinite(norm):
+        for group in state.optimizer.param_groups:
+            group["lr"] = lr
+        state.optimizer.step()
+        for p, master in zip(state.policy.model.parameters(), state.masters):
+            if master is not p:
+                p.copy_(master)
+    state.optimizer.zero_grad(set_to_none=True)
+    return norm, math.isfinite(norm)
+
+
+def draw_tasks(env, split, s, cursor, count):
+    """`count` task ids of the split from position `cursor` of an endless sequence of shuffled epochs."""
+    ids, drawn = env.tasks(split), []
+    while len(drawn) < count:
+        epoch, start = divmod(cursor + len(drawn), len(ids))
+        order = ids[:]
+        random.Random(stream(s, "epoch", epoch)).shuffle(order)
+        drawn += order[start:start + count - len(drawn)]
+    return drawn
+
+
+def assign_advantages(episodes, s):
+    """Set turn.advantage. Over trajectories (Algorithm 1): one normalised reward per episode, shared by its turns; the
+    penalty for a malformed response is taken off after the normalisation, for before it one bad turn in a group of
+    equal rewards would get -20. Over turns: as the public code, penalty and all, each turn a sample of its own."""
+    turns = [(e, t) for e in episodes for t in e.turns]
+    if s.advantage_over == "turns":
+        rewards = [e.reward - s.invalid_penalty * (not t.valid) for e, t in turns]
+        values = group_normalized_advantages(rewards, [e.group_id for e, _ in turns])
+        for (_, t), value in zip(turns, values.tolist()):
+            t.advantage = value
+    else:
+        values = group_normalized_advantages([e.reward for e in episodes], [e.group_id for e in episodes])
+        for e, value in zip(episodes, values.tolist()):
+            for t in e.turns:
+                t.advantage = value - s.invalid_penalty * (not t.valid)
+
+
+def assign_weights(episodes, minis, s):
+    """Set turn.weight, the weight of each of its tokens in the loss of its mini-batch, from counts over the whole
+    mini-batch (token mean) or the whole step (the paper's (1/G) sum_i Agg): micro-batches change nothing."""
+    for e in episodes:
+        for t in e.turns:  # times len(minis): the mean over the mini-batches is then the paper's sum
+            t.weight = len(minis) / len(episodes) / sum(len(t.response_ids) for t in e.turns)
+    for mini in minis if s.loss_agg == "token" else ():
+        for t in mini:
+            t.weight = 1 / sum(len(t.response_ids) for t in mini)
+
+
+def step_loss(policy, turns, s):
+    """The loss of these turns as their share of the mini-batch's (the shares add up), and sums for the log."""
+    logp, mask = response_logps(policy.model, [t.prompt_ids for t in turns], [t.response_ids for t in turns], s)
+    column = lambda name: None if getattr(turns[0], name) is None else pad_rows([getattr(t, name) for t in turns], mask)
+    old, teacher, ref = column("old_logp"), column("teacher_logp"), column("ref_logp")                  # (B, T)
+    old = logp.detach() if old is None else old  # one update per rollout: the policy that sampled is this one
+    advantages = torch.tensor([[t.advantage] for t in turns], device=mask.device)                       # (B, 1)
+    weights = torch.tensor([[t.weight] for t in turns], device=mask.device) * mask                      # (B, T)
+    tokens = method_tokens(s.algo, logp, old, advantages, teacher, ref, coef=s.lam, kl_coef=s.kl, clip=s.clip,
+                           dual_clip=s.dual_clip, beta=s.beta)                                          # (B, T)
+    sums = clip_diagnostics(logp, old, advantages, mask, s.clip, s.dual_clip)
+    if teacher is not None:
+        sums |= gap_diagnostics(logp, teacher, mask, s.beta)
+    if ref is not None:
+        sums["kl"] = (k3_kl(logp.detach(), ref) * mask).sum()
+    for turn, values, keep in zip(turns, logp.detach().cpu(), mask.cpu()):
+        turn.logp = values[keep]
+    loss = aggregate(tokens, weights)
+    return loss, {"loss": loss.detach(), **sums}
+
+
+def update(state, episodes, s, lr):
+    """One pass over a step's turns: mini-batches, each one optimizer step. Returns metrics over ALL tokens."""
+    turns = [t for e in episodes for t in e.turns]
+    random.Random(stream(s, "minis", state.step)).shuffle(turns)
+    size = s.mini_batch or len(turns)
+    minis = [turns[i:i + size] for i in range(0, len(turns), size)]
+    assign_weights(episodes, minis, s)
+    totals, norms, skipped = {}, [], 0
+    state.policy.model.train()
+    with tqdm(total=len(turns), desc="update", unit="turn", leave=False, dynamic_ncols=True) as bar:
+        for mini in minis:
+            for rows in micro_batches([len(t.prompt_ids) + len(t.response_ids) for t in mini], s.micro_tokens):
+                loss, sums = step_loss(state.policy, [mini[i] for i in rows], s)
+                loss.backward()
+                collect_gradients(state)
+                for name, value in sums.items():
+                    totals[name] = totals.get(name, 0.0) + float(value)
+                bar.update(len(rows))
+            norm, applied = apply_update(state, lr, s.grad_clip)
+            norms, skipped = norms + [norm] * applied, skipped + (not applied)
+    state.policy.model.eval()
+    tokens, loss = totals.pop("tokens"), totals.pop("loss") / len(minis)
+    return {"loss": loss, **{k: v / tokens for k, v in totals.items()}, "grad_norm": sum(norms) / max(len(norms), 1),
+            "updates": len(minis), "updates_skipped": skipped, "lr": lr, "update_tokens": int(tokens)}
+
+
+def choose_skills(env, sessions_categories, s, bandit):
+    """(name, text) of the skill for each episode: the category's own, decided once from the task."""
+    return [(c, env.skill(c)) for c in sessions_categories]
+
+
+def train_step(state, env, reference, s):
+    """One step of Algorithm 1: rollout, scoring, advantages, update. Returns (episodes, metrics); state.step is left
+    to the caller. Only the update changes the weights, and it holds Ctrl-C back until it is whole."""
+    policy, clock = state.policy, Clock()
+    split = s.split or env.splits[0]
+    tasks = draw_tasks(env, split, s, state.cursor, s.groups)
+    task_ids = [t for t in tasks for _ in range(s.group_size)]
+    teacher = s.algo == "sdar"
+    skills = choose_skills(env, [env.start(t).category for t in task_ids], s, state.bandit) if teacher else None
+    episodes = rollout(policy, env, task_ids, s, generator_for(policy, s, "rollout", state.step), s.temperature, skills,
+                       teacher, f"step {state.step + 1} rollout")
+    turns = [t for e in episodes for t in e.turns]
+    clock.lap("rollout", sum(len(t.response_ids) for t in turns))
+    scored = sum(len(t.prompt_ids) + len(t.response_ids) for t in turns)
+    if teacher:
+        score_turns(policy.model, turns, "teacher_ids", "teacher_logp", s, "teacher")
+        clock.lap("teacher", sum(len(t.teacher_ids) + len(t.response_ids) for t in turns))
+    if reference is not None:
+        score_turns(reference, turns, "prompt_ids", "ref_logp", s, "reference")
+        clock.lap("reference", scored)
+    if s.mini_batch and len(turns) > s.mini_batch:
+        score_turns(policy.model, turns, "prompt_ids", "old_logp", s, "old policy")
+        clock.lap("old_policy", scored)
+    assign_advantages(episodes, s)
+    with uninterrupted():
+        warmup = s.lr_warmup * s.steps
+        metrics = update(state, episodes, s, s.lr * min(1.0, (state.step + 1) / warmup) if warmup else s.lr)
+        clock.lap("update", scored)
+        state.step, state.cursor = state.step + 1, state.cursor + s.groups
+        return episodes, {"step": state.step, **episode_metrics(episodes, turns), **metrics, **clock.metrics(policy)}
+
+
+def episode_metrics(episodes, turns):
+    """What the log says of a batch of episodes."""
+    n, m = len(episodes), len(turns)
+    advantages = [t.advantage for t in turns]
+    groups = {}
+    for e in episodes:
+        groups.setdefault(e.group_id, set()).add(e.reward)
+    return {"episodes": n, "successes": sum(e.won for e in episodes), "success": sum(e.won for e in episodes) / n,
+            "success_95": wilson(sum(e.won for e in episodes), n), "reward": sum(e.reward for e in episodes) / n,
+            "score": sum(e.score for e in episodes) / n, "turns": m / n,
+            "response_tokens": sum(len(t.response_ids) for t in turns) / m,
+            "prompt_tokens": sum(len(t.prompt_ids) for t in turns) / m,
+            "valid": sum(t.valid for t in turns) / m, "admissible": sum(t.admissible for t in turns) / m,
+            "prompts_shortened": sum(t.shortened for t in turns), "advantage_min": min(advantages),
+            "advantage_max": max(advantages), "groups_without_variance": sum(len(r) == 1 for r in groups.values())}
+
+
+class Clock:
+    """Seconds and tokens per phase of a step."""
+
+    def __init__(self):
+        self.phases, self.last = {}, time.perf_counter()
+
+    def lap(self, phase, tokens):
+        """End a phase that worked through this many tokens."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.phases[phase], self.last = (now - self.last, tokens), now
+
+    def metrics(self, policy):
+        """seconds_*, tokens_per_s_* and the peak memory in MiB of the device (a CPU: of the process)."""
+        out = {"seconds": sum(seconds for seconds, _ in self.phases.values())}
+        for phase, (seconds, tokens) in self.phases.items():
+            out[f"seconds_{phase}"], out[f"tokens_per_s_{phase}"] = seconds, tokens / seconds
+        return {**out, "peak_memory_mib": peak_memory(policy.device)}
+
+
+def peak_memory(device):
+    """Peak memory in MiB: of the GPU, or of this process where there is a way to ask."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+@contextlib.contextmanager
+def uninterrupted():
+    """Hold Ctrl-C back until the block is done: weights must not stop halfway through an update."""
+    held = []
+    try:
+        previous = signal.signal(signal.SIGINT, lambda *_: held.append(True))
+    except ValueError:  # not the main thread: Ctrl-C does not come here
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    if held:
+        raise KeyboardInterrupt
+
+
+def wilson(successes, n, z=1.959964):
+    """95 % Wilson interval of a rate, as (low, high)."""
+    if n == 0:
+        return (0.0, 1.0)
+    p = successes / n
+    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return (max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n)))
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Warm start: behaviour cloning on expert episodes
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def expert_turns(policy, env, task_id, s, seed):
+    """An expert's episode as (prompt ids, response ids); in every other turn, by lot, the skill is in the prompt, so
+    that the teacher knows how to use it."""
+    session, lot, turns = env.start(task_id, seed=seed), random.Random(seed), []
+    while not session.done and len(turns) < s.max_turns:
+        skill = env.skill(session.category) if lot.random() < 0.5 else ""
+        text = session.expert()
+        ids, _ = student_prompt(policy, session, s, skill)
+        turns.append((ids, policy.tokenizer(text, add_special_tokens=False)["input_ids"]))
+        env.step([session], [text])
+    return turns
+
+
+def warm_start_step(state, env, s):
+    """One optimizer step of behaviour cloning on s.warm_tasks expert episodes. Returns the mean loss per response
+    token in nats. The prompt's own tokens count s.warm_prompt_loss each: guessing them teaches copying."""
+    policy, turns = state.policy, []
+    for i, task in enumerate(draw_tasks(env, s.split or env.splits[0], s, state.warm_step * s.warm_tasks, s.warm_tasks)):
+        turns += expert_turns(policy, env, task, s, stream(s, "expert", state.warm_step, i))
+    count = sum(len(response) for _, response in turns)
+    total = 0.0
+    with uninterrupted():
+        policy.model.train()
+        for rows in micro_batches([len(p) + len(r) for p, r in turns], s.micro_tokens):
+            prompts, responses = zip(*(turns[i] for i in rows))
+            if s.warm_prompt_loss:
+                lengths = [len(p) for p in prompts]
+                responses, prompts = [p[1:] + r for p, r in zip(prompts, responses)], [p[:1] for p in prompts]
+                logp, mask = response_logps(policy.model, prompts, responses, s)
+                steps = torch.arange(mask.shape[1], device=mask.device)
+                prompt = (steps < torch.tensor(lengths, device=mask.device)[:, None] - 1) & mask            # (B, T)
+                weights = (mask.float() - (1 - s.warm_prompt_loss) * prompt.float()) / count
+            else:
+                logp, mask = response_logps(policy.model, prompts, responses, s)
+                prompt, weights = torch.zeros_like(mask), mask / count
+            (-logp * weights).sum().backward()
+            collect_gradients(state)
+            total += float((-logp.detach() * (mask & ~prompt)).sum())
+        progress = state.warm_step / s.warm_start
+        lr = s.warm_lr * min(1.0, (state.warm_step + 1) / 20) * (0.55 + 0.45 * math.cos(math.pi * progress))
+        apply_update(state, lr, s.grad_clip)
+        policy.model.eval()
+        state.warm_step += 1
+    return total / count
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Checkpoints and logs
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def first_line(error):
+    """The first line of an exception's text, for one-line messages."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+
+
+def read_json(path, missing):
+    """A JSON file; UserError with the text `missing` if there is none, or that it is damaged."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError:
+        raise UserError(missing) from None
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({first_line(error)})") from None
+
+
+def file_digest(path):
+    """SHA-256 of a file, hex."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while block := f.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def last_checkpoint(path):
+    """The newest checkpoint of a run folder, the folder itself if it is a checkpoint or model, None if neither."""
+    found = sorted(Path(path).glob("checkpoints/step-*"), key=lambda p: [int(n) for n in re.findall(r"\d+", p.name)])
+    return found[-1] if found else path if Path(path).is_dir() else None
+
+
+def save_checkpoint(state, s):
+    """Write RUN/checkpoints/step-N[-warm-M]: a model folder for from_pretrained, optimizer.pt, state.json with every
+    file's digest. It is written under another name and renamed when whole, so an interrupted write leaves the previous
+    checkpoint as it was. UserError when the disk is full."""
+    folder = Path(s.out) / "checkpoints"
+    name = f"step-{state.step:06d}" + (f"-warm-{state.warm_step:06d}" if state.warm_step < s.warm_start else "")
+    part = folder / f"writing-{name}"
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        state.policy.model.save_pretrained(part)
+        state.policy.tokenizer.save_pretrained(part)
+        own = [None if m is p else m for p, m in zip(state.policy.model.parameters(), state.masters)]
+        torch.save({"optimizer": state.optimizer.state_dict(), "masters": own}, part / "optimizer.pt")
+        progress = {"step": state.step, "warm_step": state.warm_step, "cursor": state.cursor, "bandit": state.bandit,
+                    "settings": dataclasses.asdict(s), "files": {p.name: file_digest(p) for p in part.iterdir()}}
+        write_text(part / "state.json", json.dumps(progress, indent=1))
+        for path in part.iterdir():
+            with open(path, "rb+") as f:
+                os.fsync(f.fileno())
+        if (folder / name).exists():
+            shutil.rmtree(folder / name)
+        part.rename(folder / name)
+    except (OSError, RuntimeError) as error:  # safetensors and torch raise their own kinds for a full disk
+        shutil.rmtree(part, ignore_errors=True)
+        raise UserError(f"cannot save to {folder}: {first_line(error)}; the previous checkpoint is whole: make room, "
+                        f"then python sdar.py --resume {s.out}") from None
+    kept = sorted(folder.glob("step-*"), key=lambda p: p.stat().st_mtime)
+    for old in kept[:-s.keep]:
+        shutil.rmtree(old)
+
+
+def load_checkpoint(path, s):
+    """State from a checkpoint folder. UserError if a file is missing or differs from its digest."""
+    progress = read_json(path / "state.json", f"{path} is no checkpoint (no state.json)")
+    for name, digest in progress["files"].items():
+        if not (path / name).is_file() or file_digest(path / name) != digest:
+            raise UserError(f"checkpoint {path} is damaged ({name}); delete that folder and resume from the one before")
+    state = make_state(load_policy(str(path), s.device), s)
+    saved = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
+    with torch.no_grad():
+        for master, own in zip(state.masters, saved["masters"]):
+            if own is not None:
+                master.copy_(own)
+    state.optimizer.load_state_dict(saved["optimizer"])
+    state.step, state.warm_step, state.cursor, state.bandit = (
+        progress[k] for k in ("step", "warm_step", "cursor", "bandit"))
+    return state
+
+
+def write_text(path, text):
+    """Write a file whole or not at all."""
+    part = Path(f"{path}.part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
+def append_lines(path, rows):
+    """Append rows to a JSON-lines file."""
+    with open(path, "a", encoding="utf-8") as f:
+        f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def forget_after(path, state):
+    """Drop the log lines of steps that a killed run had taken beyond its last checkpoint: they will be taken again."""
+    if path.exists():
+        rows = []
+        for line in path.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(ValueError):  # the last line may be half written
+                row = json.loads(line)
+                if row["step"] <= state.step and row.get("warm_step", 0) <= state.warm_step:
+                    rows.append(json.dumps(row, ensure_ascii=False) + "\n")
+        write_text(path, "".join(rows))
+
+
+def episode_text(policy, episode, step, s):
+    """An episode as a JSON row that a person can read: each turn's observation, response, and its tokens with the gate
+    value behind them where there is a teacher, as in 'go[.52] to[.61]'."""
+    rows = []
+    for t in episode.turns:
+        row = {"observation": t.observation, "response": t.text, "valid": t.valid, "admissible": t.admissible,
+               "advantage": round(t.advantage, 4)}
+        if t.teacher_logp is not None and t.logp is not None:
+            gates = sdar_gate(t.logp, t.teacher_logp, s.beta).tolist()
+            row["gates"] = "".join(f"{policy.tokenizer.decode([i])}[{g:.2f}]" for i, g in zip(t.response_ids, gates))
+        rows.append(row)
+    return {"step": step, "task_id": episode.task_id, "skill": episode.skill_name, "won": episode.won,
+            "score": episode.score, "details": episode.details, "turns": rows}
+
+
+def step_line(m, s):
+    """The terminal's line for a step."""
+    low, high = m["success_95"]
+    parts = [f"step {m['step']}/{s.steps}", f"success {100 * m['success']:.1f} % ({m['successes']}/{m['episodes']}, "
+             f"95 % {100 * low:.0f}-{100 * high:.0f})", f"turns {m['turns']:.1f}", f"valid {100 * m['valid']:.0f} %"]
+    if "gap" in m:
+        parts.append(f"gap {m['gap']:+.3f} gate {m['gate']:.3f} ({100 * m['gate_active']:.0f} % open)")
+    if "kl" in m:
+        parts.append(f"kl {m['kl']:.4f}")
+    phases = " ".join(f"{k[8:]} {v:.1f}" for k, v in m.items() if k.startswith("seconds_"))
+    return "  ".join(parts + [f"grad {m['grad_norm']:.2f}", f"{m['seconds']:.1f} s ({phases})"])
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# A run from its first line to its last
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def validate(state, env, s):
+    """Success on the fixed validation panel, without skills, with random numbers of its own."""
+    split = s.val_split or env.splits[1]
+    ids, digest = envs.panel(env, split, s.val_episodes, s.seed)
+    episodes = rollout(state.policy, env, ids, s, generator_for(state.policy, s, "validation"), s.val_temperature,
+                       label=f"validation on {split}")
+    won = sum(e.won for e in episodes)
+    low, high = wilson(won, len(ids))
+    print(f"validation after step {state.step}: success {100 * won / len(ids):.1f} % ({won}/{len(ids)}, 95 % "
+          f"{100 * low:.0f}-{100 * high:.0f}) on {split}, panel {digest}", flush=True)
+    return {"step": state.step, "warm_step": state.warm_step, "split": split, "panel": digest, "episodes": len(ids),
+            "successes": won, "success": won / len(ids), "success_95": (low, high),
+            "score": sum(e.score for e in episodes) / len(ids), "turns": sum(len(e.turns) for e in episodes) / len(ids),
+            "valid": sum(t.valid for e in episodes for t in e.turns) / sum(len(e.turns) for e in episodes)}
+
+
+def tiny_texts(env, s, count=300):
+    """Text for `tiny`'s tokenizer: prompts and responses of expert episodes, and the skills."""
+    brief = s.prompt_style == "brief"
+    for task in draw_tasks(env, s.split or env.splits[0], s, 0, count):
+        session = env.start(task, seed=stream(s, "texts", task))
+        while not session.done and len(session.turns) < s.max_turns:
+            yield session.prompt(history=s.history, brief=brief)
+            yield session.expert()
+            env.step([session], [session.expert()])
+    yield env.all_skills()
+
+
+def begin(s, env, resume):
+    """(state, reference policy or None) of a new or a resumed run; the run folder is made and config.json written."""
+    out = Path(s.out)
+    found = last_checkpoint(out) if (out / "checkpoints").is_dir() else None
+    if resume is None:
+        if found is not None and found != out:
+            raise UserError(f"{out} already holds a run; continue it with --resume {out}, or choose another --out")
+        out.mkdir(parents=True, exist_ok=True)
+        for name in ("metrics.jsonl", "validation.jsonl", "episodes.jsonl"):
+            (out / name).unlink(missing_ok=True)
+        write_text(out / "config.json", json.dumps(dataclasses.asdict(s), indent=1))
+        texts = tiny_texts(env, s) if s.model == "tiny" else ()
+        return make_state(load_policy(s.model, s.device, texts, s), s)
+    if found is None or found == out:  # killed before its first checkpoint
+        raise UserError(f"{out} has no checkpoint yet; start it again without --resume")
+    state = load_checkpoint(found, s)
+    for name in ("metrics.jsonl", "validation.jsonl", "episodes.jsonl"):
+        forget_after(out / name, state)
+    print(f"resumed from {found}", flush=True)
+    return state
+
+
+def reference_policy(state, s):
+    """The frozen policy of the KL term: the weights that RL started from, kept in RUN/reference for a resumed run."""
+    if s.kl == 0:
+        return None
+    path = Path(s.out) / "reference"
+    if state.step == 0:
+        reference = copy.deepcopy(state.policy.model)
+        reference.save_pretrained(path)
+    else:
+        from transformers import AutoModelForCausalLM
+        reference = AutoModelForCausalLM.from_pretrained(path, dtype=state.policy.model.dtype).to(state.policy.device)
+    return reference.requires_grad_(False).eval()
+
+
+def train(s, resume=None):
+    """Run a training from its settings. Ctrl-C saves and re-raises KeyboardInterrupt."""
+    env = envs.open_env(s.env, s.data or None, s.seed, s.skills or None, **env_options(s))
+    print(env.source, flush=True)
+    state, out = begin(s, env, resume), Path(s.out)
+    parameters = sum(p.numel() for p in state.policy.model.parameters())
+    print(f"{s.model}: {parameters / 1e6:.2f}M parameters in {str(state.policy.model.dtype)[6:]} on {state.policy.device}; "
+          f"{s.algo}, {s.groups} x {s.group_size} episodes a step; log in {out}", flush=True)
+    try:
+        run_warm_start(state, env, s)
+        reference = reference_policy(state, s)
+        if s.val_every and state.step == 0 and not (out / "validation.jsonl").exists():
+            append_lines(out / "validation.jsonl", [validate(state, env, s)])
+        while state.step < s.steps:
+            episodes, metrics = train_step(state, env, reference, s)
+            append_lines(out / "metrics.jsonl", [metrics])
+            append_lines(out / "episodes.jsonl", [episode_text(state.policy, e, state.step, s)
+                                                  for e in episodes[::s.group_size][:s.log_episodes]])
+            print(step_line(metrics, s), flush=True)
+            if s.val_every and (state.step % s.val_every == 0 or state.step == s.steps):
+                append_lines(out / "validation.jsonl", [validate(state, env, s)])
+            if state.step % s.save_every == 0 or state.step == s.steps:
+                save_checkpoint(state, s)
+    except KeyboardInterrupt:
+        save_checkpoint(state, s)
+        print(f"\nstopped and saved after step {state.step}; continue with: python sdar.py --resume {out}", flush=True)
+        raise
+    print(f"done: {s.steps} steps; evaluate with: python eval.py --env {s.env} --model {out}", flush=True)
+    return state
+
+
+def run_warm_start(state, env, s):
+    """What is left of the behaviour cloning; then the optimizer starts afresh for RL, and a checkpoint is saved."""
+    if state.warm_step >= s.warm_start:
+        return
+    with tqdm(total=s.warm_start, initial=state.warm_step, desc="warm start", unit="step", dynamic_ncols=True) as bar:
+        while state.warm_step < s.warm_start:
+            loss = warm_start_step(state, env, s)
+            bar.set_postfix_str(f"{loss:.3f} nats a token")
+            bar.update()
+            append_lines(Path(s.out) / "metrics.jsonl", [{"step": 0, "warm_step": state.warm_step, "warm_loss": loss}])
+            if state.warm_step % (10 * s.save_every) == 0 and state.warm_step < s.warm_start:
+                save_checkpoint(state, s)
+    fresh = make_state(state.policy, s)
+    state.optimizer, state.masters = fresh.optimizer, fresh.masters
+    save_checkpoint(state, s)
+
+
+def fail(message):
+    """One line on what was wrong and what to do, exit status 2."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def main(argv=None):
+    """The command line."""
+    try:
+        settings, resume = read_settings(argv)
+        train(settings, resume)
+    except UserError as error:
+        fail(error)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if "memory" not in str(error).lower() and not isinstance(error, MemoryError):
+            raise
+        fail("out of memory; lower --rollout-rows (if it happened in a rollout) or --micro-tokens (in scoring or the "
+             "update); what was saved is whole, continue with --resume")
+
+
+if __name__ == "__main__":
+    main()
