@@ -69,7 +69,8 @@ class Settings:
 
     env: str = opt("alfworld", "benchmark", ("alfworld", "webshop", "search"))
     model: str = opt("tiny", "Hugging Face name, local folder, GGUF file, or `tiny` (a million parameters, no download)")
-    algo: str = opt("sdar", "training objective", ("grpo", "sdar"))
+    algo: str = opt("sdar", "training objective", ("grpo", "sdar", "opsd", "grpo+opsd", "skill-grpo", "skill-sd", "rlsd"))
+    as_released: bool = opt(False, "where the public code differs from the paper's pseudo-code, do as the code")
     out: str = opt("", "run folder (default: runs/ENV-ALGO-MODEL)")
     seed: int = opt(233, "one seed for tasks, sampling and initial weights")
     device: str = opt("auto", "auto, cpu, cuda, cuda:1, mps")
@@ -97,8 +98,16 @@ class Settings:
                               ("trajectories", "turns"))
     loss_agg: str = opt("trajectory", "trajectory: (1/G) sum_i Agg as the paper; token: mean over all tokens as the "
                         "public code", ("trajectory", "token"))
+    gate: str = opt("gap", "what opens a token's gate", ("gap", "entropy", "soft-or", "none"))
     beta: float = opt(5.0, "sharpness of the gate")
+    gate_baseline: bool = opt(False, "subtract the mini-batch's mean gate: same expected gradient, less variance")
+    divergence: str = opt("sampled", "what is gated: the sampled log-ratio, or an exact divergence over the vocabulary",
+                          ("sampled", "reverse-kl", "forward-kl", "jsd"))
     lam: float = opt(0.01, "lambda, the weight of the distillation term")
+    rlsd_lam: float = opt(0.5, "share of RLSD's advantage that the teacher scales")
+    retrieval: str = opt("km", "which skill the teacher gets: the task's own (km), a bandit's choice, all, one by lot",
+                         ("km", "ucb", "full", "random"))
+    ucb_c: float = opt(1.0, "exploration of the bandit, in units of success rate")
     clip: float = opt(0.2, "clip range of the importance ratio")
     dual_clip: float = opt(3.0, "bound on the token loss of negative advantages, in units of |A|")
     kl: float = opt(0.01, "alpha_KL, the weight of the KL term; 0 keeps no reference policy")
@@ -123,6 +132,7 @@ class Settings:
     val_temperature: float = opt(0.4, "sampling temperature of validation; 0: greedy")
     save_every: int = opt(10, "steps between checkpoints (warm start: ten times as many)")
     keep: int = opt(2, "checkpoints kept")
+    diagnose_every: int = opt(0, "steps between measurements of the two loss terms' gradients apart; 0: never")
     log_episodes: int = opt(2, "episodes per step written to episodes.jsonl as text")
     # tiny
     tiny_width: int = opt(128, "hidden size of `tiny`")
@@ -136,6 +146,7 @@ PRESETS = {
     "search": dict(groups=128, max_turns=4, history=4, max_prompt=4096, max_teacher_prompt=5120, success_reward=1.0,
                    invalid_penalty=0.01, lr_warmup=0.1, val_temperature=0.0),
 }
+METHOD_PRESETS = {"skill-sd": dict(lam=0.001)}
 TINY = dict(prompt_style="brief", groups=8, group_size=8, max_prompt=512, max_teacher_prompt=640, max_response=48,
             micro_tokens=8192, mini_batch=0, lr=1e-4, kl=0.0, steps=20, warm_start=200, warm_lr=1e-3,
             warm_prompt_loss=0.3, val_every=10, val_episodes=64)
@@ -149,9 +160,10 @@ def make_parser():
     parser.add_argument("--resume", metavar="RUN", help="continue the run in this folder with its own settings")
     for f in dataclasses.fields(Settings):
         shown = "" if f.default == "" else f" (default: {f.default})"
-        parser.add_argument("--" + f.name.replace("_", "-"), type=type(f.default), choices=f.metadata["choices"],
-                            metavar=None if f.metadata["choices"] else f.name.upper(),
-                            help=(f.metadata["help"] + shown).replace("%", "%%"))
+        kind = {"action": "store_true"} if isinstance(f.default, bool) else {
+            "type": type(f.default), "choices": f.metadata["choices"],
+            "metavar": None if f.metadata["choices"] else f.name.upper()}
+        parser.add_argument("--" + f.name.replace("_", "-"), help=(f.metadata["help"] + shown).replace("%", "%%"), **kind)
     return parser
 
 
@@ -171,7 +183,8 @@ def read_settings(argv):
     else:
         name = explicit.get("env", Settings.env)
         tiny = TINY if explicit.get("model", Settings.model) == "tiny" else {}
-        settings = Settings(**{**PRESETS[name], **tiny, **explicit})
+        method = METHOD_PRESETS.get(explicit.get("algo"), {})
+        settings = Settings(**{**PRESETS[name], **method, **tiny, **explicit})
         short = re.sub(r"[^\w.-]+", "-", Path(settings.model).name)
         settings.out = settings.out or f"runs/{settings.env}-{settings.algo}-{short}"
     check_settings(settings)
@@ -194,6 +207,8 @@ def check_settings(s):
         raise UserError("--group-size must be at least 2: an advantage is a comparison within a group")
     if s.dual_clip <= 1:
         raise UserError(f"--dual-clip must be above 1, not {s.dual_clip}")
+    if s.gate_baseline and (s.gate != "gap" or s.divergence != "sampled"):
+        raise UserError("--gate-baseline goes with --gate gap and --divergence sampled only")
     if s.tiny_width % 32:
         raise UserError(f"--tiny-width must be a multiple of 32, not {s.tiny_width}")
 
@@ -328,6 +343,7 @@ def build_tiny(texts, s):
     config = Qwen2Config(vocab_size=len(tokenizer), hidden_size=s.tiny_width, intermediate_size=3 * s.tiny_width,
                          num_hidden_layers=s.tiny_layers, num_attention_heads=s.tiny_width // 32,
                          num_key_value_heads=s.tiny_width // 32, max_position_embeddings=8192, tie_word_embeddings=True,
+                         initializer_range=0.8 * s.tiny_width**-0.5,  # a small width needs more than the usual 0.02
                          bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     torch.manual_seed(s.seed)
     return Qwen2ForCausalLM(config), tokenizer
@@ -785,15 +801,18 @@ def response_hidden(model, prompts, responses):
     return hidden[row, starts[row] + step], ids[row, starts[row] + step + 1], mask
 
 
-def response_logps(model, prompts, responses, s, with_entropy=False):
-    """log pi(response token | prompt, earlier tokens) as (B, T) with zeros beyond the mask, and the mask (B, T); with
-    the entropy (B, T) as a third. The temperature is the rollout's: the policy that sampled is the policy scored."""
-    hidden, targets, mask = response_hidden(model, prompts, responses)
+def head_logps(model, hidden, targets, mask, s, with_entropy=False):
+    """(log-probabilities, entropies or None) of response_hidden's tokens, (B, T) with zeros beyond the mask. The
+    temperature is the rollout's: the policy that sampled is the policy scored."""
     head = model.get_output_embeddings()
     flat = chunked_logps(hidden, head.weight, targets, head.bias, s.head_chunk, s.temperature, with_entropy)
-    if not with_entropy:
-        return unflatten(flat, mask), mask
-    return unflatten(flat[0], mask), mask, unflatten(flat[1], mask)
+    return (unflatten(flat[0], mask), unflatten(flat[1], mask)) if with_entropy else (unflatten(flat, mask), None)
+
+
+def response_logps(model, prompts, responses, s):
+    """log pi(response token | prompt, earlier tokens) as (B, T) with zeros beyond the mask, and the mask (B, T)."""
+    hidden, targets, mask = response_hidden(model, prompts, responses)
+    return head_logps(model, hidden, targets, mask, s)[0], mask
 
 
 def unflatten(flat, mask):
@@ -859,11 +878,11 @@ def generator_for(policy, s, *where):
     return torch.Generator(policy.device).manual_seed(stream(s, *where))
 
 
-def make_state(policy, s):
+def make_state(policy, s, beta2=0.999):
     """AdamW over fp32 masters: a step of 1e-6 is lost in bf16, whose neighbours of 0.01 lie 6e-5 apart."""
     params = list(policy.model.parameters())
     masters = [p if p.dtype == torch.float32 else p.detach().float().requires_grad_() for p in params]
-    return State(policy, torch.optim.AdamW(masters, lr=s.lr, weight_decay=s.weight_decay), masters)
+    return State(policy, torch.optim.AdamW(masters, lr=s.lr, betas=(0.9, beta2), weight_decay=s.weight_decay), masters)
 
 
 def collect_gradients(state):
@@ -921,33 +940,91 @@ def assign_advantages(episodes, s):
 def assign_weights(episodes, minis, s):
     """Set turn.weight, the weight of each of its tokens in the loss of its mini-batch, from counts over the whole
     mini-batch (token mean) or the whole step (the paper's (1/G) sum_i Agg): micro-batches change nothing."""
-    for e in episodes:
-        for t in e.turns:  # times len(minis): the mean over the mini-batches is then the paper's sum
-            t.weight = len(minis) / len(episodes) / sum(len(t.response_ids) for t in e.turns)
-    for mini in minis if s.loss_agg == "token" else ():
-        for t in mini:
-            t.weight = 1 / sum(len(t.response_ids) for t in mini)
+    lengths = lambda turns: torch.tensor([[len(t.response_ids)] for t in turns])
+    ones = lambda turns: (torch.arange(int(lengths(turns).max())) < lengths(turns)).float()             # (turns, T)
+    if s.loss_agg == "token":
+        sets = [(mini, token_weights(ones(mini))) for mini in minis]
+    else:  # times the number of mini-batches: the mean over them is then the paper's sum
+        turns, owner = [t for e in episodes for t in e.turns], [i for i, e in enumerate(episodes) for _ in e.turns]
+        sets = [(turns, len(minis) * token_weights(ones(turns), "trajectory", owner))]
+    for turns, weights in sets:
+        for turn, weight in zip(turns, weights[:, 0].tolist()):
+            turn.weight = weight
 
 
-def step_loss(policy, turns, s):
-    """The loss of these turns as their share of the mini-batch's (the shares add up), and sums for the log."""
-    logp, mask = response_logps(policy.model, [t.prompt_ids for t in turns], [t.response_ids for t in turns], s)
+def uses_teacher(s):
+    """Whether the method scores the responses under the teacher's prompt."""
+    return s.algo in ("sdar", "skill-sd", "rlsd") or (s.as_released and s.algo in ("opsd", "grpo+opsd"))
+
+
+def uses_reference(s):
+    """Whether the method needs the frozen policy that training started from."""
+    return s.kl > 0 or (s.algo in ("opsd", "grpo+opsd") and not s.as_released)
+
+
+def step_loss(policy, turns, s, step=0, baseline=0.0):
+    """The loss of these turns as their share of the mini-batch's (the shares add up), and sums for the log. `step` is
+    RLSD's clock, `baseline` the mini-batch's mean gate if one is to be subtracted."""
+    prompts, responses = [t.prompt_ids for t in turns], [t.response_ids for t in turns]
+    hidden, targets, mask = response_hidden(policy.model, prompts, responses)
+    logp, entropy = head_logps(policy.model, hidden, targets, mask, s, s.gate in ("entropy", "soft-or"))  # (B, T)
     column = lambda name: None if getattr(turns[0], name) is None else pad_rows([getattr(t, name) for t in turns], mask)
     old, teacher, ref = column("old_logp"), column("teacher_logp"), column("ref_logp")                  # (B, T)
     old = logp.detach() if old is None else old  # one update per rollout: the policy that sampled is this one
     advantages = torch.tensor([[t.advantage] for t in turns], device=mask.device)                       # (B, 1)
     weights = torch.tensor([[t.weight] for t in turns], device=mask.device) * mask                      # (B, T)
-    tokens = method_tokens(s.algo, logp, old, advantages, teacher, ref, coef=s.lam, kl_coef=s.kl, clip=s.clip,
-                           dual_clip=s.dual_clip, beta=s.beta)                                          # (B, T)
+    if s.algo == "rlsd":
+        advantages = rlsd_advantages(advantages, old, teacher, mask, rlsd_lambda(step, s.rlsd_lam, s.as_released))
+    divergence = None
+    if s.divergence != "sampled" and teacher is not None:
+        with torch.no_grad():
+            above, _, _ = response_hidden(policy.model, [t.teacher_ids for t in turns], responses)
+        divergence = unflatten(chunked_divergence(hidden, above, policy.head.weight, s.divergence, s.head_chunk,
+                                                  policy.head.bias, s.temperature), mask)
+    tokens = method_tokens(s.algo, logp, old, advantages, teacher, ref, s.lam, s.kl, s.clip, s.dual_clip, s.as_released,
+                           beta=s.beta, gate=s.gate, entropy=entropy, divergence=divergence, baseline=baseline)
     sums = clip_diagnostics(logp, old, advantages, mask, s.clip, s.dual_clip)
     if teacher is not None:
-        sums |= gap_diagnostics(logp, teacher, mask, s.beta)
+        sums |= gap_diagnostics(logp, teacher, mask, s.beta, s.gate, entropy)
     if ref is not None:
         sums["kl"] = (k3_kl(logp.detach(), ref) * mask).sum()
     for turn, values, keep in zip(turns, logp.detach().cpu(), mask.cpu()):
         turn.logp = values[keep]
     loss = aggregate(tokens, weights)
     return loss, {"loss": loss.detach(), **sums}
+
+
+def mean_gate(turns, s):
+    """The mean gate over a mini-batch under the policy that sampled: what --gate-baseline subtracts."""
+    old, teacher = torch.cat([t.old_logp for t in turns]), torch.cat([t.teacher_logp for t in turns])
+    return sdar_gate(old, teacher, s.beta).mean().item()
+
+
+def term_gradients(policy, turns, s):
+    """Norms of the gradients of the policy term and of the distillation term of a mini-batch, and their cosine."""
+    def gradient(**changes):
+        variant = dataclasses.replace(s, kl=0.0, **changes)
+        for rows in micro_batches([len(t.prompt_ids) + len(t.response_ids) for t in turns], s.micro_tokens):
+            step_loss(policy, [turns[i] for i in rows], variant)[0].backward()
+        flat = torch.cat([p.grad.float().flatten() for p in policy.model.parameters() if p.grad is not None])
+        policy.model.zero_grad(set_to_none=True)
+        return flat
+    reward, both = gradient(algo="grpo"), gradient()
+    distill = both - reward
+    return {"grad_norm_policy": reward.norm().item(), "grad_norm_distill": distill.norm().item(),
+            "grad_cosine": F.cosine_similarity(reward, distill, dim=0).item()}
+
+
+def gap_profile(episodes):
+    """The teacher-student gap by turn of the episode and by tenth of the response (the paper's Figure 3), as means."""
+    by_turn, by_tenth = {}, {}
+    for e in episodes:
+        for number, t in enumerate(e.turns):
+            for i, gap in enumerate((t.teacher_logp - t.logp).tolist()):
+                by_turn.setdefault(number, []).append(gap)
+                by_tenth.setdefault(10 * i // len(t.response_ids), []).append(gap)
+    mean = lambda table: [round(sum(table[k]) / len(table[k]), 4) if k in table else None for k in range(max(table) + 1)]
+    return {"gap_by_turn": mean(by_turn), "gap_by_tenth": mean(by_tenth)}
 
 
 def update(state, episodes, s, lr):
@@ -957,12 +1034,15 @@ def update(state, episodes, s, lr):
     size = s.mini_batch or len(turns)
     minis = [turns[i:i + size] for i in range(0, len(turns), size)]
     assign_weights(episodes, minis, s)
-    totals, norms, skipped = {}, [], 0
+    totals, norms, skipped, apart = {}, [], 0, {}
     state.policy.model.train()
+    if s.diagnose_every and uses_teacher(s) and state.step % s.diagnose_every == 0:
+        apart = term_gradients(state.policy, minis[0], s)
     with tqdm(total=len(turns), desc="update", unit="turn", leave=False, dynamic_ncols=True) as bar:
         for mini in minis:
+            baseline = mean_gate(mini, s) if s.gate_baseline and uses_teacher(s) else 0.0
             for rows in micro_batches([len(t.prompt_ids) + len(t.response_ids) for t in mini], s.micro_tokens):
-                loss, sums = step_loss(state.policy, [mini[i] for i in rows], s)
+                loss, sums = step_loss(state.policy, [mini[i] for i in rows], s, state.step, baseline)
                 loss.backward()
                 collect_gradients(state)
                 for name, value in sums.items():
@@ -972,45 +1052,88 @@ def update(state, episodes, s, lr):
             norms, skipped = norms + [norm] * applied, skipped + (not applied)
     state.policy.model.eval()
     tokens, loss = totals.pop("tokens"), totals.pop("loss") / len(minis)
-    return {"loss": loss, **{k: v / tokens for k, v in totals.items()}, "grad_norm": sum(norms) / max(len(norms), 1),
+    return {"loss": loss, **{k: v / tokens for k, v in totals.items()}, **apart, "grad_norm": sum(norms) / max(len(norms), 1),
             "updates": len(minis), "updates_skipped": skipped, "lr": lr, "update_tokens": int(tokens)}
 
 
-def choose_skills(env, sessions_categories, s, bandit):
-    """(name, text) of the skill for each episode: the category's own, decided once from the task."""
-    return [(c, env.skill(c)) for c in sessions_categories]
+def choose_skills(env, categories, s, bandit, step):
+    """(name, text) of a skill for each task, from its category, which was decided once from the task alone.
+
+    km: the category's own; full: the library; random: one by lot; ucb: the skill of the highest mean success plus
+    --ucb-c * sqrt(ln N / n), untried ones first, one bandit per category. `bandit`, {category: {skill: [n, successes]}},
+    counts the choice; the caller adds the successes.
+    """
+    lot, chosen = random.Random(stream(s, "retrieval", step)), []
+    for category in categories:
+        name = {"km": category, "full": "full", "ucb": ""}.get(s.retrieval) if s.retrieval != "random" else lot.choice(
+            env.skill_names)
+        if s.retrieval == "ucb":
+            arms = bandit.setdefault(category, {k: [0, 0.0] for k in env.skill_names})
+            total = sum(n for n, _ in arms.values())
+            name = max(arms, key=lambda k: arms[k][1] / arms[k][0] + s.ucb_c * math.sqrt(math.log(total) / arms[k][0])
+                       if arms[k][0] else math.inf)
+            arms[name][0] += 1
+        chosen.append((name, env.all_skills() if name == "full" else env.skill(name, s.prompt_style == "brief")))
+    return chosen
+
+
+def score_step(state, reference, turns, s, lap):
+    """All log-probabilities that the losses need besides the current ones, each phase timed."""
+    scored = sum(len(t.prompt_ids) + len(t.response_ids) for t in turns)
+    if uses_teacher(s):
+        score_turns(state.policy.model, turns, "teacher_ids", "teacher_logp", s, "teacher")
+        lap("teacher", sum(len(t.teacher_ids) + len(t.response_ids) for t in turns))
+    if reference is not None:
+        score_turns(reference, turns, "prompt_ids", "ref_logp", s, "reference")
+        lap("reference", scored)
+    if (s.mini_batch and len(turns) > s.mini_batch) or s.gate_baseline:  # else the current policy is the old one
+        score_turns(state.policy.model, turns, "prompt_ids", "old_logp", s, "old policy")
+        lap("old_policy", scored)
 
 
 def train_step(state, env, reference, s):
-    """One step of Algorithm 1: rollout, scoring, advantages, update. Returns (episodes, metrics); state.step is left
-    to the caller. Only the update changes the weights, and it holds Ctrl-C back until it is whole."""
-    policy, clock = state.policy, Clock()
-    split = s.split or env.splits[0]
-    tasks = draw_tasks(env, split, s, state.cursor, s.groups)
-    task_ids = [t for t in tasks for _ in range(s.group_size)]
-    teacher = s.algo == "sdar"
-    skills = choose_skills(env, [env.start(t).category for t in task_ids], s, state.bandit) if teacher else None
-    episodes = rollout(policy, env, task_ids, s, generator_for(policy, s, "rollout", state.step), s.temperature, skills,
-                       teacher, f"step {state.step + 1} rollout")
+    """One step of Algorithm 1: rollout, scoring, advantages, update. Returns (episodes, metrics). Only the last block
+    changes the state, and it holds Ctrl-C back until it is whole."""
+    policy, phases, lap = state.policy, {}, None
+    lap = stopwatch(phases, policy.device)
+    tasks, bandit = draw_tasks(env, s.split or env.splits[0], s, state.cursor, s.groups), copy.deepcopy(state.bandit)
+    repeat = lambda rows: [row for row in rows for _ in range(s.group_size)]
+    skills = None
+    if uses_teacher(s) or s.algo == "skill-grpo":
+        skills = choose_skills(env, [env.start(t).category for t in tasks], s, bandit, state.step)
+    episodes = rollout(policy, env, repeat(tasks), s, generator_for(policy, s, "rollout", state.step), s.temperature,
+                       skills and repeat(skills), uses_teacher(s), f"step {state.step + 1} rollout")
     turns = [t for e in episodes for t in e.turns]
-    clock.lap("rollout", sum(len(t.response_ids) for t in turns))
-    scored = sum(len(t.prompt_ids) + len(t.response_ids) for t in turns)
-    if teacher:
-        score_turns(policy.model, turns, "teacher_ids", "teacher_logp", s, "teacher")
-        clock.lap("teacher", sum(len(t.teacher_ids) + len(t.response_ids) for t in turns))
-    if reference is not None:
-        score_turns(reference, turns, "prompt_ids", "ref_logp", s, "reference")
-        clock.lap("reference", scored)
-    if s.mini_batch and len(turns) > s.mini_batch:
-        score_turns(policy.model, turns, "prompt_ids", "old_logp", s, "old policy")
-        clock.lap("old_policy", scored)
+    lap("rollout", sum(len(t.response_ids) for t in turns))
+    score_step(state, reference, turns, s, lap)
     assign_advantages(episodes, s)
+    if s.retrieval == "ucb" and skills:
+        for i, (task, (name, _)) in enumerate(zip(tasks, skills)):
+            group = episodes[i * s.group_size:(i + 1) * s.group_size]
+            bandit[env.start(task).category][name][1] += sum(e.won for e in group) / s.group_size
     with uninterrupted():
         warmup = s.lr_warmup * s.steps
         metrics = update(state, episodes, s, s.lr * min(1.0, (state.step + 1) / warmup) if warmup else s.lr)
-        clock.lap("update", scored)
-        state.step, state.cursor = state.step + 1, state.cursor + s.groups
-        return episodes, {"step": state.step, **episode_metrics(episodes, turns), **metrics, **clock.metrics(policy)}
+        lap("update", sum(len(t.prompt_ids) + len(t.response_ids) for t in turns))
+        if uses_teacher(s):
+            metrics |= gap_profile(episodes)
+        state.step, state.cursor, state.bandit = state.step + 1, state.cursor + s.groups, bandit
+    seconds = {"seconds": sum(phases[k] for k in phases if k.startswith("seconds")), **phases}
+    return episodes, {"step": state.step, **episode_metrics(episodes, turns), **metrics, **seconds,
+                      "peak_memory_mib": peak_memory(policy.device)}
+
+
+def stopwatch(phases, device):
+    """A function lap(phase, tokens) that writes seconds and tokens per second since the last lap into `phases`."""
+    last = [time.perf_counter()]
+
+    def lap(phase, tokens):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        now = time.perf_counter()
+        phases[f"seconds_{phase}"], phases[f"tokens_per_s_{phase}"] = now - last[0], tokens / (now - last[0])
+        last[0] = now
+    return lap
 
 
 def episode_metrics(episodes, turns):
@@ -1028,27 +1151,6 @@ def episode_metrics(episodes, turns):
             "valid": sum(t.valid for t in turns) / m, "admissible": sum(t.admissible for t in turns) / m,
             "prompts_shortened": sum(t.shortened for t in turns), "advantage_min": min(advantages),
             "advantage_max": max(advantages), "groups_without_variance": sum(len(r) == 1 for r in groups.values())}
-
-
-class Clock:
-    """Seconds and tokens per phase of a step."""
-
-    def __init__(self):
-        self.phases, self.last = {}, time.perf_counter()
-
-    def lap(self, phase, tokens):
-        """End a phase that worked through this many tokens."""
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        now = time.perf_counter()
-        self.phases[phase], self.last = (now - self.last, tokens), now
-
-    def metrics(self, policy):
-        """seconds_*, tokens_per_s_* and the peak memory in MiB of the device (a CPU: of the process)."""
-        out = {"seconds": sum(seconds for seconds, _ in self.phases.values())}
-        for phase, (seconds, tokens) in self.phases.items():
-            out[f"seconds_{phase}"], out[f"tokens_per_s_{phase}"] = seconds, tokens / seconds
-        return {**out, "peak_memory_mib": peak_memory(policy.device)}
 
 
 def peak_memory(device):
@@ -1098,7 +1200,7 @@ def expert_turns(policy, env, task_id, s, seed):
     that the teacher knows how to use it."""
     session, lot, turns = env.start(task_id, seed=seed), random.Random(seed), []
     while not session.done and len(turns) < s.max_turns:
-        skill = env.skill(session.category) if lot.random() < 0.5 else ""
+        skill = env.skill(session.category, s.prompt_style == "brief") if lot.random() < 0.5 else ""
         text = session.expert()
         ids, _ = student_prompt(policy, session, s, skill)
         turns.append((ids, policy.tokenizer(text, add_special_tokens=False)["input_ids"]))
@@ -1322,7 +1424,7 @@ def begin(s, env, resume):
             (out / name).unlink(missing_ok=True)
         write_text(out / "config.json", json.dumps(dataclasses.asdict(s), indent=1))
         texts = tiny_texts(env, s) if s.model == "tiny" else ()
-        return make_state(load_policy(s.model, s.device, texts, s), s)
+        return make_state(load_policy(s.model, s.device, texts, s), s, 0.98 if s.warm_start else 0.999)
     if found is None or found == out:  # killed before its first checkpoint
         raise UserError(f"{out} has no checkpoint yet; start it again without --resume")
     state = load_checkpoint(found, s)
@@ -1334,7 +1436,7 @@ def begin(s, env, resume):
 
 def reference_policy(state, s):
     """The frozen policy of the KL term: the weights that RL started from, kept in RUN/reference for a resumed run."""
-    if s.kl == 0:
+    if not uses_reference(s):
         return None
     path = Path(s.out) / "reference"
     if state.step == 0:

@@ -241,7 +241,8 @@ def test_response_logps_are_those_of_the_full_logits(policy):
     rng, eos = random.Random(1), policy.tokenizer.eos_token_id
     prompts = [[rng.randrange(300) for _ in range(n)] for n in (3, 12, 7)]
     responses = [[rng.randrange(300) for _ in range(n)] + [eos] for n in (6, 1, 3)]
-    logp, mask, entropy = sdar.response_logps(policy.model, prompts, responses, settings(head_chunk=4), with_entropy=True)
+    hidden, targets, mask = sdar.response_hidden(policy.model, prompts, responses)
+    logp, entropy = sdar.head_logps(policy.model, hidden, targets, mask, settings(head_chunk=4), with_entropy=True)
     assert mask.sum(1).tolist() == [7, 2, 4]
     for row, (p, r) in enumerate(zip(prompts, responses)):
         full = torch.log_softmax(policy.model(torch.tensor([p + r])).logits[0].float(), -1)
