@@ -1,27 +1,54 @@
-"""The environments."""
+"""ALFWorld, WebShop and Search-QA as text environments in plain Python and numpy.
 
-import bisect
+The benchmarks' own data, read in place: no TextWorld, no planner, no Java, no Lucene, no spaCy, no faiss. Without data
+each benchmark builds games of its own in the same format from a seed, so that everything runs offline.
+
+Each is one class (`Alfworld`, `WebShopEnv`, `SearchQA`; open_env) with the same few members:
+
+    source, splits, stop        a line on the data found; names of the splits; the tags that close a response
+    tasks(split)                sorted task ids
+    start(task_id, seed)        a session: one episode
+    step(sessions, responses)   advance many sessions by the raw text that a model wrote
+    skill(category)             what the teacher is told; all_skills(), skill_names
+
+A session has task, category, group, observation, turns, prompt(skill, history, room, brief), expert(), and after a step
+action, valid, admissible, done, won, score, details. Nothing here knows of torch or of training.
+
+    python envs.py download alfworld|webshop [DIR]
+"""
+
 import copy
 import functools
+import glob
+import gzip
 import hashlib
 import http.client
 import inspect
+import io
+import itertools
 import json
-import numpy as np
+import math
 import os
 import random
 import re
+import string
 import sys
 import time
 import urllib.error
 import urllib.request
 import zipfile
-from collections import Counter, OrderedDict
+import zlib
+from array import array
+from collections import Counter, OrderedDict, namedtuple
+from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
+
+import numpy as np
 from tqdm import tqdm
 
 # --------------------------------------------------------------------------------------------------------------------
-# common
+# Errors, data, downloads, skills, panels: what the three benchmarks share
 # --------------------------------------------------------------------------------------------------------------------
 
 class UserError(Exception):
@@ -34,9 +61,9 @@ def open_env(name, data=None, seed=233, skills=None, **options):
     if name not in classes:
         raise UserError(f"unknown environment {name!r}; choose one of {', '.join(classes)}")
     cls = globals()[classes[name]]
-    unknown = set(options) - set(inspect.signature(cls).parameters)
-    if unknown:
-        raise UserError(f"{name} has no option {sorted(unknown)[0]!r}; it takes " + ", ".join(inspect.signature(cls).parameters))
+    known = [p for p in inspect.signature(cls).parameters if p not in ("data", "seed", "skills")]
+    if unknown := sorted(set(options) - set(known)):
+        raise UserError(f"{name} has no option {unknown[0]!r}; it takes {', '.join(known)}")
     return cls(data=data, seed=seed, skills=skills, **options)
 
 
@@ -129,6 +156,16 @@ def read_skills(folder, categories, aliases=None):
     return library
 
 
+def skill_text(library, category=None, brief=False):
+    """The text of a category: general skills, its own, common mistakes; brief: its own alone; without a category the
+    whole library. Raises UserError for an unknown category."""
+    categories = [name for name in library if name not in ("general", "mistakes")]
+    if category is not None and category not in categories:
+        raise UserError(f"no skill {category!r}; there are {', '.join(categories)}")
+    names = ["general", *(categories if category is None else [category]), "mistakes"]
+    return "\n".join(library[name] for name in ([category] if brief else names) if library[name])
+
+
 # ---- downloads ----
 
 def download(url, path, sha256=None, size=None, tries=5):
@@ -194,23 +231,8 @@ def check_zip(path):
         raise UserError(f"{path} is damaged ({broken}); it was removed, download it again")
 
 
-def main(argv=None):
-    """Command line: python envs.py download alfworld|webshop [DIR]"""
-    argv = sys.argv[1:] if argv is None else argv
-    try:
-        if len(argv) not in (2, 3) or argv[0] != "download" or argv[1] not in ("alfworld", "webshop"):
-            raise UserError("usage: python envs.py download alfworld|webshop [DIR]")
-        folder = Path(argv[2] if len(argv) == 3 else os.environ.get(argv[1].upper() + "_DATA") or
-                      Path.home() / ".cache" / argv[1])
-        globals()["download_" + argv[1]](folder)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
-
-
 # --------------------------------------------------------------------------------------------------------------------
-# bm25
+# BM25 as Lucene computes it, in numpy
 # --------------------------------------------------------------------------------------------------------------------
 
 STOP_WORDS = frozenset("a an and are as at be but by for if in into is it no not of on or such that the their then "
@@ -233,8 +255,8 @@ _WORD = re.compile(rf"(?:{_LETTER}+(?:[{_MIDDLE}]{_LETTER}+)*|\d+(?:[{_POINT}]\d
 _ASCII_WORD = re.compile(r"(?:[A-Za-z]+(?:[:.'][A-Za-z]+)*|[0-9]+(?:[.,;'][0-9]+)*|_+)+")  # the same, twice as fast
 _STEP2, _STEP3, _STEP4 = [sorted((tuple(rule.split(":")) for rule in rules.split()), key=lambda rule: -len(rule[0]))
                           for rules in (
-    "ational:ate tional:tion enci:ence anci:ance izer:ize bli:ble alli:al entli:ent eli:e ousli:ous ization:ize ation:ate "
-    "ator:ate alism:al iveness:ive fulness:ful ousness:ous aliti:al iviti:ive biliti:ble logi:log",
+    "ational:ate tional:tion enci:ence anci:ance izer:ize bli:ble alli:al entli:ent eli:e ousli:ous ization:ize "
+    "ation:ate ator:ate alism:al iveness:ive fulness:ful ousness:ous aliti:al iviti:ive biliti:ble logi:log",
     "icate:ic ative: alize:al iciti:ic ical:ic ful: ness:",
     "al: ance: ence: er: ic: able: ible: ant: ement: ment: ent: ion: ou: ism: ate: iti: ous: ive: ize:")]
 
@@ -313,6 +335,7 @@ class BM25:
     """An inverted index over texts (any iterable of str, read once) kept in a few arrays: 6 bytes a posting."""
 
     CHUNK = 4096
+    tie_rank = None  # an array: equal scores are ordered by it instead of by index
 
     def __init__(self, texts=(), k1=0.9, b=0.4):
         self.k1, self.b, self.terms, self._cache = float(k1), float(b), {}, {}
@@ -324,7 +347,8 @@ class BM25:
                 chunk = []
         self._add(chunk, chunks, lengths)
         lengths = np.concatenate(lengths)
-        self._invert(chunks, (np.searchsorted(BYTE_LENGTHS, lengths, 'right') - 1).astype(np.uint16), len(lengths), float(lengths.sum()))
+        length_byte = (np.searchsorted(BYTE_LENGTHS, lengths, "right") - 1).astype(np.uint16)
+        self._invert(chunks, length_byte, len(lengths), float(lengths.sum()))
 
     def _term_ids(self, text, grow=False):
         """Ids of the index terms of a text, in order; unknown terms are added (building) or left out (searching)."""
@@ -370,7 +394,7 @@ class BM25:
         self._prepare(n_docs, total_length)
 
     def _prepare(self, n_docs, total_length):
-        self.n_docs, self.total_length, self._cache = n_docs, total_length, {}
+        self.n_docs, self.total_length, self._cache, self._peaks = n_docs, total_length, {}, {}
         mean_length = np.float32(total_length / max(n_docs, 1)) or np.float32(1)
         length, k1, b = BYTE_LENGTHS.astype(np.float32), np.float32(self.k1), np.float32(self.b)
         inverse_norm = np.float32(1) / (k1 * ((np.float32(1) - b) + b * length / mean_length))
@@ -379,39 +403,39 @@ class BM25:
 
     def search(self, query, k=10):
         """(indices, scores), best first, at most k, only documents with a query term; float32 scores as Lucene's."""
-        counts = Counter(self._term_ids(query))
         lists = []
-        for term, count in counts.items():
+        for term, count in Counter(self._term_ids(query)).items():
             low, high = self.starts[term], self.starts[term + 1]
             weight = np.float32(count) * np.float32(np.log(1 + (self.n_docs - (high - low) + 0.5) / (high - low + 0.5)))
-            lists.append((high - low, weight, self.docs[low:high], self.codes[low:high]))
-        lists.sort(key=lambda item: item[0])
-        return self._top(lists, k)
+            docs, codes = self.docs[low:high], self.codes[low:high]
+            if high - low > self.CHUNK and term not in self._peaks:  # the most that this term can give any document
+                self._peaks[term] = 1 - 1 / float(self.saturation[codes].max())
+            lists.append((weight, weight * self._peaks.get(term, 1.0), docs, codes))
+        return self._top(sorted(lists, key=lambda item: len(item[2])), k)
 
     def _top(self, lists, k):
         """Exact top k. Rare terms first; once the terms left cannot lift an unseen document into the top k, they are
         looked up for the documents still in question only (the MaxScore bound of Turtle and Flood)."""
-        scores, seen, left = np.zeros(self.n_docs), None, float(sum(item[1] for item in lists))
-        best_possible = 0.0
-        for size, weight, docs, codes in lists:
-            if seen is None and size > 20_000 and left < best_possible:
-                nonzero = np.flatnonzero(scores)
-                if len(nonzero) >= k:
-                    threshold = np.partition(scores[nonzero], -k)[-k]
-                    if left < threshold:
-                        seen = nonzero[scores[nonzero] + left >= threshold].astype(np.int32)
-            if seen is not None:
-                place = np.searchsorted(docs, seen)
-                place = place[docs[np.minimum(place, size - 1)] == seen]
+        scores, found, done, left = np.zeros(self.n_docs), None, 0.0, 1e-3 + float(sum(item[1] for item in lists))
+        for weight, peak, docs, codes in lists:
+            if len(docs) > self.CHUNK and (found is not None or left < 0.8 * done):
+                seen = np.flatnonzero(scores) if found is None else found
+                sums = scores[seen]
+                threshold = np.partition(sums, -k)[-k] if len(seen) >= k > 0 else 0.0
+                if left < threshold:
+                    found = seen[sums + left >= threshold]
+            if found is not None:
+                place = np.searchsorted(docs, found.astype(np.int32))
+                place = place[docs[np.minimum(place, len(docs) - 1)] == found]
                 docs, codes = docs[place], codes[place]
             scores[docs] += weight - weight / self.saturation[codes]
-            left, best_possible = left - float(weight), best_possible + float(weight)
-        found = np.flatnonzero(scores) if seen is None else seen
+            left, done = left - float(peak), done + float(peak)
+        found = np.flatnonzero(scores) if found is None else found
         value = scores[found].astype(np.float32)
         if len(found) > k > 0:
             keep = value >= np.partition(value, -k)[-k]
             found, value = found[keep], value[keep]
-        order = np.lexsort((found, -value))[:max(k, 0)]
+        order = np.lexsort((found if self.tie_rank is None else self.tie_rank[found], -value))[:max(k, 0)]
         return found[order].astype(np.int64), value[order]
 
     def save(self, path):
@@ -430,7 +454,7 @@ class BM25:
                 terms = file["terms"].tobytes().decode()
                 index.starts, index.docs, index.codes = file["starts"], file["docs"], file["codes"]
                 index.k1, index.b, n_docs, total_length = file["settings"].tolist()
-        except (KeyError, OSError, EOFError, UnicodeDecodeError, ValueError) as error:
+        except (KeyError, OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
             raise ValueError(f"{path} is not a saved BM25 index ({type(error).__name__}); build it again") from error
         index.terms = {term: i for i, term in enumerate(terms.split("\n"))} if terms else {}
         index._prepare(int(n_docs), total_length)
@@ -438,16 +462,23 @@ class BM25:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# alfworld
+# ALFWorld
 # --------------------------------------------------------------------------------------------------------------------
 
 ALFWORLD_URL = "https://github.com/alfworld/alfworld/releases/download/0.4.2/json_2.1.3_tw-pddl.zip"
-ALFWORLD_GROUPS = {  # task type as it stands in a game's path -> column of the paper's table
-    "pick_and_place": "Pick", "look_at_obj_in_light": "Look", "pick_clean_then_place_in_recep": "Clean",
-    "pick_heat_then_place_in_recep": "Heat", "pick_cool_then_place_in_recep": "Cool", "pick_two_obj_and_place": "Pick2"}
+ALFWORLD_TYPES = {  # task type, as in a game's path: (column of the paper's table, predicate of the goal that tells it)
+    "look_at_obj_in_light": ("Look", "istoggled"), "pick_clean_then_place_in_recep": ("Clean", "isclean"),
+    "pick_heat_then_place_in_recep": ("Heat", "ishot"), "pick_cool_then_place_in_recep": ("Cool", "iscool"),
+    "pick_two_obj_and_place": ("Pick2", "not"), "pick_and_place": ("Pick", "inreceptacle")}
 
-# ---- reading a game file ----
+# ---- reading a game file: JSON with a PDDL domain, a grammar, a PDDL problem and a walkthrough ----
 
+_ALFRED_ACTIONS = set("look inventory examineReceptacle examineObject GotoLocation OpenObject CloseObject PickupObject "
+                      "PutObject CleanObject HeatObject CoolObject ToggleObject SliceObject".split())
+_TREATMENTS = {"clean": ("cleanable", "isclean", "isdirty"), "heat": ("heatable", "ishot", "iscool"),
+               "cool": ("coolable", "iscool", "ishot")}  # verb: (precondition, effect, effect it undoes)
+_CHANGING = ("atlocation objectatlocation inreceptacle not_inreceptacle holds opened isclean isdirty ishot iscool "
+             "istoggled issliced").split()
 _HELP = """Available commands:
   look:                             look around your current location
   inventory:                        check your current inventory
@@ -463,642 +494,481 @@ _HELP = """Available commands:
   cool (object) with (receptacle):  cool an object using a receptacle
   slice (object) with (object):     slice an object using a sharp object
 """
-_ACTIONS = set("look inventory help examineReceptacle examineObject GotoLocation OpenObject CloseObject PickupObject PutObject "
-               "CleanObject HeatObject CoolObject ToggleObject SliceObject".split())
-_TOOLS = {"clean": {"sinktype", "sinkbasintype"}, "heat": {"microwavetype"}, "cool": {"fridgetype"}}
-_ABLE = {"clean": "cleanable", "heat": "heatable", "cool": "coolable"}
-_DYNAMIC = ("atlocation objectatlocation inreceptacle holds holdsany opened checked isclean ishot iscool istoggled ison "
-            "issliced").split()
 
 
 @functools.lru_cache(maxsize=8)
 def _read_domain(domain):
-    """(has help, {verb: receptacle types that can do it}) of a pddl_domain; UserError if it is not ALFRED's."""
-    blocks = re.sub(r";.*", "", domain).split("(:action")[1:]
-    actions = {block.split(None, 1)[0]: block for block in blocks}
-    if not (_ACTIONS - {"help"} <= set(actions) <= _ACTIONS):
-        raise UserError("its pddl_domain is not ALFRED's: " + ", ".join(sorted(_ACTIONS ^ set(actions))))
-    tools = {verb: {kind.lower() for kind in re.findall(r"receptacleType \?r (\w+)", actions[verb.title() + "Object"])}
-             for verb in _ABLE}
-    return "help" in actions, tools
+    """(has a help action, {verb: types of receptacle it needs}) of a pddl_domain. UserError unless it is ALFRED's."""
+    blocks = {block.split(None, 1)[0]: block for block in re.sub(r";.*", "", domain).split("(:action")[1:]}
+    if set(blocks) - {"help"} != _ALFRED_ACTIONS:
+        raise UserError("its pddl_domain is not ALFRED's: " + ", ".join(sorted(set(blocks) ^ _ALFRED_ACTIONS)))
+    return "help" in blocks, {verb: {kind.lower() for kind in re.findall(r"receptacleType \?r (\w+)", blocks[
+        verb.title() + "Object"])} for verb in _TREATMENTS}
 
 
 def _parse_goal(text):
-    """The nested tuples of the PDDL condition that follows "(:goal" in `text` (lower-cased)."""
+    """The PDDL condition after "(:goal" as nested tuples."""
     stack = [[]]
     for token in re.findall(r"[()]|[^\s()]+", text[text.index("(:goal") + len("(:goal"):]):
         if token == "(":
             stack.append([])
-        elif token == ")":
-            done = tuple(stack.pop())
-            if not stack or len(stack) == 1:
-                return done
-            stack[-1].append(done)
-        else:
+        elif token != ")":
             stack[-1].append(token)
+        elif len(stack) == 2:
+            return tuple(stack[1])
+        else:
+            stack[-2].append(tuple(stack.pop()))
     raise ValueError("the goal is not closed")
 
 
 def _goal_atoms(goal):
-    """The conditions that must all hold in `goal`, with nested conjunctions and existential quantifiers opened."""
+    """All that must hold together for `goal`, through nested conjunctions and existential quantifiers."""
     if goal[0] == "and":
         return [atom for part in goal[1:] for atom in _goal_atoms(part)]
     return _goal_atoms(goal[2]) if goal[0] == "exists" else [goal]
 
 
-def _holds(goal, facts, objects, bound):
-    """Whether a PDDL condition holds. facts: predicate -> set of argument tuples; objects: type -> names; bound: variable ->
-    name. A variable runs over the arguments of the facts that its atoms allow, not over all objects: exact and quick."""
-    operator = goal[0]
-    if operator == "and":
-        return all(_holds(part, facts, objects, bound) for part in goal[1:])
-    if operator == "or":
-        return any(_holds(part, facts, objects, bound) for part in goal[1:])
+def _true(goal, facts, objects, bound):
+    """Whether a PDDL condition holds. facts: predicate -> set of argument tuples; objects: type -> names; bound:
+    variable -> name. A variable runs over the arguments of facts that its atoms allow: exact, and quick."""
+    operator, *parts = goal
+    if operator in ("and", "or"):
+        return (all if operator == "and" else any)(_true(part, facts, objects, bound) for part in parts)
     if operator == "not":
-        return not _holds(goal[1], facts, objects, bound)
+        return not _true(parts[0], facts, objects, bound)
     if operator == "forall":
-        return not _holds(("exists", goal[1], ("not", goal[2])), facts, objects, bound)
+        return not _true(("exists", parts[0], ("not", parts[1])), facts, objects, bound)
     if operator == "=":
-        return bound.get(goal[1], goal[1]) == bound.get(goal[2], goal[2])
+        return bound.get(parts[0], parts[0]) == bound.get(parts[1], parts[1])
     if operator != "exists":
-        return tuple(bound.get(name, name) for name in goal[1:]) in facts.get(operator, ())
-    if not goal[1]:
-        return _holds(goal[2], facts, objects, bound)
-    variable, rest = goal[1][0], goal[1][1:]
-    kind = next((rest[i + 1] for i, name in enumerate(rest) if name == "-"), "object")
-    rest = rest[2:] if rest[:1] == ("-",) else rest
-    candidates = objects.get(kind, ())
-    for atom in _goal_atoms(goal[2]):
-        if variable in atom[1:] and atom[0] not in ("not", "or", "forall", "="):
-            names = [bound.get(name, name) for name in atom[1:]]
-            fits = {fact[names.index(variable)] for fact in facts.get(atom[0], ())
-                    if all(name == value or name[0] == "?" for name, value in zip(names, fact))}
-            candidates = fits.intersection(candidates)
-    return any(_holds(("exists", rest, goal[2]), facts, objects, {**bound, variable: name}) for name in candidates)
+        return tuple([bound.get(name, name) for name in parts]) in facts.get(operator, ())
+    if not parts[0]:
+        return _true(parts[1], facts, objects, bound)
+    variable, *rest = parts[0]
+    candidates = set(objects.get(rest[rest.index("-") + 1] if "-" in rest else "object", ()))
+    rest = rest[2:] if rest[:1] == ["-"] else rest
+    for predicate, *names in _goal_atoms(parts[1]):
+        if candidates and variable in names and predicate not in ("not", "or", "forall", "="):
+            at, known = names.index(variable), [(i, bound.get(name, name)) for i, name in enumerate(names)]
+            known = [(i, name) for i, name in known if name[0] != "?"]
+            fits = [fact for fact in facts.get(predicate, ()) if fact[at] in candidates]
+            candidates &= {fact[at] for fact in fits if all(fact[i] == name for i, name in known)}
+    return any(_true(("exists", rest, parts[1]), facts, objects, {**bound, variable: name}) for name in candidates)
 
 
-def _read_game(text, where="game"):
-    """Parses the JSON text of a game.tw-pddl into the parts that AlfworldGame needs. Raises UserError naming `where`."""
+def _in_grammar(command, moves):
+    """A walkthrough's command in the wording of the game's own grammar (one release mixed the two)."""
+    found = re.fullmatch(r"put (.+) in/on (.+)" if moves else r"move (.+) to (.+)", command)
+    return ("move {} to {}" if moves else "put {} in/on {}").format(*found.groups()) if found else command
+
+
+def _read_game(text, where):
+    """The parts of a game.tw-pddl that AlfworldGame needs. Raises UserError naming the file `where`."""
     try:
         data = json.loads(text)
         grammar, problem = data["grammar"], data["pddl_problem"].lower()
         has_help, tools = _read_domain(data["pddl_domain"])
         head, init = problem[:problem.index("(:goal")].split("(:init", 1)
-        facts = {}
-        for name, arguments in re.findall(r"\(([\w-]+)([^()]*)\)", init):
-            if name != "distance":
-                facts.setdefault(name, set()).add(tuple(arguments.split()))
-        objects = {}
+        facts, objects = {}, {}
+        for predicate, arguments in re.findall(r"\(([\w-]+)([^()]*)\)", init):
+            if predicate != "distance":  # a cost, no fact
+                facts.setdefault(predicate, set()).add(tuple(arguments.split()))
         for name, kind in re.findall(r"([\w-]+)\s+-\s+([\w-]+)", head):
             objects.setdefault(kind, []).append(name)
-        task = re.search(r"Your task is to: (.*?)\"", grammar).group(1)
-        moves = "move {o} to {r}" in grammar
+        moves = "move {o} to {r}" in grammar  # games from before November 2024 say "put X in/on Y"
         if not moves and "put {o} in/on {r}" not in grammar:
-            raise UserError("its grammar has neither \"move X to Y\" nor \"put X in/on Y\"")
-        walkthrough = [_in_grammar(command, moves) for command in data.get("walkthrough") or ()]
-        return dict(facts=facts, objects=objects, goal=_parse_goal(problem), task=task.strip(), walkthrough=walkthrough,
-                    moves=moves, named_places="You arrive at {r.name}" in grammar, help=has_help, tools=tools,
-                    solvable=bool(data.get("solvable", True)))
+            raise UserError('its grammar has neither "move X to Y" nor "put X in/on Y"')
+        return dict(facts=facts, objects=objects, goal=_parse_goal(problem), help=has_help, tools=tools, moves=moves,
+                    task=re.search(r'Your task is to: (.*?)"', grammar)[1].strip(),
+                    arrives_at_name="You arrive at {r.name}" in grammar,
+                    walkthrough=[_in_grammar(command, moves) for command in data.get("walkthrough") or ()])
     except UserError as error:
         raise UserError(f"{where} cannot be played: {error}") from None
-    except (ValueError, KeyError, AttributeError, TypeError, IndexError) as error:
+    except (ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
         raise UserError(f"{where} is not a readable game.tw-pddl ({error!r}); fetch it again") from None
 
 
-def _in_grammar(command, moves):
-    """A walkthrough's command in the wording of the game's own grammar (some releases mix the two)."""
-    old = re.fullmatch(r"put (.+) in/on (.+)", command)
-    new = re.fullmatch(r"move (.+) to (.+)", command)
-    if old and moves:
-        return f"move {old[1]} to {old[2]}"
-    return f"put {new[1]} in/on {new[2]}" if new and not moves else command
+# ---- the engine ----
 
 
-def _names(facts):
-    """Entity id -> the name the player sees. As AlfredDemangler(shuffle=False): the ids of one kind, sorted, count DOWN."""
-    ids = sorted({name for tuples in facts.values() for arguments in tuples for name in arguments})
-    kinds = [(name, name.split("_bar_", 1)[0] + ("basin" if "basin" in name else "")) for name in ids if "_bar_" in name]
-    left = Counter(kind for _, kind in kinds)
-    names = {}
-    for name, kind in kinds:
+def _series(names):
+    """A list as the original prints it: "a mug 1, and a pen 2", or "nothing"."""
+    return ", ".join(names[:-1]) + ", and " + names[-1] if len(names) > 1 else names[0] if names else "nothing"
+
+
+def _player_names(facts):
+    """Entity id -> name the player reads; as AlfredDemangler(shuffle=False), the sorted ids of a kind count DOWN."""
+    ids = sorted({name for tuples in facts.values() for arguments in tuples for name in arguments if "_bar_" in name})
+    kinds = [name.split("_bar_", 1)[0] + ("basin" if "basin" in name else "") for name in ids]
+    left, names = Counter(kinds), {}
+    for name, kind in zip(ids, kinds):
         names[name] = f"{kind} {left[kind]}"
         left[kind] -= 1
     return names
 
 
-def _series(names):
-    """"a mug 1, and a pen 2" (or "nothing"): the original's way to print a list."""
-    if len(names) < 2:
-        return names[0] if names else "nothing"
-    return ", ".join(names[:-1]) + ", and " + names[-1]
-
-
-def _goal_task_type(goal):
-    """Task type read off the goal itself, for games that come without a path."""
-    predicates = {atom[0] for atom in _goal_atoms(goal)}
-    for predicate, kind in (("istoggled", "look_at_obj_in_light"), ("isclean", "pick_clean_then_place_in_recep"),
-                            ("ishot", "pick_heat_then_place_in_recep"), ("iscool", "pick_cool_then_place_in_recep"),
-                            ("not", "pick_two_obj_and_place")):
-        if predicate in predicates:
-            return kind
-    return "pick_and_place"
-
-
 class AlfworldGame:
-    """One game of ALFWorld, played as the original (alfworld 0.4.2 on textworld 1.7.0) plays it.
+    """One game of ALFWorld, played to the letter as the original does (alfworld 0.4.2 on textworld 1.7.0).
 
-    source: path of a game.tw-pddl, its JSON text, or the parts as _read_game returns them; where: the path to read the
-    task type from when the source is not a path. Attributes: task, task_type, walkthrough, solvable; after reset() also
-    admissible_commands (sorted) and won. The parsed file is never changed: copy.copy(game) plays independently after its
-    own reset(). Raises UserError for a file that cannot be played.
+    source: path of a game.tw-pddl, its JSON text, or its parts (see _read_game); where: the path that names the task
+    type if `source` is none. Has task, task_type, walkthrough; after reset() admissible_commands (sorted), won, held
+    (name of the object in hand or None). A copy.copy() plays on its own after reset(). UserError for unplayable files.
     """
 
     def __init__(self, source, where=""):
-        if not isinstance(source, dict):
+        if isinstance(source, (str, os.PathLike)):
             text = str(source)
             if not text.lstrip().startswith("{"):
                 where = where or text
                 try:
                     text = Path(text).read_text(encoding="utf-8")
-                except (OSError, UnicodeDecodeError) as error:
-                    raise UserError(f"cannot read {where}: {error}") from None
-            source = _read_game(text, where or "game")
-        self._spec, self._static = source, source["facts"]
-        self.task, self.walkthrough, self.solvable = source["task"], list(source["walkthrough"]), source["solvable"]
-        self.task_type = next((kind for kind in ALFWORLD_GROUPS if kind in where), None) or _goal_task_type(source["goal"])
-        static = self._static
-        self._name = _names(static)
-        self._place, self._at, self._kinds = {}, {}, {}
+                except (OSError, ValueError) as error:
+                    raise UserError(f"cannot read the game {where}: {error}") from None
+            source = _read_game(text, where or "the game")
+        self._game, static, self.task, self.walkthrough = source, source["facts"], source["task"], source["walkthrough"]
+        predicates = {atom[0] for atom in _goal_atoms(source["goal"])}
+        folders, kinds = "/".join(Path(where).parts[-3:]), ALFWORLD_TYPES.items()
+        self.task_type = next((kind for kind, _ in kinds if kind in folders), None) or next(
+            kind for kind, (_, sign) in kinds if sign in predicates or sign == "inreceptacle")
+        self._name, self._place, self._near, self._kinds = _player_names(static), {}, {}, {}
         for receptacle, place in sorted(static.get("receptacleatlocation", ())):
             self._place[receptacle] = place
-            self._at.setdefault(place, []).append(receptacle)
+            self._near.setdefault(place, []).append(receptacle)
         for thing, kind in static.get("objecttype", set()) | static.get("receptacletype", set()):
             self._kinds.setdefault(thing, set()).add(kind)
-        self._agent = next(iter(static["atlocation"]))[0]
-        self.won, self._options, self._commands = False, {}, None
+        self._options, self._commands, self.won, self.held = {}, [], False, None
 
     def reset(self):
         """Starts the game anew; returns the opening text."""
-        self._facts = dict(self._static)
-        for name in _DYNAMIC:
-            self._facts[name] = set(self._static.get(name, ()))
-        self._taken_from = set()  # (object, receptacle) it was taken out of; only the original's "look" tells the difference
+        self._facts = {**self._game["facts"], **{name: set(self._game["facts"].get(name, ())) for name in _CHANGING}}
         self._refresh()
-        if self._at.get(self._here):
-            seen = self._look()
-        else:
-            everything = _series(["a " + self._name[receptacle] for receptacle in sorted(self._place)])
-            seen = f"You are in the middle of a room. Looking quickly around you, you see {everything}."
-        return f"-= Welcome to TextWorld, ALFRED! =-\n\n{seen}\n\nYour task is to: {self.task}"
+        return f"-= Welcome to TextWorld, ALFRED! =-\n\n{self._look(list(self._place))}\n\nYour task is to: {self.task}"
 
     def step(self, command):
-        """Plays one command; returns what happens ("Nothing happens." unless it is admissible to the letter)."""
-        option = self._options.get(command.strip())
-        if option is None:
-            return "Nothing happens."
-        verb, *things = option
-        text = getattr(self, "_do_" + verb)(*things)
-        if verb not in ("look", "inventory", "examine", "help"):
+        """Plays a command; returns what the player reads: "Nothing happens." unless it is admissible to the letter."""
+        text, subject, adds, deletes = self._options.get(command.strip(), ("Nothing happens.", None, (), ()))
+        for predicate, *arguments in deletes:
+            self._facts[predicate].discard(tuple(arguments))
+        for predicate, *arguments in adds:
+            self._facts[predicate].add(tuple(arguments))
+        if adds or deletes:
             self._refresh()
-        return text
+        return text + (self._look() if subject == "look" else self._describe(subject) if subject else "")
 
     @property
     def admissible_commands(self):
-        """All commands that do something now, sorted."""
-        if self._commands is None:
-            self._commands = sorted(self._options)
+        """Every command that does something now, sorted."""
+        self._commands = self._commands or sorted(self._options)
         return list(self._commands)
 
-    @property
-    def held_name(self):
-        """Name of the object in the player's hand, or None."""
-        return self._name[self._held] if self._held else None
+    def beside(self, name):
+        """Names of all receptacles where the one called `name` stands (one "go to" reaches them all)."""
+        place = next((self._place[receptacle] for receptacle in self._place if self._name[receptacle] == name), None)
+        return [self._name[receptacle] for receptacle in self._near.get(place, ())]
 
-    def location_of(self, name):
-        """The names of the receptacles standing where the receptacle called `name` stands (visited together)."""
-        place = next((self._place[r] for r in self._place if self._name[r] == name), None)
-        return [self._name[r] for r in self._at.get(place, ())]
-
-    # The state: self._facts as in PDDL. The agent's place, what it holds and the options are derived from it.
-
-    def _refresh(self):
-        self._here = next(place for _, place in self._facts["atlocation"])
-        self._held = next((thing for _, thing in self._facts["holds"]), None)
-        self._options, self._commands = self._list_options(), None
-        self.won = _holds(self._spec["goal"], self._facts, self._spec["objects"], {})
+    def fits(self, thing, receptacle):
+        """Whether objects of that id's type may be put into the receptacle (id)."""
+        kinds, allowed = self._kinds, self._game["facts"].get("cancontain", ())
+        return any((kind, what) in allowed for kind in kinds.get(receptacle, ()) for what in kinds.get(thing, ()))
 
     def _is(self, predicate, thing):
         return (thing,) in self._facts.get(predicate, ())
 
-    def _shut(self, receptacle):
-        return self._is("openable", receptacle) and not self._is("opened", receptacle)
+    def _refresh(self):
+        self._agent, self._here = next(iter(self._facts["atlocation"]))
+        hand = next((thing for _, thing in self._facts["holds"]), None)
+        self._options, self._commands, self.held = {}, None, self._name.get(hand)
+        self._offer_actions(self._name, hand, self._here, self._agent)
+        self.won = _true(self._game["goal"], self._facts, self._game["objects"], {})
 
-    def _contents(self, receptacle):
-        return sorted(thing for thing, where in self._facts["inreceptacle"] if where == receptacle)
+    def _offer(self, command, text, describe=None, add=(), delete=()):
+        self._options[command] = (text, describe, add, delete)
 
-    def _fits(self, thing, receptacle):
-        allowed = self._static.get("cancontain", ())
-        return any((kind, what) in allowed for kind in self._kinds.get(receptacle, ()) for what in self._kinds.get(thing, ()))
+    def _offer_actions(self, name, hand, here, agent):
+        """Offers all actions that are possible: command, text, id to describe then, facts to add, facts to delete."""
+        self._offer("look", "", "look")
+        self._offer("inventory", f"You are carrying: a {name[hand]}." if hand else "You are not carrying anything.")
+        if self._game["help"]:
+            self._offer("help", _HELP)
+        for spot, place in self._place.items():
+            if place != here:
+                there = name[spot if self._game["arrives_at_name"] else place]  # older games say "loc 7"
+                self._offer("go to " + name[spot], f"You arrive at {there}. ", spot,
+                            [("atlocation", agent, place)], [("atlocation", agent, here)])
+        put, done = ("move {} to {}", "You move the {} to the {}.") if self._game["moves"] else \
+            ("put {} in/on {}", "You put the {} in/on the {}.")
+        for spot in self._near.get(here, ()):
+            at, lid, shut = name[spot], self._is("openable", spot), False
+            self._offer("examine " + at, "", spot)
+            if lid and self._is("opened", spot):
+                self._offer("close " + at, f"You close the {at}.", None, (), [("opened", spot)])
+            elif lid:
+                shut = True
+                self._offer("open " + at, f"You open the {at}. ", spot, [("opened", spot)])
+            for thing in [thing for thing, where in self._facts["inreceptacle"] if where == spot]:
+                if self._is("toggleable", thing):  # isToggled is never taken back, so it always "turns on"
+                    self._offer("use " + name[thing], f"You turn on the {name[thing]}.", None, [("istoggled", thing)])
+                if hand is None and not shut and self._is("pickupable", thing):
+                    self._offer(f"take {name[thing]} from {at}", f"You pick up the {name[thing]} from the {at}.", None,
+                                [("holds", agent, thing), ("not_inreceptacle", thing, spot)],
+                                [("inreceptacle", thing, spot), ("objectatlocation", thing, here)])
+            if hand and not shut and self.fits(hand, spot):
+                self._offer(put.format(name[hand], at), done.format(name[hand], at), None,
+                            [("inreceptacle", hand, spot), ("objectatlocation", hand, here)],
+                            [("holds", agent, hand), ("not_inreceptacle", hand, spot)])
+            for verb, (able, effect, undone) in _TREATMENTS.items():
+                if hand and self._is(able, hand) and self._kinds.get(spot, set()) & self._game["tools"][verb]:
+                    self._offer(f"{verb} {name[hand]} with {at}", f"You {verb} the {name[hand]} using the {at}.", None,
+                                [(effect, hand)], [(undone, hand)])
+        if hand:
+            self._offer("examine " + name[hand], "", hand)
+            knife = self._kinds.get(hand, set()) & {"knifetype", "butterknifetype"}
+            for thing in [thing for thing, place in self._facts["objectatlocation"] if knife and place == here]:
+                if self._is("sliceable", thing):
+                    self._offer(f"slice {name[thing]} with {name[hand]}",
+                                f"You sliced the {name[thing]} with the {name[hand]}.", None, [("issliced", thing)])
 
-    def _list_options(self):
-        """command -> (verb, ids...) for every action whose precondition holds."""
-        name, held = self._name, self._held
-        options = {"look": ("look",), "inventory": ("inventory",)}
-        if self._spec["help"]:
-            options["help"] = ("help",)
-        for receptacle, place in self._place.items():
-            if place != self._here:
-                options["go to " + name[receptacle]] = ("go", receptacle)
-        for receptacle in self._at.get(self._here, ()):
-            where, shut = name[receptacle], self._shut(receptacle)
-            options["examine " + where] = ("examine", receptacle)
-            if self._is("openable", receptacle):
-                options[("open " if shut else "close ") + where] = ("open" if shut else "close", receptacle)
-            for thing in self._contents(receptacle):
-                if self._is("toggleable", thing):
-                    options["use " + name[thing]] = ("use", thing)
-                if held is None and not shut and self._is("pickupable", thing):
-                    options[f"take {name[thing]} from {where}"] = ("take", thing, receptacle)
-            if held is not None:
-                if not shut and self._fits(held, receptacle):
-                    put = "move {} to {}" if self._spec["moves"] else "put {} in/on {}"
-                    options[put.format(name[held], where)] = ("put", held, receptacle)
-                for verb, kinds in self._spec["tools"].items():
-                    if self._is(_ABLE[verb], held) and self._kinds.get(receptacle, set()) & kinds:
-                        options[f"{verb} {name[held]} with {where}"] = ("treat", verb, held, receptacle)
-        if held is not None:
-            options["examine " + name[held]] = ("examine", held)
-            if self._kinds.get(held, set()) & {"knifetype", "butterknifetype"}:
-                for thing, place in self._facts["objectatlocation"]:
-                    if place == self._here and self._is("sliceable", thing):
-                        options[f"slice {name[thing]} with {name[held]}"] = ("slice", thing, held)
-        return options
+    def _look(self, room=()):  # room: all receptacles, which the original lists in the opening text only
+        near = self._near.get(self._here)
+        if not near:
+            things = _series(["a " + self._name[spot] for spot in room])
+            return f"You are in the middle of a room. Looking quickly around you, you see {things}."
+        here = sorted(thing for thing, place in self._facts["objectatlocation"] if place == self._here)
+        out = ["a " + self._name[thing] for thing in here for spot in near  # taken from one, put in another
+               if (thing, spot) in self._facts["not_inreceptacle"]]
+        return f"You are facing the {_series([self._name[spot] for spot in near])}. Next to it, you see {_series(out)}."
 
-    def _do_look(self):
-        return self._look()
-
-    def _look(self):
-        if not self._at.get(self._here):  # the original names the receptacles in the opening text only
-            return "You are in the middle of a room. Looking quickly around you, you see nothing."
-        near = self._at[self._here]
-        beside = ["a " + self._name[thing] for thing, place in sorted(self._facts["objectatlocation"]) if place == self._here
-                  for receptacle in near if (thing, receptacle) in self._taken_from]
-        return f"You are facing the {_series([self._name[r] for r in near])}. Next to it, you see {_series(beside)}."
-
-    def _do_help(self):
-        return _HELP
-
-    def _do_inventory(self):
-        return f"You are carrying: a {self._name[self._held]}." if self._held else "You are not carrying anything."
-
-    def _do_examine(self, thing):
-        name = self._name[thing]
+    def _describe(self, thing):
+        """The text of "examine" for a receptacle or an object (id)."""
+        name, inner = self._name[thing], "inreceptacle" if thing in self._place else "inreceptacleobject"
+        inside = _series(["a " + self._name[x] for x, outer in sorted(self._facts.get(inner, ())) if outer == thing])
         if thing in self._place:
-            things = _series(["a " + self._name[inside] for inside in self._contents(thing)])
-            if self._shut(thing):
-                return f"The {name} is closed."
-            return f"The {name} is open. In it, you see {things}." if self._is("openable", thing) else \
-                f"On the {name}, you see {things}."
+            if self._is("openable", thing):
+                return f"The {name} is open. In it, you see {inside}." if self._is("opened", thing) else \
+                    f"The {name} is closed."
+            return f"On the {name}, you see {inside}."
         if self._is("isreceptacleobject", thing):
-            inside = sorted(x for x, outer in self._static.get("inreceptacleobject", ()) if outer == thing)
-            return f"This is a normal {name}. In it, you see {_series(['a ' + self._name[x] for x in inside])}."
-        clean, hot, cool, cut = (self._is(p, thing) for p in ("isclean", "ishot", "iscool", "issliced"))
-        if not (clean or hot or cool):
-            if self._is("toggleable", thing) and self._is("istoggled", thing):
-                return f"This {name} is on."
-            return f"This is a sliced {name}." if cut and self._is("sliceable", thing) else \
-                f"There's nothing special about {name}."
-        words = ["hot"] if hot else ["cool" if clean or cut else "cold"] if cool else []
-        return f"This is a {' and '.join(words + ['clean'] * clean)}{' sliced' * cut} {name}."
-
-    def _do_go(self, receptacle):
-        self._facts["atlocation"] = {(self._agent, self._place[receptacle])}
-        place = receptacle if self._spec["named_places"] else self._place[receptacle]  # older games print "loc 7" here
-        return f"You arrive at {self._name[place]}. {self._do_examine(receptacle)}"
-
-    def _do_open(self, receptacle):
-        self._facts["opened"].add((receptacle,))
-        self._facts["checked"].add((receptacle,))
-        return f"You open the {self._name[receptacle]}. {self._do_examine(receptacle)}"
-
-    def _do_close(self, receptacle):
-        self._facts["opened"].discard((receptacle,))
-        return f"You close the {self._name[receptacle]}."
-
-    def _do_take(self, thing, receptacle):
-        self._facts["inreceptacle"].discard((thing, receptacle))
-        self._facts["objectatlocation"].discard((thing, self._here))
-        self._facts["holds"].add((self._agent, thing))
-        self._facts["holdsany"].add((self._agent,))
-        self._taken_from.add((thing, receptacle))
-        return f"You pick up the {self._name[thing]} from the {self._name[receptacle]}."
-
-    def _do_put(self, thing, receptacle):
-        self._facts["inreceptacle"].add((thing, receptacle))
-        self._facts["objectatlocation"].add((thing, self._here))
-        self._facts["holds"].clear()
-        self._facts["holdsany"].clear()
-        self._taken_from.discard((thing, receptacle))
-        text = "You move the {} to the {}." if self._spec["moves"] else "You put the {} in/on the {}."
-        return text.format(self._name[thing], self._name[receptacle])
-
-    def _do_treat(self, verb, thing, receptacle):
-        self._facts[{"clean": "isclean", "heat": "ishot", "cool": "iscool"}[verb]].add((thing,))
-        if verb != "clean":
-            self._facts["iscool" if verb == "heat" else "ishot"].discard((thing,))
-        return f"You {verb} the {self._name[thing]} using the {self._name[receptacle]}."
-
-    def _do_use(self, thing):
-        self._facts["ison"] ^= {(thing,)}
-        self._facts["istoggled"].add((thing,))  # never taken back: the original says "turn on" every time
-        return f"You turn on the {self._name[thing]}."
-
-    def _do_slice(self, thing, knife):
-        self._facts["issliced"].add((thing,))
-        return f"You sliced the {self._name[thing]} with the {self._name[knife]}."
+            return f"This is a normal {name}. In it, you see {inside}."
+        clean, hot, cool, cut = (self._is(state, thing) for state in ("isclean", "ishot", "iscool", "issliced"))
+        if clean or hot or cool:
+            words = ["hot"] * hot + ["cool" if clean or cut else "cold"] * (cool and not hot) + ["clean"] * clean
+            return f"This is a {' and '.join(words)}{' sliced' * cut} {name}."
+        if self._is("istoggled", thing):
+            return f"This {name} is on."
+        return f"This is a sliced {name}." if cut else f"There's nothing special about {name}."
 
 
-# ---- built-in games: small houses from a seed, in the engine's own terms ----
+# ---- built-in games: small houses from a seed, played by the same engine ----
 
-_ROOMS = {  # room -> kinds of receptacle, as often as they are likely to be added
+_ROOMS = {  # room: kinds of receptacle, repeated where several are usual
     "kitchen": "cabinet cabinet drawer countertop diningtable shelf fridge sinkbasin garbagecan stoveburner microwave",
     "bathroom": "cabinet cabinet drawer countertop shelf sinkbasin bathtubbasin toilet garbagecan",
     "bedroom": "drawer drawer desk bed dresser shelf sidetable sofa safe garbagecan"}
-_OPENABLE = set("cabinet drawer fridge microwave safe".split())
-_THINGS = {  # object: room, the two kinds of receptacle it likely is in, what can be done to it (clean, heat, cool)
-    "apple": "kitchen fridge diningtable clean heat cool", "potato": "kitchen fridge countertop clean heat cool",
-    "tomato": "kitchen fridge countertop clean heat cool", "egg": "kitchen fridge garbagecan clean heat cool",
-    "bread": "kitchen countertop diningtable heat cool", "lettuce": "kitchen fridge diningtable clean cool",
-    "mug": "kitchen cabinet countertop clean heat cool", "cup": "kitchen cabinet shelf clean heat cool",
-    "plate": "kitchen cabinet countertop clean heat cool", "bowl": "kitchen cabinet shelf clean cool",
-    "pan": "kitchen stoveburner cabinet clean cool", "fork": "kitchen drawer diningtable clean",
-    "spoon": "kitchen drawer sinkbasin clean", "saltshaker": "kitchen shelf cabinet",
-    "soapbar": "bathroom sinkbasin bathtubbasin clean", "cloth": "bathroom bathtubbasin drawer clean",
-    "toiletpaper": "bathroom toilet cabinet", "spraybottle": "bathroom cabinet toilet", "candle": "bathroom countertop shelf",
-    "alarmclock": "bedroom desk sidetable", "book": "bedroom bed desk", "cd": "bedroom drawer shelf",
-    "cellphone": "bedroom bed sidetable", "creditcard": "bedroom drawer dresser", "keychain": "bedroom drawer safe",
-    "laptop": "bedroom desk bed", "pen": "bedroom desk drawer", "pencil": "bedroom desk drawer",
-    "pillow": "bedroom bed sofa", "remotecontrol": "bedroom sofa sidetable", "vase": "bedroom shelf dresser",
-    "watch": "bedroom dresser sidetable"}
-_SPECIAL = {"microwave", "stoveburner", "toilet"}  # hold only what likely is there
-_TASK_TEXTS = {
-    "pick_and_place": ("put a {o} in {r}.", "put some {o} on {r}."),
-    "look_at_obj_in_light": ("look at {o} under the desklamp.", "examine the {o} with the desklamp."),
-    "pick_clean_then_place_in_recep": ("put a clean {o} in {r}.", "clean some {o} and put it in {r}."),
-    "pick_heat_then_place_in_recep": ("put a hot {o} in {r}.", "heat some {o} and put it in {r}."),
-    "pick_cool_then_place_in_recep": ("put a cool {o} in {r}.", "cool some {o} and put it in {r}."),
-    "pick_two_obj_and_place": ("put two {o} in {r}.", "find two {o} and put them in {r}.")}
-_VERBS = {"pick_clean_then_place_in_recep": ("clean", "sinkbasin", "isclean"),
-          "pick_heat_then_place_in_recep": ("heat", "microwave", "ishot"),
-          "pick_cool_then_place_in_recep": ("cool", "fridge", "iscool")}
+_OPENABLE, _NARROW = set("cabinet drawer fridge microwave safe".split()), {"microwave", "stoveburner", "toilet"}
+_THINGS = {  # object: (room, the two kinds of receptacle where it usually is, what can be done to it)
+    name: line.split() for name, line in (line.strip().split(": ") for line in """
+    apple: kitchen fridge diningtable clean heat cool; potato: kitchen fridge countertop clean heat cool
+    tomato: kitchen fridge countertop clean heat cool; egg: kitchen fridge garbagecan clean heat cool
+    bread: kitchen countertop diningtable heat cool; lettuce: kitchen fridge diningtable clean cool
+    mug: kitchen cabinet countertop clean heat cool; cup: kitchen cabinet shelf clean heat cool
+    plate: kitchen cabinet countertop clean heat cool; bowl: kitchen cabinet shelf clean cool
+    pan: kitchen stoveburner cabinet clean cool; fork: kitchen drawer diningtable clean
+    spoon: kitchen drawer sinkbasin clean; saltshaker: kitchen shelf cabinet; candle: bathroom countertop shelf
+    soapbar: bathroom sinkbasin bathtubbasin clean; cloth: bathroom bathtubbasin drawer clean
+    toiletpaper: bathroom toilet cabinet; spraybottle: bathroom cabinet toilet; alarmclock: bedroom desk sidetable
+    book: bedroom bed desk; cd: bedroom drawer shelf; cellphone: bedroom bed sidetable
+    creditcard: bedroom drawer dresser; keychain: bedroom drawer safe; laptop: bedroom desk bed
+    pen: bedroom desk drawer; pencil: bedroom desk drawer; pillow: bedroom bed sofa; vase: bedroom shelf dresser
+    remotecontrol: bedroom sofa sidetable; watch: bedroom dresser sidetable""".strip().replace("\n", ";").split(";"))}
+_TASKS = {  # task type: (treatment, where, two wordings)
+    "pick_and_place": ("", "", "put a {o} in {r}.", "put some {o} on {r}."),
+    "look_at_obj_in_light": ("", "", "look at {o} under the desklamp.", "examine the {o} with the desklamp."),
+    "pick_two_obj_and_place": ("", "", "put two {o} in {r}.", "find two {o} and put them in {r}.")} | {
+    f"pick_{verb}_then_place_in_recep":
+        (verb, tool, f"put a {state} {{o}} in {{r}}.", f"{verb} some {{o}} and put it in {{r}}.")
+    for verb, tool, state in (("clean", "sinkbasin", "clean"), ("heat", "microwave", "hot"), ("cool", "fridge", "cool"))
+}
 
 
-def _may_hold(thing):
-    room, *likely = _THINGS[thing].split()
-    return sorted((set(_ROOMS[room].split()) - _SPECIAL) | set(likely[:2]))
+def _hosts(thing):
+    """Kinds of receptacle that can hold the object."""
+    room, *usual = _THINGS[thing][:3]
+    return sorted(set(_ROOMS[room].split()) - _NARROW | set(usual))
 
 
 def _draw_house(rng, task_type, house):
-    """One game's contents: (object, target, receptacles [kind], {receptacle index: [objects]}, indices of what the task needs)."""
-    verb, tool, _ = _VERBS.get(task_type, (None, None, None))
-    look, copies = task_type == "look_at_obj_in_light", 2 if task_type == "pick_two_obj_and_place" else 1
-    thing = rng.choice([name for name, facts in _THINGS.items() if (not verb or verb in facts.split()[3:])
-                        and (not look or facts.startswith("bedroom"))])
-    room, likely = _THINGS[thing].split()[0], _THINGS[thing].split()[1:3]
-    target = rng.choice(["desk", "sidetable"]) if look else rng.choice([k for k in _may_hold(thing) if k != tool])
-    sources = [rng.choice(likely if rng.random() < 0.85 else _may_hold(thing)) for _ in range(copies)]
-    sources = [kind if look or kind != target else rng.choice([k for k in _may_hold(thing) if k != target]) for kind in sources]
-    kinds = sorted({target, *sources, *([tool] if tool else [])})
-    pool = _ROOMS[room].split() + likely * 2
+    """(object, its target, kinds of receptacle, [objects in each], indices where it is, index of where it is to go)."""
+    (treatment, tool, *_), look = _TASKS[task_type], task_type == "look_at_obj_in_light"
+    thing = rng.choice([name for name, (room, _, _, *can) in _THINGS.items()
+                        if (not treatment or treatment in can) and (not look or room == "bedroom")])
+    room, *usual = _THINGS[thing][:3]
+    target = rng.choice(["desk", "sidetable"] if look else [kind for kind in _hosts(thing) if kind != tool])
+    sources = []
+    for _ in range(2 if task_type == "pick_two_obj_and_place" else 1):
+        likely = [kind for kind in usual if look or kind != target] if rng.random() < 0.85 else []
+        sources.append(rng.choice(likely or [kind for kind in _hosts(thing) if look or kind != target]))
+    kinds = list({target, *sources, tool or target})
+    single = {"fridge", "microwave", "safe", "sinkbasin"}
     while len(kinds) < house:
-        kinds.append(rng.choice([kind for kind in pool if kind not in ("fridge", "microwave", "safe") or kind not in kinds]))
+        kinds.append(rng.choice([kind for kind in _ROOMS[room].split() + usual * 2 if kind not in single & set(kinds)]))
     kinds.sort()
-    inside = {i: [] for i in range(len(kinds))}
-    at = [rng.choice([i for i, kind in enumerate(kinds) if kind == source]) for source in sources]
-    for i in at:
-        inside[i].append(thing)
-    others = [name for name, facts in _THINGS.items() if facts.startswith(room) and name != thing]
-    for _ in range(house):
-        other = rng.choice(others)
-        hosts = [i for i, kind in enumerate(kinds) if kind in _THINGS[other].split()[1:3]] if rng.random() < 0.85 else []
-        hosts = hosts or [i for i, kind in enumerate(kinds) if kind in _may_hold(other)]
-        if hosts and len(inside[place := rng.choice(hosts)]) < 3:
-            inside[place].append(other)
+    at = sorted(rng.choice([i for i, kind in enumerate(kinds) if kind == source]) for source in sources)
+    inside = [[thing] * at.count(i) for i in range(house)]
+    for other in rng.choices([name for name in _THINGS if _THINGS[name][0] == room and name != thing], k=house):
+        likely = [i for i, kind in enumerate(kinds) if kind in _THINGS[other][1:3]] if rng.random() < 0.85 else []
+        spots = likely or [i for i, kind in enumerate(kinds) if kind in _hosts(other)]
+        if spots and len(inside[spot := rng.choice(spots)]) < 3:
+            inside[spot].append(other)
     goal = rng.choice([i for i, kind in enumerate(kinds) if kind == target])
-    if look:
-        inside[goal].append("desklamp")
-    return thing, target, kinds, inside, (at, kinds.index(tool) if tool else None, goal)
+    inside[goal] += ["desklamp"] * look
+    return thing, target, kinds, inside, at, goal
 
 
-def _receptacle_id(kind, i):
-    return f"{kind.removesuffix('basin')}_bar_{i:02d}" + "_bar_basin" * kind.endswith("basin")  # as the benchmark's ids
+def _build_game(rng, task_type, house):
+    """A generated game: the parts that AlfworldGame takes (see _read_game), its walkthrough among them."""
+    thing, target, kinds, inside, at, goal = _draw_house(rng, task_type, house)
+    treatment, tool, *wordings = _TASKS[task_type]
+    facts = {"atlocation": {("agent1", "loc_bar_99")}, "cancontain": {(kind, x) for x in _THINGS for kind in _hosts(x)}}
 
+    def fact(predicate, *arguments):
+        facts.setdefault(predicate, set()).add(arguments)
 
-def _built_in_game(rng, task_type, house):
-    """One generated game as the parts that AlfworldGame takes (see _read_game), with its expert walkthrough."""
-    thing, target, kinds, inside, (sources, tool, goal) = _draw_house(rng, task_type, house)
-    facts = {name: set() for name in ("receptacletype objecttype receptacleatlocation objectatlocation openable inreceptacle "
-                                      "pickupable toggleable cleanable heatable coolable isreceptacleobject cancontain").split()}
-    receptacles, placed = [], {}
-    for i, kind in enumerate(kinds):
-        receptacles.append(name := _receptacle_id(kind, i))
-        facts["receptacletype"].add((name, kind + "type"))
-        facts["receptacleatlocation"].add((name, f"loc_bar_{i:02d}"))
-        if kind in _OPENABLE:
-            facts["openable"].add((name,))
-        for kind_in in inside[i]:
-            thing_id = f"{kind_in}_bar_{sum(map(len, placed.values())):02d}"
-            placed.setdefault(i, []).append(thing_id)
-            facts["objecttype"].add((thing_id, kind_in + "type"))
-            facts["inreceptacle"].add((thing_id, name))
-            facts["objectatlocation"].add((thing_id, f"loc_bar_{i:02d}"))
-            facts["toggleable" if kind_in == "desklamp" else "pickupable"].add((thing_id,))
-            for verb in _THINGS.get(kind_in, "").split()[3:]:
-                facts[_ABLE[verb]].add((thing_id,))
-            if kind_in in ("mug", "cup", "bowl", "plate", "pan"):
-                facts["isreceptacleobject"].add((thing_id,))
-    facts["cancontain"] = {(kind + "type", name + "type") for name in _THINGS for kind in _may_hold(name)}
-    facts["atlocation"] = {("agent1", "loc_bar_99")}
-    _, _, state = _VERBS.get(task_type, (None, None, None))
-    wanted = f"(objecttype ?o {thing}type) (receptacletype ?r {target}type) (inreceptacle ?o ?r)" + (f" ({state} ?o)" if state else "")
-    if task_type == "look_at_obj_in_light":
-        wanted = (f"(objecttype ?o {thing}type) (holds agent1 ?o) (objecttype ?t desklamptype) (istoggled ?t) (inreceptacle ?t ?r) "
-                  "(receptacleatlocation ?r ?l) (atlocation agent1 ?l)")
+    spots = [re.sub("(.*?)(basin)?$", rf"\1_bar_{i:02d}\2", kind, count=1) for i, kind in enumerate(kinds)]
+    for i, (spot, kind) in enumerate(zip(spots, kinds)):
+        fact("receptacletype", spot, kind)
+        fact("receptacleatlocation", spot, f"loc_bar_{i:02d}")
+        fact("openable" if kind in _OPENABLE else "open", spot)
+        for n, what in enumerate(inside[i]):
+            it = f"{what}_bar_{i:02d}_{n}"
+            fact("objecttype", it, what)
+            fact("inreceptacle", it, spot)
+            fact("objectatlocation", it, f"loc_bar_{i:02d}")
+            fact("toggleable" if what == "desklamp" else "pickupable", it)
+            for verb in _THINGS.get(what, ())[3:]:
+                fact(_TREATMENTS[verb][0], it)
+    wanted = f"(objecttype ?o {thing}) (receptacletype ?r {target}) (inreceptacle ?o ?r)"
+    if treatment:
+        wanted += f" ({_TREATMENTS[treatment][1]} ?o)"
     elif task_type == "pick_two_obj_and_place":
-        wanted += f" (objecttype ?p {thing}type) (inreceptacle ?p ?r) (not (= ?o ?p))"
-    names = [name for tuples in facts.values() for arguments in tuples for name in arguments]
-    objects = {"object": names, "receptacle": receptacles, "location": names}
-    quantified = "?o - object ?p - object ?t - object ?r - receptacle ?l - location"
-    quantified = " ".join(f"{name} - {kind}" for name, kind in re.findall(r"(\?\w) - (\w+)", quantified) if name in wanted)
-    seen = _names(facts)
-    return dict(facts=facts, objects=objects, goal=_parse_goal(f"(:goal (exists ({quantified}) (and {wanted})))"),
-                task=rng.choice(_TASK_TEXTS[task_type]).format(o=thing, r=target), moves=True, named_places=True, help=True,
-                tools=_TOOLS, solvable=True, pair=f"{thing}-{target}",
-                walkthrough=_built_in_walkthrough(task_type, thing, kinds, placed, (sources, tool, goal), seen))
-
-
-def _built_in_walkthrough(task_type, thing, kinds, placed, needs, seen):
-    """The shortest sensible solution as commands; `seen` maps ids to names."""
-    (sources, tool, goal), commands, opened, here = needs, [], set(), [None]
-
-    def visit(i):
-        name = seen[_receptacle_id(kinds[i], i)]
-        if here[0] != i:
-            commands.append("go to " + name)
-            here[0] = i
-        return name
-
-    def ready(i):
-        name = visit(i)
-        if kinds[i] in _OPENABLE and i not in opened:
-            commands.append("open " + name)
-            opened.add(i)
-        return name
-
-    taken = set()
-    for source in sources:
-        thing_id = next(x for x in placed[source] if x.startswith(thing + "_bar_") and x not in taken)
-        taken.add(thing_id)
-        commands.append(f"take {seen[thing_id]} from {ready(source)}")
-        commands[-1:] = [commands[-1]]
-        if tool is not None:
-            commands.append(f"{_VERBS[task_type][0]} {seen[thing_id]} with {visit(tool)}")
-        if task_type == "look_at_obj_in_light":
-            visit(goal)
-            commands.append("use " + next(seen[x] for x in placed[goal] if x.startswith("desklamp")))
-        else:
-            commands.append(f"move {seen[thing_id]} to {ready(goal)}")
-    return commands
+        wanted += f" (objecttype ?p {thing}) (inreceptacle ?p ?r) (not (= ?o ?p))"
+    elif task_type == "look_at_obj_in_light":
+        wanted = (f"(objecttype ?o {thing}) (holds agent1 ?o) (objecttype ?p desklamp) (istoggled ?p) "
+                  "(inreceptacle ?p ?r) (receptacleatlocation ?r ?l) (atlocation agent1 ?l)")
+    variables = " ".join(f"{v} - any" for v in "?o ?p ?r ?l".split() if v in wanted)
+    everything = [x for tuples in facts.values() for arguments in tuples for x in arguments]
+    name, walkthrough, here, opened = _player_names(facts), [], None, set()
+    for it, source in zip([name[f"{thing}_bar_{i:02d}_{at[:k].count(i)}"] for k, i in enumerate(at)], at):
+        tools = [(kinds.index(tool), f"{treatment} {it} with {{}}")] if tool else []
+        last = "use desklamp 1" if task_type == "look_at_obj_in_light" else f"move {it} to {{}}"
+        for i, command in [(source, f"take {it} from {{}}"), *tools, (goal, last)]:
+            spot, enter = name[spots[i]], command[:4] in ("take", "move") and kinds[i] in _OPENABLE and i not in opened
+            walkthrough += ["go to " + spot] * (i != here) + ["open " + spot] * enter + [command.format(spot)]
+            here, opened = i, opened | {i} if enter else opened
+    return dict(facts=facts, objects={"any": everything}, pair=f"{thing} {target}", walkthrough=walkthrough,
+                goal=_parse_goal(f"(:goal (exists ({variables}) (and {wanted})))"),
+                task=rng.choice(wordings).format(o=thing, r=target), help=True, moves=True, arrives_at_name=True,
+                tools={verb: {where} for verb, where, *_ in _TASKS.values()})
 
 
 def built_in_game(split, index, task_type, seed, house):
-    """Game number `index` of a split, deterministic in (seed, split, index, house). The splits cannot overlap: object and
-    target together decide whether a game may be in valid_unseen, the whole contents whether it may be in valid_seen."""
+    """Game `index` of a split, the same for the same arguments. Splits cannot overlap: object and target decide whether
+    a game is one of valid_unseen (whose pairs no other split has), its contents whether it is one of valid_seen."""
     rng = random.Random(f"{seed}/{split}/{index}/{house}")
-    for _ in range(10_000):
-        game = _built_in_game(rng, task_type, house)
-        contents = repr((task_type, game["pair"], sorted(game["facts"]["inreceptacle"]), sorted(game["facts"]["receptacletype"])))
-        unseen = int(panel_hash([game["pair"]]), 16) % 6 == 0
-        seen = int(panel_hash([contents]), 16) % 6 == 0
-        if split == ("valid_unseen" if unseen else "valid_seen" if seen else "train"):
+    while True:
+        game = _build_game(rng, task_type, house)
+        contents = sorted(map(repr, game["facts"]["inreceptacle"] | game["facts"]["receptacletype"]))
+        home = "valid_unseen" if int(panel_hash([game["pair"]]), 16) % 6 == 0 else \
+            "valid_seen" if int(panel_hash([task_type, game["pair"], *contents]), 16) % 6 == 0 else "train"
+        if home == split:
             return game
-    raise UserError(f"no built-in game for {split}/{index} with house={house}; choose another seed or a larger house")
 
 
 # ---- skills: what the teacher is told ----
 
 ALFWORLD_SKILLS = {
-    "general": "Search likely receptacles first, each once; open what is closed before you call it empty. Take the sought object "
-               "as soon as you see it. Food: fridge, countertop, diningtable. Dishes: cabinet, countertop, shelf. Cutlery: drawer. "
-               "Pens, laptops, clocks: desk. Cards, keys, cds: drawer. Books, phones: bed. You hold one object at a time.",
-    "pick_and_place": "Pick and place. 1. Find the object where its kind usually is. 2. Take it. 3. Go to the target receptacle. "
-                      "4. Open it if closed. 5. Move the object to it.",
-    "look_at_obj_in_light": "Look under a lamp. 1. Find the object and take it. 2. Find the desklamp: on a desk or a sidetable. "
-                            "3. Holding the object, use the desklamp. Do not put the object down.",
-    "pick_clean_then_place_in_recep": "Clean and place. 1. Find and take the object. 2. Go to the sinkbasin. 3. Clean it with the "
-                                      "sinkbasin. 4. Go to the target, open it if closed. 5. Move the object to it.",
-    "pick_heat_then_place_in_recep": "Heat and place. 1. Find and take the object. 2. Go to the microwave; no need to open it. "
-                                     "3. Heat the object with the microwave. 4. Go to the target, open it if closed. 5. Move it there.",
-    "pick_cool_then_place_in_recep": "Cool and place. 1. Find and take the object; look into the fridge early. 2. Go to the fridge. "
-                                     "3. Cool the object with the fridge. 4. Go to the target, open it if closed. 5. Move it there.",
-    "pick_two_obj_and_place": "Two objects. 1. Find and take the first. 2. Move it to the target. 3. Find a second one of the same "
-                              "kind, not the one already placed. 4. Move it to the same target receptacle.",
-    "mistakes": "Avoid: going back to places already searched; leaving closed receptacles unopened; placing the object before it "
-                "is clean, hot or cool; naming an action that is not offered."}
-_SKILL_ALIASES = {"pick_and_place": ("pick_and_place_simple",), "look_at_obj_in_light": ("examine",),
-                  "pick_clean_then_place_in_recep": ("clean",), "pick_heat_then_place_in_recep": ("heat",),
-                  "pick_cool_then_place_in_recep": ("cool",), "pick_two_obj_and_place": ("pick_two", "pick_and_place")}
+    "general":
+        "Search likely receptacles first, each once; open what is closed before you call it empty. Take the object "
+        "as soon as you see it. Food: fridge, countertop, diningtable. Dishes: cabinet, countertop, shelf. Cutlery: "
+        "drawer. Pens, laptops, clocks: desk. Cards, keys, cds: drawer. Books, phones: bed. You can hold one object.",
+    "pick_and_place":
+        "Pick and place: 1. Find the object where its kind usually is. 2. Take it. 3. Go to the target receptacle. "
+        "4. Open it if closed. 5. Move the object to it.",
+    "look_at_obj_in_light":
+        "Look under a lamp: 1. Find the object and take it. 2. Find the desklamp: on a desk or a sidetable. 3. Still "
+        "holding the object, use the desklamp.",
+    "pick_clean_then_place_in_recep":
+        "Clean and place: 1. Find and take the object. 2. Go to the sinkbasin. 3. Clean the object with it. 4. Go to "
+        "the target, open it if closed. 5. Move the object to it.",
+    "pick_heat_then_place_in_recep":
+        "Heat and place: 1. Find and take the object. 2. Go to the microwave, leave it closed. 3. Heat the object with "
+        "it. 4. Go to the target, open it if closed. 5. Move the object to it.",
+    "pick_cool_then_place_in_recep":
+        "Cool and place: 1. Find and take the object, food often in the fridge. 2. Go to the fridge. 3. Cool the "
+        "object with it. 4. Go to the target, open it if closed. 5. Move the object to it.",
+    "pick_two_obj_and_place":
+        "Two objects: 1. Find and take the first. 2. Move it to the target. 3. Find another of the same kind, not the "
+        "one already placed. 4. Move it to the same target receptacle.",
+    "mistakes":
+        "Avoid: going back to searched places; leaving closed receptacles unopened; placing the object before it is "
+        "clean, hot or cool; naming an action that is not offered."}
+_SKILL_ALIASES = {"look_at_obj_in_light": ("examine",), "pick_clean_then_place_in_recep": ("clean",),
+                  "pick_heat_then_place_in_recep": ("heat",), "pick_cool_then_place_in_recep": ("cool",),
+                  "pick_two_obj_and_place": ("pick_and_place",)}
 
 # ---- expert ----
 
 
-def _kind_of(name):
-    return name.rsplit(" ", 1)[0]
-
-
-def _sought(commands):
-    """The object looked for at the place that the first command goes to, if the next ones take or use one there."""
-    for command in commands[1:]:
-        if command.startswith("go to "):
-            return None
-        if found := re.match(r"(?:take|use) (.+? \d+)", command):
-            return found[1]
-    return None
-
-
-def _thought(command, sought, looking):
-    """A short reason for the command. sought: kind searched at the place gone to; looking: already searched in vain."""
-    verb, *words = command.split()
-    rest = " ".join(words)
-    if verb == "go":
-        place = rest.removeprefix("to ")
-        if sought:
-            return f"no {sought} here; look in {place} next" if looking else f"I need a {sought}; look in {place}"
-        return f"I go to {place} with it"
-    return {"open": f"{rest} is closed; open it", "take": f"found it; {command}", "use": f"here is {rest}; turn it on",
-            "move": f"this is the place; {command}", "put": f"this is the place; {command}"}.get(verb, f"now {command}")
-
-
 def expert_script(game, detours=0, seed=0):
-    """[(thought, command)] that wins `game` along its walkthrough. Before each place where something is sought, up to `detours`
-    other places are searched (drawn from `seed`, likely ones first), as a player must who does not know where it is."""
-    for budget in ([detours] if detours else []) + [0]:
-        game = copy.copy(game)
+    """[(thought, command)] that wins `game` along its walkthrough. Before each place where something is sought, up to
+    `detours` others (drawn from `seed`, likely ones first) are searched in vain: the player cannot know where it is."""
+    for most in (detours, 0):  # where a detour spoils the plan, the plain walkthrough
+        game, script, visited, rng = copy.copy(game), [], set(), random.Random(f"{seed}/{game.task}")
         game.reset()
-        script = _play_expert(game, budget, random.Random(f"{seed}/{game.task}"))
+        for i, command in enumerate(game.walkthrough):
+            place, acts = command.removeprefix("go to "), [("", command)]
+            if place != command and place not in visited:
+                until = " / ".join(game.walkthrough[i + 1:]).split("go to ")[0]
+                if found := re.search(r"(?:take|use) (.+?) \d+", until):
+                    acts = _searches(game, found[1], place, visited, rng.randint(0, most), rng)
+                visited.update(game.beside(place))
+            for thought, act in acts:
+                if act in game.admissible_commands and not game.won:
+                    script.append((thought or _thought(act), act))
+                    game.step(act)
         if game.won:
             return script
-    raise UserError(f"the walkthrough of this game ({game.task}) does not solve it; take another release of the data")
+    raise UserError(f"the walkthrough of this game ({game.task}) does not solve it; fetch the data again")
 
 
-def _play_expert(game, detours, rng):
-    script, visited, looking = [], set(), False
-
-    def play(command, sought=None):
-        if command in game._options and not game.won:
-            script.append((_thought(command, sought, looking), command))
-            game.step(command)
-
-    for i, command in enumerate(game.walkthrough):
-        place = command.removeprefix("go to ")
-        thing = _sought(game.walkthrough[i:]) if command != place else None
-        if command == place or not thing or place in visited:
-            play(command)
-            visited.add(place)
-            continue
-        sought = _kind_of(thing)
-        for stop in _search_order(game, thing, place, visited, rng)[:rng.randint(0, detours)]:
-            play("go to " + stop, sought)
-            play("open " + stop)
-            visited.update(game.location_of(stop))
-            looking = True
-        play(command, sought)
-        visited.update(game.location_of(place))
-        looking = False
-    return script
+def _thought(command):
+    verb, rest = command.split(" ", 1)
+    return {"go": f"I carry it {rest}", "open": f"{rest} is closed; open it", "take": f"here it is; {command}",
+            "use": f"here is {rest}; turn it on"}.get(verb, f"I am there; {command}")
 
 
-def _search_order(game, thing, place, visited, rng):
-    """Receptacles to search in vain for `thing` (a name, found at `place`) in a plausible random order: unvisited, none of its
-    kind there, those where such objects usually are before those that can hold it before the others."""
-    sought, near = _kind_of(thing), set(game.location_of(place))
-    held = {spot for thing_id, spot in game._facts["inreceptacle"] if _kind_of(game._name[thing_id]) == sought}
-    thing_id = next((key for key, name in game._name.items() if name == thing), None)
-    likely = _THINGS.get(sought, "x desk sidetable").split()[1:3]
-    scored = []
-    for receptacle in sorted(game._place):
-        name = game._name[receptacle]
-        if name in visited or name in near or held & set(game._at[game._place[receptacle]]):
-            continue
-        weight = 1.0 if _kind_of(name) in likely else 0.2 if game._fits(thing_id, receptacle) else 0.02
-        scored.append((rng.random() ** (1 / weight), name))  # weighted sampling without replacement
-    return [name for _, name in sorted(scored, reverse=True)]
+def _searches(game, sought, place, visited, count, rng):
+    """[(thought, command)]: visits to `count` receptacles without the `sought` kind of object, then `place`, with it.
+    Unvisited ones; where such objects usually are comes before where they can be, then the rest (weighted draw)."""
+    kind = {key: name.rsplit(" ", 1)[0] for key, name in game._name.items()}
+    has = {spot for thing, spot in game._facts["inreceptacle"] if kind[thing] == sought}
+    thing, near, drawn = next(key for key in kind if kind[key] == sought), game.beside(place), []
+    usual = ["desk", "sidetable"] if sought == "desklamp" else _THINGS.get(sought, ())[1:3]
+    for spot, where in game._place.items():
+        if not ({game._name[spot]} & (visited | set(near)) or has & set(game._near[where])):
+            weight = 1 if kind[spot] in usual else 0.2 if game.fits(thing, spot) else 0.02
+            drawn.append((rng.random() ** (1 / weight), game._name[spot]))
+    acts, thought = [], f"I need a {sought}; look in {{}}"
+    for _, name in sorted(drawn, reverse=True)[:count]:
+        acts += [(thought.format(name), "go to " + name), ("", "open " + name)]
+        visited.update(game.beside(name))
+        thought = f"no {sought} here; look in {{}} next"
+    return acts + [(thought.format(place), "go to " + place)]
 
 
-# ---- sessions and the environment ----
+# ---- episodes ----
 
-_PROMPT = """
-You are an expert agent acting in the ALFRED Embodied Environment. {task}{skill}{history}your current observation is: {observation}
+_ALFWORLD_PROMPT = """
+You are an expert agent acting in the ALFRED Embodied Environment. {task}{skill}{before}our current observation is: {o}
 The admissible actions in your situation are: [{actions}].
 
 Now it is your turn to act.
@@ -1108,9 +978,9 @@ When it is done, choose one admissible action for this step and put it between <
 
 
 def parse_action(response, think_closed=False):
-    """(action, valid) of a response, judged as the public projection does: lower case, text between the first <action> and the
-    first </action>; without both tags the last 30 characters, invalid. Invalid too: a missing <think> or </think> (not
-    demanded with think_closed) and any CJK character."""
+    """(action, valid) of a response, judged as the public alfworld_projection does: in lower case, what stands between
+    the first <action> and the first </action>; without these the last 30 characters, invalid. Invalid too: <think> or
+    </think> missing (not demanded with think_closed), or any CJK character."""
     low = response.lower()
     start, end = low.find("<action>"), low.find("</action>")
     if start < 0 or end < 0:
@@ -1119,162 +989,134 @@ def parse_action(response, think_closed=False):
     return low[start + len("<action>"):end].strip(), bool(thinks and not re.search("[\u4e00-\u9fff]", response))
 
 
-def _terse(observation):
+def _terse(text):
     """An observation in few words, for models trained from scratch."""
-    if observation.startswith("-="):
-        return "start"  # the places named there are the ones that can be gone to
-    text = re.sub(r"^You (?:arrive at|open the) .*?\. (?=The|On)", "", observation)
-    text = re.sub(r"^On the (.*?), you see", r"\1:", text)
-    text = re.sub(r"^The (.*?) is open\. In it, you see", r"\1:", text)
-    text = re.sub(r"^The (.*?) is closed\.$", r"\1 closed", text)
-    text = re.sub(r"^You (?:pick up|turn on|heat|cool|clean|move|put|open|close) (?:the )?.*", "done", text)
-    return re.sub(r"\b(?:and )?a (?=\w+ \d)", "", text).rstrip(".")
+    if text.startswith("-="):
+        return "start"  # the places it names are those that can be gone to
+    for pattern, short in ((r"^You (arrive at|open the) .*?\. (?=The|On)", ""), (r"^(You (?!are)).*", "done"),
+                           (r"^(On|In) the (.*?), you see", r"\2:"), (r"^The (.*?) is (open\. In it, you see)", r"\1:"),
+                           (r"^The (.*?) is closed\.$", r"\1 closed"), (r"\b(and )?a (?=\w+ \d)", ""), (r"\.$", "")):
+        text = re.sub(pattern, short, text)
+    return text
 
 
 class AlfworldSession:
-    """One episode; see Alfworld.start. `turns` holds (observation, action) so far, actions cut to one line of 200 characters."""
+    """One episode, from Alfworld.start. turns: [(observation, action)], actions cut to one line of 200 characters."""
 
     def __init__(self, task_id, game, seed, detours):
-        self.task_id, self.game, self._seed, self._detours = task_id, game, seed, detours
-        self.observation = game.reset()
-        self.task, self.category, self.group = game.task, game.task_type, ALFWORLD_GROUPS[game.task_type]
-        self.turns, self._script = [], None
-        self.action, self.valid, self.admissible, self.done, self.won = "", True, True, game.won, game.won
-        self.details = {"inadmissible": 0, "invalid": 0}
-
-    @property
-    def score(self):
-        return float(self.won)
+        self.task_id, self._game, self._expert, self._script = task_id, game, (detours, seed), None
+        self.observation, self.turns, self.details = game.reset(), [], {"invalid": 0, "inadmissible": 0}
+        self.task, self.category, self.group = game.task, game.task_type, ALFWORLD_TYPES[game.task_type][0]
+        self.action, self.valid, self.admissible, self.done, self.won, self.score = "", True, True, False, False, 0.0
 
     def prompt(self, skill="", history=2, room=None, brief=False):
-        """The user message of this turn; `room` limits every observation in it (characters)."""
-        past = self.turns[-history:] if history > 0 else []
+        """The user message of this turn, as in the public code; each observation is cut to `room` characters."""
+        count, seen = len(self.turns), shorten_middle(self.observation, room)
+        past = [(i, shorten_middle(text, room), action) for i, (text, action) in enumerate(self.turns, 1)]
+        past = past[max(count - history, 0):]
+        commands = [command for command in self._game.admissible_commands if command != "help"]
         if brief:
-            return self._brief_prompt(skill, past, room)
-        observation = shorten_middle(self.observation, room)
-        told = not self.turns and observation == self.observation  # the opening text names the task itself
-        lines = [f"[Observation {i}: '{shorten_middle(seen, room)}', Action {i}: '{action}']"
-                 for i, (seen, action) in enumerate(past, len(self.turns) - len(past) + 1)]
-        count = len(self.turns)
-        before = (f"Before this step you have already taken {count} step(s). The most recent {len(past)} observations and the "
-                  "actions you took on them:\n" + "\n".join(lines) + "\n") if past else ""
-        return _PROMPT.format(
-            task="" if told else f"Your task is to: {self.task}\n", history=before + (f"You are now at step {count + 1} and " if count else "Now "),
-            skill=f"\nSkills that help with tasks of this kind:\n{skill}\n\n" if skill else "", observation=observation,
-            actions="\n ".join(f"'{command}'" for command in self.game.admissible_commands if command != "help"))
+            return self._brief_prompt(skill, past, seen, commands)
+        before = "\n".join(f"[Observation {i}: '{text}', Action {i}: '{action}']" for i, text, action in past)
+        before = (f"Before this step you have already taken {count} step(s). The most recent {len(past)} observations "
+                  f"and the actions you took on them:\n{before}\n") if past else ""
+        told = not count and seen == self.observation  # the opening text itself names the task
+        return _ALFWORLD_PROMPT.format(
+            task="" if told else f"Your task is to: {self.task}\n", o=seen,
+            skill=f"\nSkills that help with tasks of this kind:\n{skill}\n\n" if skill else "",
+            before=before + (f"You are now at step {count + 1} and y" if count else "Y"),
+            actions="\n ".join(f"'{command}'" for command in commands))
 
-    def _brief_prompt(self, skill, past, room):
-        """The same parts in few tokens. look, inventory and examine are not listed (they can be played); what is held is."""
-        commands = self.game.admissible_commands
-        places = [command.removeprefix("go to ") for command in commands if command.startswith("go to ")]
-        other = [command for command in commands if not command.startswith(("go to ", "examine ", "look", "inventory", "help"))]
-        held = self.game.held_name
-        lines = ["Task: " + self.task.rstrip("."), "Skill: " + skill if skill else "",
-                 "Last: " + " | ".join(f"{_terse(shorten_middle(seen, room))} > {action}" for seen, action in past) if past else "",
-                 "Have: " + held if held else "", f"Step {len(self.turns) + 1}: " + _terse(shorten_middle(self.observation, room)),
-                 "Actions: " + "; ".join(other + ["go to " + ", ".join(places)])]
-        return "\n".join(line for line in lines if line) + "\n"
+    def _brief_prompt(self, skill, past, seen, commands):
+        """The same parts in few tokens. Unlisted but playable: look, inventory, examine; what is held is told."""
+        acts = [command for command in commands if not command.startswith(("go to", "examine", "look", "inventory"))]
+        acts.append("go to " + ", ".join(command[6:] for command in commands if command.startswith("go to ")))
+        lines = (("Task", self.task.rstrip(".")), ("Skill", skill), ("Have", self._game.held),
+                 ("Last", " | ".join(f"{_terse(text)} > {action}" for _, text, action in past)),
+                 (f"Step {len(self.turns) + 1}", _terse(seen)), ("Actions", "; ".join(acts)))
+        return "".join(f"{name}: {text}\n" for name, text in lines if text)
 
     def step(self, response, think_closed=False):
-        """Plays one raw response. Does nothing after the end."""
+        """Plays a raw response; after the end it does nothing."""
         if self.done:
             return
         action, self.valid = parse_action(response, think_closed)
-        self.admissible = action.strip() in self.game._options
-        self.action = one_line(action)
+        self.admissible, self.action = action.strip() in self._game.admissible_commands, one_line(action)
         self.turns.append((self.observation, self.action))
-        self.observation = self.game.step(action)
-        self.won = self.done = self.game.won
-        self.details["inadmissible"] += not self.admissible
+        self.observation = self._game.step(action)
+        self.won = self.done = self._game.won
+        self.score = float(self.won)
         self.details["invalid"] += not self.valid
+        self.details["inadmissible"] += not self.admissible
 
     def expert(self):
-        """The expert's response for this turn, as long as only expert responses were played."""
+        """The expert's response now, if only expert responses were played before. UserError when none is left."""
         if self._script is None:
-            self._script = expert_script(self.game, self._detours, self._seed)
+            self._script = expert_script(self._game, *self._expert)
         if len(self.turns) >= len(self._script):
-            raise UserError("the expert has no step left: the game is won, or other actions than the expert's were played")
+            raise UserError("the expert has no step left: play its responses only, and stop when the session is done")
         return "<think>{}</think><action>{}</action>".format(*self._script[len(self.turns)])
 
 
 class Alfworld:
-    """The benchmark ALFWorld, or games built from `seed` where its data is not found.
+    """ALFWorld's games, or games built from `seed` where there are none.
 
-    data: folder or zip of the release; skills: public skill directory; task_types: types or columns to keep ("Pick", "pick_heat_...");
-    house: receptacles of a built-in game (4..12); detours: default for start(). Raises UserError for unusable input.
+    data: folder or zip of the release; skills: a public skill directory; task_types: those to keep, as a list or
+    "Pick,Heat"; house: receptacles of a built-in game, 4 to 12; detours: see expert_script. UserError for bad values.
     """
-    name, stop = "alfworld", ("</action>",)
-    splits = ("train", "valid_seen", "valid_unseen")
+    name, stop, splits = "alfworld", ("</action>",), ("train", "valid_seen", "valid_unseen")
 
     def __init__(self, data=None, seed=233, skills=None, house=6, task_types=None, detours=0, train_games=2000):
-        self.seed, self.house, self.detours = seed, int(house), int(detours)
-        if not 4 <= self.house <= 12:
-            raise UserError(f"house={house}: a built-in house has 4 to 12 receptacles")
-        self.skill_names = list(ALFWORLD_GROUPS)
+        self.seed, self.house, self.detours, self.skill_names = seed, house, detours, list(ALFWORLD_TYPES)
         self._skills = read_skills(skills, self.skill_names, _SKILL_ALIASES) if skills else ALFWORLD_SKILLS
-        self.task_types = self._pick_types(task_types)
-        self._cache, self._kept = OrderedDict(), {}
+        wanted = task_types.split(",") if isinstance(task_types, str) else task_types or ()
+        wanted = {name.strip().lower() for name in wanted}
+        known = {alias: kind for kind, (group, _) in ALFWORLD_TYPES.items() for alias in (kind, group.lower())}
+        if not wanted <= set(known) or not 4 <= house <= 12:
+            raise UserError(f"house={house} must be 4 to 12, task_types={task_types} from {', '.join(ALFWORLD_TYPES)}")
+        self.task_types = sorted({known[x] for x in wanted} or ALFWORLD_TYPES)
+        self._sizes = {"train": train_games, "valid_seen": 140, "valid_unseen": 134}
+        self._ids, self._cache = {}, OrderedDict()
         path = find_data("alfworld", data)
         self._files = GameFiles(path) if path else None
-        if self._files and not self._files.splits:
-            if data or os.environ.get("ALFWORLD_DATA"):
-                raise UserError(f"no game.tw-pddl under {path}; it should hold json_2.1.1/train, valid_seen, valid_unseen "
-                                "(python envs.py download alfworld)")
-            self._files = None
-        self.builtin = self._files is None
-        self._sizes = {"train": int(train_games), "valid_seen": 140, "valid_unseen": 134}
+        self.builtin = not (path and self._files.files)
+        if self.builtin and (data or os.environ.get("ALFWORLD_DATA")):
+            raise UserError(f"no game.tw-pddl in {path}; it lacks json_2.1.1/train: python envs.py download alfworld")
+        counts = Counter(task_id.split("/")[0] for task_id in self._files.files) if path else {}
+        self.source = f"ALFWorld in {path}: " + ", ".join(f"{split} {counts[split]}" for split in counts)
         if self.builtin:
-            self.source = (f"built-in games (seed {seed}): {self.house} receptacles, train {train_games}, valid_seen 140, "
+            self.source = (f"built-in games (seed {seed}): {house} receptacles, train {train_games}, valid_seen 140, "
                            "valid_unseen 134; for the real benchmark: python envs.py download alfworld")
-        else:
-            counts = ", ".join(f"{split} {len(games)}" for split, games in self._files.splits.items())
-            self.source = f"ALFWorld games in {path}: {counts}"
-
-    @staticmethod
-    def _pick_types(wanted):
-        if not wanted:
-            return tuple(ALFWORLD_GROUPS)
-        wanted = [name.strip().lower() for name in (wanted.split(",") if isinstance(wanted, str) else wanted)]
-        chosen = tuple(kind for kind, group in ALFWORLD_GROUPS.items() if kind in wanted or group.lower() in wanted)
-        if len(chosen) != len(set(wanted)):
-            raise UserError(f"task_types {','.join(wanted)}: choose from {', '.join(ALFWORLD_GROUPS.values())}")
-        return chosen
 
     def tasks(self, split):
-        """Sorted ids "split/task folder/trial folder" (built-in: "split/task type/number")."""
+        """Sorted ids "split/task folder/trial folder" (built-in: "split/task type/number") of the solvable games."""
         if split not in self.splits:
             raise UserError(f"unknown split {split!r}; ALFWorld has {', '.join(self.splits)}")
-        if split not in self._kept:
-            if self.builtin:
-                kinds = self.task_types
-                self._kept[split] = sorted(f"{split}/{kinds[i % len(kinds)]}/{i:05d}" for i in range(self._sizes[split]))
-            else:
-                self._kept[split] = [name for name in self._files.solvable(split)
-                                     if any(kind in name.split("/")[1] for kind in self.task_types)]
-        if not self._kept[split]:
-            raise UserError(f"no solvable games in split {split} of {self.source}; check --data and task_types")
-        return list(self._kept[split])
+        if split not in self._ids:
+            ids = (f"{split}/{self.task_types[i % len(self.task_types)]}/{i:05d}" for i in range(self._sizes[split])) \
+                if self.builtin else self._files.solvable(split)
+            self._ids[split] = sorted(x for x in ids if any(kind in x for kind in self.task_types))
+        if not self._ids[split]:
+            raise UserError(f"no games in split {split} ({self.source}); check --data and task_types")
+        return list(self._ids[split])
 
     def game(self, task_id):
-        """A fresh AlfworldGame for the id; the parsed file is kept for the next time (the last 64 of them)."""
-        if task_id in self._cache:
-            self._cache.move_to_end(task_id)
-        else:
-            self._cache[task_id] = self._load(task_id)
-            if len(self._cache) > 64:
-                self._cache.popitem(last=False)
+        """An AlfworldGame, to be reset(). The last 64 games stay parsed."""
+        if task_id not in self._cache:
+            if not self.builtin:
+                game = AlfworldGame(self._files.read(task_id), self._files.where(task_id))
+            elif found := re.fullmatch(rf"({'|'.join(self.splits)})/({'|'.join(ALFWORLD_TYPES)})/(\d+)", task_id):
+                game = AlfworldGame(built_in_game(found[1], int(found[3]), found[2], self.seed, self.house), task_id)
+            else:
+                raise UserError(f"no built-in game {task_id!r}; see tasks(split)")
+            self._cache[task_id] = game
+        self._cache.move_to_end(task_id)
+        if len(self._cache) > 64:
+            self._cache.popitem(last=False)
         return copy.copy(self._cache[task_id])
 
-    def _load(self, task_id):
-        if self.builtin:
-            found = re.fullmatch(r"(train|valid_seen|valid_unseen)/(\w+)/(\d+)", task_id)
-            if not found or found[2] not in ALFWORLD_GROUPS:
-                raise UserError(f"no built-in game is called {task_id!r}; see tasks(split)")
-            return AlfworldGame(built_in_game(found[1], int(found[3]), found[2], self.seed, self.house), where=task_id)
-        return AlfworldGame(self._files.read(task_id), where=self._files.place(task_id))
-
     def start(self, task_id, seed=0, detours=None):
-        """A new episode of the game. seed and detours only decide how the expert searches (see expert_script)."""
+        """A new episode. `seed` and `detours` only decide how its expert searches."""
         return AlfworldSession(task_id, self.game(task_id), seed, self.detours if detours is None else detours)
 
     def step(self, sessions, responses, think_closed=False):
@@ -1283,98 +1125,1183 @@ class Alfworld:
             session.step(response, think_closed)
 
     def skill(self, category, brief=False):
-        """Privileged text for a task type: general, its own, common mistakes; brief: its own alone."""
-        if category not in self.skill_names:
-            raise UserError(f"no skill {category!r}; there are {', '.join(self.skill_names)}")
-        parts = [category] if brief else ["general", category, "mistakes"]
-        return "\n".join(self._skills[part] for part in parts if self._skills[part])
+        """General skills, those of the category, common mistakes; brief: the category's alone. UserError if unknown."""
+        return skill_text(self._skills, category, brief)
 
     def all_skills(self):
         """The whole library as one text."""
-        return "\n".join(text for text in (self._skills[part] for part in ("general", *self.skill_names, "mistakes")) if text)
+        return skill_text(self._skills)
 
 
 class GameFiles:
-    """The game files of a release: a folder or its zip, which is read in place. splits: split -> {id: file}."""
+    """The game files of a release, in a folder or in its zip, which is read in place. files: sorted id -> file."""
 
     def __init__(self, path):
-        self.path, self._zip, self._pid = Path(path), None, None
-        if self.path.is_dir():
-            bases = [self.path, *sorted(self.path.glob("json_2.1.*/"))]
-            files = [file for base in bases for split in Alfworld.splits for file in (base / split).glob("*/*/game.tw-pddl")]
-            if not files and (archives := sorted(self.path.glob("json_2.1.*tw-pddl*.zip"))):
-                self.path = archives[-1]
+        self.path, self._zip, self._owner = path, None, None
+        if path.is_dir():
+            files = [*path.glob("*/*/*/game.tw-pddl"), *path.glob("json_2.1.*/*/*/*/game.tw-pddl")]
+            archives = sorted(path.glob("json_2.1.*tw-pddl*.zip"))
+            self.path = archives[-1] if archives and not files else path
         if self.path.is_file():
             files = self._archive().namelist()
-        self.splits = {}
-        for file in files:
-            name = file if isinstance(file, str) else file.as_posix()
-            if (found := re.search(r"(?:^|/)((train|valid_seen|valid_unseen)/[^/]+/[^/]+)/game\.tw-pddl$", name)) \
-                    and "movable" not in found[1] and "Sliced" not in found[1]:
-                self.splits.setdefault(found[2], {})[found[1]] = file
-        self.splits = {split: dict(sorted(self.splits[split].items())) for split in Alfworld.splits if split in self.splits}
+        found = ((re.search(r"(?:^|/)((?:train|valid_seen|valid_unseen)/[^/]+/[^/]+)/game\.tw-pddl$",
+                            str(file).replace(os.sep, "/")), file) for file in files)
+        self.files = dict(sorted((match[1], file) for match, file in found
+                                 if match and "movable" not in match[1] and "Sliced" not in match[1]))
 
     def _archive(self):
-        if self._pid != os.getpid():  # a forked process must not share the file position
+        if self._owner != os.getpid():  # after a fork the file position would be shared
             try:
-                self._zip, self._pid = zipfile.ZipFile(self.path), os.getpid()
+                self._zip, self._owner = zipfile.ZipFile(self.path), os.getpid()
             except (zipfile.BadZipFile, OSError) as error:
                 raise UserError(f"cannot read {self.path} as a zip archive ({error}); download it again") from None
         return self._zip
 
-    def place(self, task_id):
-        file = self.splits.get(task_id.split("/")[0], {}).get(task_id)
-        if file is None:
+    def where(self, task_id):
+        if task_id not in self.files:
             raise UserError(f"no game {task_id!r} in {self.path}; see tasks(split)")
-        return f"{self.path}:{file}" if isinstance(file, str) else str(file)
+        return f"{self.path}:{self.files[task_id]}" if self._zip else str(self.files[task_id])
 
-    def read(self, task_id, tail=None):
-        """Text of a game file (its last `tail` bytes, if given, where that is cheaper). Raises UserError naming the file."""
-        where, file = self.place(task_id), self.splits[task_id.split("/")[0]][task_id]
+    def read(self, task_id):
+        """The text of a game file. Raises UserError naming it."""
+        where, file = self.where(task_id), self.files[task_id]
         try:
-            if isinstance(file, str):
-                return self._archive().read(file).decode("utf-8")
-            with open(file, "rb") as handle:
-                if tail:
-                    handle.seek(max(os.path.getsize(file) - tail, 0))
-                return handle.read().decode("utf-8", "replace" if tail else "strict")
-        except (OSError, ValueError, zipfile.BadZipFile, EOFError, zipfile.zlib.error) as error:
-            raise UserError(f"cannot read {where}: {error}; fetch it again") from None
+            return (self._archive().read(file) if self._zip else file.read_bytes()).decode("utf-8")
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
+            raise UserError(f"cannot read {where} ({error}); fetch it again") from None
 
     def solvable(self, split):
-        """Sorted ids of the games of a split that the release marks as solvable."""
-        def unsolvable(name):
-            marks = re.findall(r'"solvable":\s*(\w+)', self.read(name, tail=1 << 13)[-(1 << 13):])
-            return marks == ["false"]
-        return [name for name in self.splits.get(split, {}) if not unsolvable(name)]
+        """Ids of a split without the games that the release marks as unsolvable."""
+        ids = [task_id for task_id in self.files if task_id.startswith(split + "/")]
+        return [task_id for task_id in ids if not re.search(r'"solvable":\s*false', self.read(task_id)[-10_000:])]
 
 
 def download_alfworld(folder, url=ALFWORLD_URL):
-    """Fetches the official games into `folder` as a zip, which is played in place. Raises UserError."""
+    """Fetches the official games into `folder` as a zip, which is played in place; returns its path. UserError."""
     path = Path(folder) / url.rsplit("/", 1)[-1]
-    if path.exists():
-        print(f"{path} is already there")
-    else:
+    if not path.exists():
         download(url, path)
     check_zip(path)
-    games = GameFiles(path).splits
-    if not games:
-        raise UserError(f"{path} holds no games; {url} is not the release this program knows")
-    print(f"ALFWorld is in {path}: " + ", ".join(f"{split} {len(names)}" for split, names in games.items()))
+    counts = Counter(task_id.split("/")[0] for task_id in GameFiles(path).files)
+    if not counts:
+        raise UserError(f"{path} holds no ALFWorld games; was {url} the right address?")
+    print(f"ALFWorld is in {path}: " + ", ".join(f"{split} {count}" for split, count in counts.items()))
     return path
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# panel
+# WebShop
 # --------------------------------------------------------------------------------------------------------------------
 
+WEBSHOP_FILES = {  # name -> id on Google Drive, from WebShop's setup.sh
+    "items_shuffle_1000.json": "1EgHdxQ_YxqIQlvvq5iKlCrkEKR6-j0Ib",
+    "items_ins_v2_1000.json": "1IduG0xl544V_A_jv3tHXC0kyFi7PnyBu",
+    "items_shuffle.json": "1A2whVgOO0euk5O13n2iYDM0bQRkkRduB", "items_ins_v2.json": "1s2j6NgHljiZzQNL3veZaAiyW_qDEgBNi",
+    "items_human_ins.json": "14Kb5SPBk_jfdLZ_CDBNitW98QLDlKR5O"}
+WEBSHOP_URL = "https://drive.usercontent.google.com/download?id={}&export=download&confirm=t"
+SEARCH_RESULTS, RESULTS_PER_PAGE, TEST_GOALS, PANEL_GOALS = 50, 10, 500, 128
+
+
+def download_webshop(folder, full=False, url=WEBSHOP_URL):
+    """Fetches the small (full: the 1.18 M) catalogue and the human instructions into `folder` and reads them to check.
+    Raises UserError: no network, Drive's quota page instead of a file, a damaged file."""
+    for name, drive_id in WEBSHOP_FILES.items():
+        path = Path(folder) / name
+        if name == "items_human_ins.json" or ("_1000" in name) != full:
+            if not path.exists():
+                download(url.format(drive_id), path)
+            with open(path, "rb") as file:
+                is_json = file.read(64).lstrip()[:1] in (b"[", b"{")
+            if not is_json:
+                path.unlink()
+                raise UserError(f"Google Drive sent a page instead of {name} (its quota?); try later or fetch it in a "
+                                f"browser: https://drive.google.com/uc?id={drive_id}")
+    catalogue = Catalogue(folder, which="full" if full else "small")
+    print(f"{folder}: {len(catalogue.asins)} products, {len(catalogue.goals)} goals")
+
+
+# ---- the catalogue ----
+
+def stream_json(source, block=1 << 20, limit=1 << 26):
+    """(key or None, value, first byte, last byte + 1) for every member of one JSON array or object, in bounded memory.
+
+    `source`: a path or bytes. Read as Latin-1, where a character is a byte, so that a member's place can be kept and
+    the member read again by itself; what is not ASCII is decoded twice. Raises UserError for anything broken."""
+    decode, space = json.JSONDecoder().raw_decode, re.compile(r"[\s,:]*")
+    try:
+        with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file:
+            text, base = file.read(block).decode("latin-1"), 0
+            at = space.match(text).end() + 1
+            keyed, key = text[at - 1:at] == "{", None
+            if text[at - 1:at] not in ("[", "{"):
+                raise ValueError("it is neither an array nor an object")
+            while text[(at := space.match(text, at).end()):at + 1] not in ("]", "}"):
+                try:
+                    key, start = decode(text, at) if keyed else (None, at)
+                    start = space.match(text, start).end()
+                    value, end = decode(text, start)
+                except ValueError:
+                    more = file.read(block)
+                    if not more or len(text) - at > limit:
+                        raise ValueError(f"it breaks off or is damaged near byte {base + at}") from None
+                    text, base, at = text[at:] + more.decode("latin-1"), base + at, 0
+                    continue
+                if not text[start:end].isascii():
+                    value = json.loads(text[start:end].encode("latin-1"))
+                yield key, value, base + start, base + end
+                at = end
+    except (OSError, ValueError, RecursionError) as error:
+        name = "the catalogue" if isinstance(source, bytes) else source
+        raise UserError(f"cannot read {name}: {error}; download it again") from None
+
+
+def _prices(pricing):
+    """The one or two prices of a product's "pricing" text, in dollars; [] if it has none."""
+    numbers = [re.sub(r"[^\d.]", "", part) for part in (pricing or "").split("$")[1:]]
+    return [float(number) for number in numbers if number.strip(".")][:2]
+
+
+def _options(raw):
+    """{option name: [values]} of a product as the shop shows them."""
+    return {name.lower(): [str(value["value"]).strip().replace("/", " | ").lower() for value in values]
+            for name, values in (raw.get("customization_options") or {}).items() if values is not None}
+
+
+def _bullets(raw):
+    bullets = raw.get("small_description")
+    return [str(bullet) for bullet in bullets] if isinstance(bullets, list) else [str(bullets or "")]
+
+
+def _index_text(raw, options):
+    """The text of a product that is indexed (search_engine/convert_product_file_format.py)."""
+    choices = ", and ".join(f"{name}: {', '.join(values)}" for name, values in options.items())
+    return " ".join([raw["name"] or "", raw.get("full_description") or "", *_bullets(raw)[:1], choices]).lower()
+
+
+def _text_nodes(*texts):
+    """What the original's HTML parser leaves of text nodes: empty ones vanish, so do blank ones that hold a newline."""
+    return [text.strip() for text in texts if text.strip(" \n\t\f\r") or (text and "\n" not in text)]
+
+
+class Catalogue:
+    """Products, prices, goals and search index, read-only and shared by all sessions.
+
+    Kept per product: its place in the files, its price and its postings; texts are read again when needed (the last few
+    thousand stay parsed), so that 1.18 M products fit in a few GB. `data`: a directory, or (products, instructions) as
+    bytes; `which`: "small", "full" or None, the small one first. Raises UserError for missing or broken files."""
+
+    def __init__(self, data, seed=233, human_goals=False, which=None):
+        self.items, self.instructions, human = self._find(data, which)
+        self.asins, self._places, bounds, combinations, numbers, wanted = [], [], [], [], {}, []
+        self.index = BM25(self._scan(numbers, bounds, combinations))
+        self.index.tie_rank = np.argsort(np.argsort(np.array(self.asins, "U10")))  # Anserini: equal scores by id
+        self._places = np.array(self._places, np.int64).reshape(-1, 2)
+        self._instruction_places, self._attribute_counts = np.full((len(self.asins), 2), -1), Counter()
+        for asin, entry, start, end in stream_json(self.instructions):
+            if asin in numbers:
+                number, attributes = numbers[asin], isinstance(entry, dict) and entry.get("instruction_attributes")
+                if not isinstance(entry, dict) or (entry.get("instruction") is not None and not attributes):
+                    raise UserError(f"{asin} has no sound entry in the file of instructions; download it again")
+                self._instruction_places[number] = start, end
+                if entry.get("instruction") is not None:
+                    wanted.append((number, combinations[number]))
+                    self._attribute_counts.update(dict.fromkeys(attributes, combinations[number]))
+        self._human = {}
+        if human_goals:
+            if not human or not human.is_file():
+                raise UserError("human goals need items_human_ins.json beside the catalogue; "
+                                "run: python envs.py download webshop")
+            self._human = {numbers[asin]: [entry for entry in entries if entry["instruction_attributes"]]
+                           for asin, entries, _, _ in stream_json(human) if asin in numbers}
+            wanted = [(number, len(entries)) for number, entries in self._human.items()]
+        self.product = lru_cache(8192)(self._read_product)
+        self._draw(seed, sorted(wanted), bounds)
+        self.goals = GoalList(self)
+
+    @staticmethod
+    def _find(data, which):
+        if isinstance(data, tuple):
+            return (*data, None)
+        for suffix in {"small": ["_1000"], "full": [""]}.get(which, ["_1000", ""]):
+            files = [Path(data) / f"{name}{suffix}.json" for name in ("items_shuffle", "items_ins_v2")]
+            if all(file.is_file() for file in files):
+                return (*files, Path(data) / "items_human_ins.json")
+        raise UserError(f"no {which or ''} WebShop catalogue (items_shuffle*.json and items_ins_v2*.json) in {data}; "
+                        "run: python envs.py download webshop")
+
+    def _scan(self, numbers, bounds, combinations):
+        """Yields the text to index of every product and notes the rest."""
+        for _, raw, start, end in stream_json(self.items):
+            try:
+                asin, options, prices = raw["asin"], _options(raw), _prices(raw.get("pricing"))
+                any(raw[name].strip() for name in ("query", "category", "product_category"))  # texts, needed later
+                if asin == "nan" or len(asin) > 10 or asin in numbers:
+                    continue
+                text = _index_text(raw, options)
+            except (KeyError, TypeError, AttributeError, ValueError) as error:
+                raise UserError(f"product {len(self.asins)} of the catalogue is not in WebShop's form ({error!r}); "
+                                "download it again") from None
+            numbers[asin] = len(self.asins)
+            self.asins.append(asin)
+            self._places.append((start, end))
+            bounds.append(prices or [100.0])
+            combinations.append(math.prod(map(len, options.values())))
+            yield text
+
+    def _draw(self, seed, wanted, bounds):
+        """Prices, price limits and the order of goals, from one seed as the original draws them."""
+        rng = random.Random(seed)
+        rng.getrandbits(32)  # the original's first rich.print takes one word from the same generator
+        self.prices = np.array([low[0] if len(low) == 1 else rng.uniform(*low) for low in bounds])
+        product, choice, limit = [], [], []
+        for number, count in wanted:
+            for i in range(count) if self._human else [None]:  # one draw for a human goal, one for all of a product
+                above = [10.0 * k for k in range(1, 100) if 10.0 * k > self.prices[number]][:4]
+                top = max(rng.sample(above, 2)) if len(above) >= 2 else 1000000
+                choices = range(count) if i is None else [i]
+                product += [number] * len(choices)
+                choice += choices
+                limit += [top] * len(choices)
+        order = list(range(len(product)))
+        rng.seed(seed)
+        rng.shuffle(order)
+        self._goal_product, self._goal_choice = np.array(product, np.int32)[order], np.array(choice, np.int32)[order]
+        self._goal_limit = np.array(limit, np.float64)[order]
+
+    @staticmethod
+    def _read(source, place):
+        with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file:
+            file.seek(place[0])
+            return json.loads(file.read(place[1] - place[0]))
+
+    def _read_product(self, number):
+        """A product as the shop shows it, with the parts of its pages that never change."""
+        raw, place = self._read(self.items, self._places[number]), self._instruction_places[number]
+        known = self._read(self.instructions, place) if place[0] >= 0 else {}
+        title, options, description = raw["name"] or "", _options(raw), raw.get("full_description") or ""
+        price = " to ".join(f"${price}" for price in _prices(raw.get("pricing")) or [100.0])
+        clickables = dict.fromkeys(("back to search", "< prev", "description", "features", "reviews", "buy now"))
+        clickables.update((value, name) for name, values in options.items() for value in values)
+        shown = [text for name, values in options.items() for text in (name, *values)]
+        return {"number": number, "asin": raw["asin"], "title": title, "options": options, "clickables": clickables,
+                "category": raw["category"], "query": raw["query"].lower().strip(),
+                "product_category": raw["product_category"],
+                "attributes": known.get("attributes", ["DUMMY_ATTR"]), "instruction": known.get("instruction"),
+                "instruction_attributes": known.get("instruction_attributes"),
+                "texts": (title.lower(), " ".join(_bullets(raw)).lower(), description.lower()),
+                "line": _text_nodes(raw["asin"], title, price), "reviews page": [],
+                "item page": [*_text_nodes(*shown, title), f"Price: {price}", "Rating: N.A.", "Description", "Features",
+                              "Reviews", "Buy Now"],
+                "description page": _text_nodes(description),
+                "features page": _text_nodes(*(" " + bullet for bullet in _bullets(raw)))}
+
+    def goal(self, i):
+        """Goal number i as the original's dictionary."""
+        number, choice, limit = int(self._goal_product[i]), int(self._goal_choice[i]), float(self._goal_limit[i])
+        product = self.product(number)
+        if self._human:
+            entry = self._human[number][choice]
+            text, attributes, options = (entry["instruction" + name] for name in ("", "_attributes", "_options"))
+            text, weight = text.strip("."), 1
+        else:
+            options, attributes = {}, product["instruction_attributes"]
+            for name in sorted(product["options"], reverse=True):  # the last option name varies fastest
+                values = product["options"][name]
+                options, choice = {name: values[choice % len(values)], **options}, choice // len(values)
+            chosen = ", and ".join(f"{name}: {value}" for name, value in options.items())
+            text = product["instruction"] + (" with " + chosen if chosen else "")
+            weight = sum(1. / self._attribute_counts[attribute] for attribute in attributes) / len(attributes)
+        text += f", and price lower than {limit:.2f} dollars" if limit < 1000000 else ""
+        same = {name: product[name] for name in ("asin", "category", "query", "product_category")}
+        return {**same, "name": product["title"], "instruction_text": text, "attributes": attributes,
+                "price_upper": limit, "goal_options": options, "weight": weight}
+
+    def search(self, keywords, rng=random):
+        """Product numbers for the words of a query, at most 50; <r>, <a>, <c>, <q> are special queries there."""
+        everything = range(len(self.asins))
+        field = {"<a>": "attributes", "<c>": "category", "<q>": "query"}.get(keywords[0])
+        if keywords[0] == "<r>":
+            return rng.sample(everything, min(SEARCH_RESULTS, len(everything)))
+        if field:
+            wanted, found = " ".join(keywords[1:]).strip(), ((i, self.product(i)[field]) for i in everything)
+            return [i for i, value in found if wanted == value or (field == "attributes" and wanted in value)]
+        return self.index.search(" ".join(keywords), SEARCH_RESULTS)[0].tolist()
+
+
+class GoalList:
+    """The goals in their shuffled order, made when asked for (the full catalogue has millions)."""
+
+    def __init__(self, catalogue):
+        self._catalogue, self._numbers = catalogue, range(len(catalogue._goal_product))
+
+    def __len__(self):
+        return len(self._numbers)
+
+    def __getitem__(self, i):
+        return [self[j] for j in self._numbers[i]] if isinstance(i, slice) else self._catalogue.goal(self._numbers[i])
+
+
+# ---- the reward ----
+
+COLORS = """
+alabaster apricot aqua ash asphalt azure banana beige black blue blush bordeaux bronze brown burgundy camel camo
+caramel champagne charcoal cheetah chestnut chocolate christmas coffee cognac copper coral cranberry cream crystal dark
+denim eggplant elephant espresso fuchsia gold granite grape graphite grass gray green grey heather indigo ivory ivy
+khaki lavender lemon leopard light lilac lime magenta maroon mauve merlot midnight mint mocha multicolor mushroom
+mustard natural navy nude olive orange peach pewter pink plum purple rainbow red rose royal rust sand sapphire seashell
+silver skull slate steel stone stonewash sunflower tan taupe teal tiger turquoise violet walnut wheat white wine
+yellow""".split()
+# Function words and plain adjectives
+_NOT_NOUNS = frozenset("""
+a an the this that these those my your his her its our their i you he she it we they me him us them who which what
+whose and or but nor so yet if then than as when where how why not no of in on at by for with from to into onto over
+under above below between through during without within against around up down off out about after before per via upon
+is are was were be been being am do does did has have had can could will would should may might must all any both each
+every some other another such only own same more most very too just also even still one two three four five six seven
+eight nine ten best good better great new cool cute funny humorous elegant sexy quick easy high low full free real true
+open closed loose tight soft hard heavy thick thin deep warm cozy fresh healthy safe gentle smooth clean dry wet flat
+wide narrow round large small big tall little mini portable foldable adjustable removable washable detachable reusable
+breathable comfortable durable flexible waterproof wireless sleeveless various hypoallergenic multiple unique suitable
+perfect natural organic vegan facial oral cosmetic electric modern contemporary traditional official personalized
+customized upgraded absorbent reflective super ultra newly fully made includes included""".split())
+
+
+def _normal_color(option):
+    """The first colour word inside an option's text; inside a (name, value) pair only a whole value counts."""
+    return next((color for color in COLORS if color in option), option)
+
+
+def _common_length(a, b):
+    """Length of the longest common subsequence (bit-parallel, Hyyro 2004)."""
+    places, row = {}, (1 << len(a)) - 1
+    for i, letter in enumerate(a):
+        places[letter] = places.get(letter, 0) | 1 << i
+    for letter in b:
+        match = row & places.get(letter, 0)
+        row = (row + match) | (row - match)
+    return len(a) - (row & ((1 << len(a)) - 1)).bit_count()
+
+
+@lru_cache(65536)
+def token_set_ratio(first, second):
+    """thefuzz.fuzz.token_set_ratio (rapidfuzz): 0..100, on lower-case ASCII words; what is no str is taken by str()."""
+    words_a, words_b = ({*re.sub(r"\W", " ", re.sub(r"[^\x00-\x7f]", "", str(text)).lower()).split()}
+                        for text in (first, second))
+    both, only_a, only_b = (" ".join(sorted(part))
+                            for part in (words_a & words_b, words_a - words_b, words_b - words_a))
+    if not words_a or not words_b:
+        return 0
+    if both and not (only_a and only_b):
+        return 100
+    gap = bool(both)
+    length_a, length_b = len(both) + gap + len(only_a), len(both) + gap + len(only_b)
+    different = len(only_a) + len(only_b) - 2 * _common_length(only_a, only_b)
+    ratios = [1 - different / (length_a + length_b)]
+    if both:
+        ratios += [2 * len(both) / (len(both) + length) for length in (length_a, length_b)]
+    return round(100 * max(ratios))
+
+
+@lru_cache(8192)
+def title_nouns(title):
+    """The words of a product title that a tagger would call nouns, approximately: in titles nearly every capitalised
+    word is tagged as a name, so all words count but function words, plain adjectives, non- compounds and numbers."""
+    title = re.sub(r"['\u2019]s\b|\b(?:non|anti|multi|semi)-[^\W\d_]+", " ", title, flags=re.I)
+    found = re.findall(r"\b(?!x\d|x\b)[^\W\d_][^\W_]*", title.lower())
+    return [word for word in found if word not in _NOT_NOUNS]
+
+
+def shop_reward(product, goal, price, chosen):
+    """(reward 0..1, its parts) for buying `product` at `price` with `chosen` options; goal.py's get_reward."""
+    wanted, bought = title_nouns(goal["name"]), title_nouns(product["title"])
+    title_score = len(set(wanted) & set(bought)) / len(wanted) if wanted else 0.2
+    query_match = product["query"] == goal["query"]
+    levels, goal_levels = ({part.strip() for part in x["product_category"].split("\u203a")} for x in (product, goal))
+    category_match = len(levels & goal_levels) >= 2
+    r_type = 1.0 if query_match or category_match or title_score > 0.2 else 0.5
+    r_type = 0.0 if title_score == 0 else 0.1 if title_score < 0.1 else r_type
+    attributes = goal["attributes"]
+    n_attributes = sum(any(token_set_ratio(have, want) > 85 for have in product["attributes"])
+                       or any(want in text for text in product["texts"]) for want in attributes)
+    options = goal["goal_options"].items() if isinstance(goal["goal_options"], dict) else goal["goal_options"]
+    have = [_normal_color(value) for value in chosen.values()]
+    n_options = sum(any(token_set_ratio(value, want) > 85 for value in have) for want in map(_normal_color, options))
+    r_price = bool(price <= goal["price_upper"])
+    reward = (n_attributes + n_options + r_price) / (len(attributes) + len(options) + 1) * r_type
+    return reward, {"r_type": r_type, "r_att": n_attributes / len(attributes), "query_match": query_match,
+                    "category_match": category_match, "title_score": title_score, "r_price": r_price,
+                    "r_option": n_options / len(options) if options else None, "price": float(price)}
+
+
+# ---- the shop ----
+
+class WebShop:
+    """One shopping session in the original's text mode. `data`: a directory, or a Catalogue to share.
+
+    .goals, .reset(goal_index) -> observation, .step(action) -> (observation, reward, done), .available_actions.
+    """
+
+    def __init__(self, data, seed=233, human_goals=False, catalogue=None, page_size=RESULTS_PER_PAGE):
+        self.catalogue = data if isinstance(data, Catalogue) else Catalogue(data, seed, human_goals, catalogue)
+        self.goals, self.page_size, self.rng = self.catalogue.goals, page_size, random.Random(seed)
+
+    def reset(self, goal_index):
+        """Opens the search page of a goal; returns the observation."""
+        self.goal, self.done, self.details = self.goals[goal_index], False, {}
+        self.sought = int(self.catalogue._goal_product[goal_index])
+        self.task = _text_nodes(self.goal["instruction_text"])
+        self._home()
+        return self.observation
+
+    def _show(self, kind, clickables, *parts):
+        """Makes a page the current one; `parts` are what follows the instruction."""
+        self.kind, self.clickables, self.parts = kind, clickables, parts
+        head = () if kind == "done" else ("Instruction:", *self.task)
+        self.observation = " [SEP] ".join((*(("WebShop",) if kind == "search" else ()), *head, *parts))
+
+    def _home(self):
+        self.product, self.options = None, {}
+        self._show("search", {"search": None}, "Search")
+
+    def _results(self, page):
+        self.page, self.product, self.options = page, None, {}
+        shown = [self.catalogue.product(i) for i in self.found[(page - 1) * self.page_size:page * self.page_size]]
+        self.links = {product["asin"].lower(): product for product in shown}
+        buttons = ["< Prev", "Next >"] if page > 1 else ["Next >"]
+        clickables = dict.fromkeys(["back to search", *map(str.lower, buttons), *self.links])
+        self._show("results", clickables, "Back to Search", f"Page {page} (Total results: {len(self.found)})",
+                   *buttons, *(part for product in shown for part in product["line"]))
+
+    def _item(self):
+        self._show("item", self.product["clickables"], "Back to Search", "< Prev", *self.product["item page"])
+
+    def _buy(self):
+        price = self.catalogue.prices[self.product["number"]]
+        reward, self.details = shop_reward(self.product, self.goal, price, self.options)
+        self.details.update(asin=self.product["asin"], options=self.options, reward=reward)
+        options = re.sub("[<>&']", lambda letter: f"\\u{ord(letter[0]):04x}", json.dumps(self.options, sort_keys=True))
+        filled = {"{asin}": self.product["asin"], "{options}": options, "{reward}": str(reward)}
+        self.done = True
+        self._show("done", {}, *(filled.get(part, part) for part in DONE_PAGE.split("|")))
+        return self.observation, reward, True
+
+    @property
+    def available_actions(self):
+        return {"has_search_bar": self.kind == "search", "clickables": list(self.clickables)}
+
+    def step(self, action):
+        """(observation, reward, done) after search[words] or click[a clickable]; anything else changes nothing."""
+        name, argument = parse_shop_action(action)
+        if name == "search" and argument and not self.done:
+            self.found = self.catalogue.search(argument.split(" "), self.rng)
+            self._results(1)
+        elif name == "click" and argument in self.clickables and argument != "search":
+            if argument == "buy now":
+                return self._buy()
+            self._click(argument)
+        return self.observation, 0.0, self.done
+
+    def _click(self, name):
+        if name == "back to search":
+            self._home()
+        elif self.kind == "results" and name in ("next >", "< prev"):
+            self._results(self.page + (1 if name == "next >" else -1))
+        elif name == "< prev" and self.kind == "item":
+            self._results(self.page)
+        elif name in ("description", "features", "reviews"):
+            self._show("part", dict.fromkeys(("back to search", "< prev")), "Back to Search", "< Prev",
+                       *self.product[name + " page"])
+        else:
+            if self.kind == "results":
+                self.product = self.links[name]
+            elif name != "< prev":
+                self.options = {**self.options, self.clickables[name]: name}
+            self._item()
+
+
+DONE_PAGE = ("Thank you for shopping with us!|Your code:|None|(Paste it in your MTurk interface.)|Purchased|asin|"
+             "{asin}|options|{options}|attrs|None|category|None|query|None|product category|None|Target|asin|options|"
+             "attrs|price upper|instuction text|category|product category|query|Goal|None|Reward|"
+             "Your score (min 0.0, max 1.0)|{reward}|Reward Details|None")
+
+
+def parse_shop_action(action):
+    """(name, lower-case argument) of "name[argument]" as the original's pattern (.+)\\[(.+)\\] takes it, in linear
+    time; the argument is None if the text is not of that form."""
+    line = action.split("\n", 1)[0]
+    close = line.rfind("]")
+    start = line.rfind("[", 1, max(close - 1, 0))
+    return (line[:start], line[start + 1:close].lower()) if start > 0 else (line, None)
+
+
+# ---- the built-in catalogue ----
+
+def _table(text):
+    """{name: text} from paragraphs "name: text", whose further lines are indented; one that ends in | or , goes on."""
+    text = re.sub(r"([|,])\n\s+", r"\1", text)
+    return {name: " ".join(body.split()) for name, body in re.findall(r"^(\w+): (.*?)(?=^\w|\Z)", text, re.S | re.M)}
+
+
+# skill category: WebShop's category | product types | attributes | options
+SHOP_WORLD = _table("""
+apparel: fashion|shirt,dress,jacket,jeans,sweater|machine wash,slim fit,long sleeve,cotton blend,quick dry|
+    color:black,navy,red,white|size:small,medium,large
+footwear: fashion|sneakers,boots,sandals,loafers,slippers|rubber sole,anti slip,memory foam,arch support,
+    wide toe|color:black,brown,tan|size:7,8,9,10
+home_decor: garden|lamp,rug,curtain,pillow,vase|easy clean,hand painted,solid wood,space saving,
+    fade resistant|color:beige,grey,blue|style:plain,classic
+electronics: electronics|charger,cable,speaker,headphones,camera|fast charging,high speed,noise cancelling,
+    long lasting,plug play|color:black,white|pack:1 pack,2 pack
+accessories: fashion|wallet,belt,watch,hat,backpack|water resistant,genuine leather,light weight,gift ready,
+    easy carry|color:brown,black,green
+beauty_health: beauty|shampoo,lotion,serum,soap,lipstick|cruelty free,sulfate free,tea tree,dry skin,
+    travel size|scent:rose,mint,lemon|size:2 ounce,8 ounce
+other: grocery|cookies,coffee,pasta,almonds,popcorn|gluten free,low sugar,plant based,non gmo,nut free|
+    flavor:original,spicy,honey|count:6 count,12 count""")
+SHOP_BRANDS = "Alder Birk Corvin Dunmore Elwick Farrow Garnet".split()
+
+
+def build_catalogue(seed):
+    """245 invented products over the seven categories, as the bytes of the benchmark's two files."""
+    rng, products, instructions = random.Random(seed), [], {}
+    for path, spec in SHOP_WORLD.items():
+        category, kinds, attributes, *options = spec.split("|")
+        for kind, brand in itertools.product(kinds.split(","), SHOP_BRANDS):
+            asin, (first, second, third) = f"B{len(products) + 1:03d}", rng.sample(attributes.split(","), 3)
+            low, choices = rng.randrange(500, 9000) / 100, {}
+            for name, values in (option.split(":") for option in options):
+                values = values.split(",")
+                choices[name] = [{"value": value} for value in rng.sample(values, rng.randint(2, len(values)))]
+            products.append({
+                "asin": asin, "name": f"{brand} {kind.title()}, {first.title()}", "category": category, "query": kind,
+                "product_category": f"Shop \u203a {path} \u203a {kind}", "full_description": f"A {kind} by {brand}.",
+                "pricing": f"${low}" if rng.random() < 0.5 else f"${low} - ${low + 5:.2f}",
+                "small_description": [second, third], "customization_options": choices})
+            instructions[asin] = {"attributes": [first, second, third], "instruction_attributes": [second, first],
+                                  "instruction": f"Find me {second} {kind} with {first}"}
+    rng.shuffle(products)
+    return json.dumps(products).encode(), json.dumps(instructions).encode()
+
+
+# ---- skills ----
+
+SHOP_SKILLS = _table("""
+general: Search for the product type with its two or three most telling words, not the whole sentence. Open the result
+    whose title fits, choose every option the task names, compare the price with the limit, then buy. Full reward needs
+    type, attributes, options and price to match.
+mistakes: Buying before all options are chosen. Repeating a failed search instead of rewording it. Reading every
+    description: titles usually decide. Going back after choosing options: they are lost. Never buying: that scores
+    zero.
+apparel: Name the garment and who wears it (men's, women's) in the search, with fit or sleeve. Then choose color, size
+    and fit type. Sizes are labels such as xx-large: take exactly the one asked for.
+footwear: Search the kind of shoe with its sole or closure (rubber sole, slip on). Then pick color and the exact size;
+    sizes may be plain numbers or pairs for women and men. Shoes often show a price range: check the limit.
+home_decor: Search the piece and its room or material. Many options are dimensions: match every number and unit. Colors
+    may have long names or codes; choose the one the task spells out.
+electronics: Search the device with its key function or connector (usb, bluetooth, hdmi). Look out for capacity, length
+    and pack options, and do not take an accessory for the device itself.
+accessories: Search the item and its material or use. Often color is the only option, sometimes a size or pattern code:
+    read the whole label before choosing.
+beauty_health: Search the product with the hair or skin type and the claim (cruelty free, tea tree). Options are scent,
+    shade or volume: choose the exact amount, such as 8 ounce.
+other: Search the product with its dietary or material claim (gluten free, non gmo). Options are flavor and count:
+    choose both, and check that the price of the pack stays under the limit.""")
+SHOP_KEYWORDS = {name: re.compile(rf"\b(?:{pattern})(?:s|es)?\b", re.I) for name, pattern in _table("""
+apparel: shirt|tee|henley|polo|blouse|top|tunic|dresse?|skirt|pants?|jean|short|legging|jacket|coat|
+    sweater|hoodie|sweatshirt|suit|blazer|tuxedo|jumpsuit|romper|overall|swimsuit|swimwear|bikini|
+    underwear|bra|brief|lingerie|pajama|sock|vest|cardigan|tank|clothing|active ?wear|sleeve|slim fit|
+    classic fit|sleep & lounge|costume
+footwear: shoe|boot|sneaker|sandal|slipper|loafer|slip-on|pump|flats|oxford|clog|mule|footwear|
+    rubber (?:out)?sole
+home_decor: pillow|rug|curtain|drape|lamp|lighting|chandelier|sconce|vase|candle|decor|furniture|table|
+    chair|desk|sofa|couch|bed|mattresse?|bedroom|living room|dining room|kitchen|shelve?|bookcase|cabinet|
+    ottoman|bench|stool|rack|mirror|blanket|bedding|mat|artwork|wall|window|furnishing|island|vanitie|
+    bedframe|throw
+electronics: phone|charger|cable|speaker|headphone|earbud|batterie|battery|adapter|usb|camera|laptop|
+    computer|tablet|monitor|tv|television|hdmi|bluetooth|projector|printer|drive|memory|receiver|amplifier|
+    antenna|radio|keyboard|router|binocular|telescope|lense?|flashe?|tripod|stereo|home theater|
+    screen protector|remote|console|wireless|video|audio|media|iphone|gaming|photography|wearable
+accessories: bag|wallet|belt|watch|sunglasse|hat|scarf|glove|jewelry|necklace|earring|bracelet|backpack|
+    purse|handbag|cap|beanie|necktie|umbrella|luggage|watch band|keychain
+beauty_health: shampoo|conditioner|cream|lotion|makeup|brushe?|serum|moisturizer|soap|hair|skin|nail|lip|
+    lipstick|eye|face|facial|body|fragrance|perfume|cologne|deodorant|toothbrushe?|toothpaste|teeth|dental|
+    oral|mask|wig|shav(?:e|ing)|razor|beauty|foot|massage|spa|cosmetic|sunscreen|bath|mascara|eyelashe?|
+    tea tree|essential oil|cruelty free|scrub
+other: snack|food|cheese|milk|candy|meat|sugar|gmo|gluten|kosher|usda|keto|coffee|sauce|beverage|drink|
+    toy|gift set""").items()}
+
+
+def shop_category(instruction):
+    """The skill category of a goal, from its instruction alone: most key words, whole words only, options left out."""
+    text = re.split(r" with [^,:]*: |, and price lower", instruction)[0]
+    hits = {category: pattern.findall(text) for category, pattern in SHOP_KEYWORDS.items()}
+    best = max(hits, key=lambda category: len(hits[category]))
+    return best if hits[best] else "other"
+
+
+# ---- the environment as sdar.py and eval.py see it ----
+
+def parse_shop_response(response, think_closed=False):
+    """(action, valid) of a model's text as the public code judges it: the lower-cased text between the first <action>
+    and the first </action>; valid if both are there and a think block (unless the prompt closed it), but no Chinese."""
+    text = response.lower()
+    start, end = text.find("<action>"), text.find("</action>")
+    if start < 0 or end < 0:
+        return text[-20:], False
+    thought = think_closed or ("<think>" in response and "</think>" in response)
+    return text[start + len("<action>"):end].strip(), thought and not re.search(r"[\u4e00-\u9fff]", response)
+
+
+class ShopSession:
+    """One episode on one goal; attributes as in every environment of this file."""
+
+    def __init__(self, shop, task_id, goal_index):
+        shop.reset(goal_index)
+        self.shop, self.task_id, self.turns, self.action = shop, task_id, [], ""
+        self.task = " ".join(shop.goal["instruction_text"].split())
+        self.category = self.group = shop_category(self.task)
+        self.valid, self.admissible, self.done, self.won, self.score, self.details = True, True, False, False, 0.0, {}
+
+    @property
+    def observation(self):
+        """The page without the instruction, each part in quotes (the public code's format)."""
+        return " [SEP] ".join(f"'{part}'" for part in self.shop.parts)
+
+    def respond(self, response, think_closed=False):
+        """Takes one raw response; see WebShopEnv.step."""
+        action, self.valid = parse_shop_response(response, think_closed)
+        action = action[:2000]
+        self.action = one_line(action, 300)
+        self.turns.append((self.observation, self.action))
+        name, argument = parse_shop_action(action)
+        self.admissible = bool(argument) and (name == "search" and self.shop.kind == "search" or name == "click"
+                                              and argument in self.shop.clickables and argument != "search")
+        _, reward, self.done = self.shop.step(action)
+        self.score, self.won, self.details = float(reward), reward == 1.0, self.shop.details
+
+    def prompt(self, skill="", history=2, room=None, brief=False):
+        """The user message of this turn; `room` cuts every observation in it in the middle (in characters)."""
+        past = self.turns[-history:] if history > 0 else []
+        if brief:  # clickable parts in brackets: observation and admissible actions in one
+            page = " ".join(f"[{part.lower()}]" if part.lower() in self.shop.clickables else part
+                            for part in self.shop.parts)
+            steps = ["did: " + " > ".join(action for _, action in past)] if past else []
+            return "\n".join([*filter(None, [skill]), self.task, *steps, shorten_middle(page, room)])
+        number = len(self.turns) - len(past)
+        steps = "\n".join(f"[Observation {number + i}: '{shorten_middle(seen, room)}', Action {number + i}: '{action}']"
+                          for i, (seen, action) in enumerate(past, 1))
+        if past:
+            steps = f"Steps taken so far: {len(self.turns)}. The last {len(past)} with what you saw:\n{steps}\n"
+        offered = [f"click[{name}]" for name in self.shop.clickables]
+        offered = ["search[<your query>]"] * (self.shop.kind == "search") + offered
+        return (f"{skill}{chr(10) * 2 if skill else ''}You are an agent that shops in the online store WebShop.\n"
+                f"Your task is: {self.task}\n{steps}This is step {len(self.turns) + 1}; you now see: "
+                f"{shorten_middle(self.observation, room)}\nThe admissible actions are:\n[\n"
+                + "".join(f"'{action}',\n" for action in offered) + "]\n\nReason first, step by step, between <think> "
+                "and </think>: which admissible action brings you closer to what the task asks for? Then write that "
+                "one action between <action> and </action>.")
+
+    def _query(self):
+        """The expert's search words: the goal's own if they bring the product within two pages, else its title."""
+        goal, catalogue = self.shop.goal, self.shop.catalogue
+        wanted, options = f"{' '.join(goal['attributes'])} {goal['query']}", goal["goal_options"]
+        options = " ".join(options.values() if isinstance(options, dict) else options)
+        for words in (wanted, f"{wanted} {options}", goal["name"], goal["instruction_text"]):
+            words = " ".join(re.sub(r"[\[\]]", " ", words).split())
+            if self.shop.sought in catalogue.search(words.lower().split(" "))[:2 * self.shop.page_size]:
+                break
+        return words
+
+    def _missing_option(self):
+        """An option of the goal that is still to be clicked, or None."""
+        shop, goal = self.shop, self.shop.goal["goal_options"]
+        offered = {value: name for value, name in shop.clickables.items()
+                   if name and parse_shop_action(f"click[{value}]")[1] == value}
+        if isinstance(goal, dict):
+            return next((value for value, name in offered.items()
+                         if goal.get(name) == value != shop.options.get(name)), None)
+        for want in goal:
+            close = {True: [], False: []}
+            for value in offered:
+                close[value in shop.options.values()] += [value] if token_set_ratio(value, want) > 85 else []
+            if close[False] and not close[True]:
+                return min(close[False], key=lambda value: (value != want, len(value)))
+        return None
+
+    def expert(self):
+        """What a shopper who knows the product sought would answer now."""
+        shop = self.shop
+        if shop.kind == "search":
+            thought, action = "I search for the product with its main features.", f"search[{self._query()}]"
+        elif shop.kind == "results":
+            asin = shop.catalogue.asins[shop.sought].lower()
+            if asin in shop.links:
+                thought, action = "This product fits the task.", f"click[{asin}]"
+            elif shop.sought in shop.found[shop.page * shop.page_size:]:
+                thought, action = "Nothing here fits; I look at the next page.", "click[next >]"
+            else:
+                thought, action = "This search does not help; I start again.", "click[back to search]"
+        elif shop.kind == "part" or shop.product["number"] != shop.sought:
+            thought, action = "I go back.", "click[< prev]"
+        else:
+            option = self._missing_option()
+            thought, action = ("The task asks for this option.", f"click[{option}]") if option else (
+                "Product and options match; I buy it.", "click[buy now]")
+        return f"<think>{thought}</think><action>{action}</action>"
+
+
+class WebShopEnv:
+    """WebShop for training and evaluation. `data`: a directory (see find_data), else an invented catalogue.
+
+    Splits: "train" (all goals but the first 500), "test" (a fixed panel of 128 of those 500), "test500" (all of them).
+    Goals of "train" that are the same product and the same instruction as one of the 500 are left out.
+    Options: human_goals; catalogue "small" or "full"; page_size, results on a page (10; 5 in the invented catalogue).
+    """
+
+    name, stop, splits, skill_names = "webshop", ("</action>",), ("train", "test", "test500"), list(SHOP_KEYWORDS)
+
+    def __init__(self, data=None, seed=233, skills=None, human_goals=False, catalogue=None, page_size=None):
+        path = find_data("webshop", data)
+        self.builtin = path is None
+        self.catalogue = Catalogue(build_catalogue(seed) if self.builtin else path, seed, human_goals, catalogue)
+        self.page_size = page_size or (5 if self.builtin else RESULTS_PER_PAGE)
+        self._skills = read_skills(skills, self.skill_names) if skills else SHOP_SKILLS
+        count = len(self.catalogue.goals)
+        held_out = min(TEST_GOALS, count // 4)
+        panel = sorted(random.Random(233).sample(range(held_out), min(PANEL_GOALS, held_out)))
+        self._goals = {"train": self._unseen(held_out, count), "test": np.array(panel, int),
+                       "test500": np.arange(held_out)}
+        kind = "an invented catalogue (the real one: python envs.py download webshop)" if self.builtin else str(path)
+        self.source = (f"{kind}: {len(self.catalogue.asins)} products, {count} goals, {len(self._goals['train'])} "
+                       f"for training; panel {panel_hash(self.tasks('test'))}: {len(panel)} of the first {held_out}")
+
+    def _unseen(self, held_out, count):
+        """Indices of the training goals: no product with the same instruction is among the test goals."""
+        products, goals = self.catalogue._goal_product, self.catalogue.goals
+        key = lambda i: (int(products[i]), goals[i]["instruction_text"])
+        tested = {key(i) for i in range(held_out)}
+        shared = held_out + np.flatnonzero(np.isin(products[held_out:], products[:held_out]))
+        return np.setdiff1d(np.arange(held_out, count), [i for i in shared if key(i) in tested])
+
+    def tasks(self, split):
+        """Sorted task ids such as "test/goal-00012". Raises UserError for an unknown or empty split."""
+        if not len(self._goals.get(split, ())):
+            raise UserError(f"WebShop has no tasks in split {split!r}; its splits are {', '.join(self.splits)}")
+        return [f"{split}/goal-{i:05d}" for i in self._goals[split].tolist()]
+
+    def start(self, task_id, seed=0):
+        """A new session on a task; `seed` decides only what the special query <r> shows."""
+        found = re.fullmatch(r"(\w+)/goal-(\d{5,12})", str(task_id), re.ASCII)
+        goals, number = self._goals.get(found[1], np.zeros(0)) if found else np.zeros(0), int(found[2]) if found else 0
+        place = np.searchsorted(goals, number)
+        if place == len(goals) or goals[place] != number:
+            raise UserError(f"WebShop has no task {task_id!r}; ask tasks(split) for them")
+        return ShopSession(WebShop(self.catalogue, seed, page_size=self.page_size), str(task_id), number)
+
+    def step(self, sessions, responses, think_closed=False):
+        """Advances every session by its model's raw response; finished ones stay as they are."""
+        for session, response in zip(sessions, responses, strict=True):
+            if not session.done:
+                session.respond(response, think_closed)
+
+    def skill(self, category, brief=False):
+        """General skills, those of the category, common mistakes; brief: the category's alone. UserError if unknown."""
+        return skill_text(self._skills, category, brief)
+
+    def all_skills(self):
+        """The whole library."""
+        return skill_text(self._skills)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Search-QA
+# --------------------------------------------------------------------------------------------------------------------
+
+SEARCH_DATASETS = ("NQ", "TriviaQA", "PopQA", "HotpotQA", "2Wiki", "MuSiQue", "Bamboogle")  # the paper's columns
+DATASET_ALIASES = {"hotpot": "HotpotQA", "2wikimultihopqa": "2Wiki", **{name.lower(): name for name in SEARCH_DATASETS}}
+MAX_QUERY, MAX_ANSWER, MAX_PASSAGE, MAX_REPLY = 400, 1000, 4000, 1 << 28  # characters kept; bytes read from a server
+SEARCH_SKILLS = {
+    "general": "Name the missing fact before searching. Query with the entity's full name and the wanted property. "
+        "Check that a passage speaks of the right entity; answer once one states the fact, or in the last turn.",
+    "direct_retrieval": "One passage usually holds the answer. Search the question's rarest words together. If the "
+        "passages miss, try synonyms or the likely page title, not the same query. Answer in the passage's words.",
+    "entity_attribute_lookup": "Search the entity's exact name plus the property (birthplace, genre, capital). Where "
+        "several entities share a name, add occupation, year or country. Answer with the property's value alone.",
+    "multi_hop_reasoning": "Find the innermost entity first: who made, led or founded the thing. Put the name found "
+        "into the next query, with the next property. One link per search. Answer the outermost question.",
+    "compare": "Search each candidate by itself and note its date, number or place. Compare when both are known; mind "
+        "the direction: older means the earlier year. Answer what is asked: candidate, property, or yes or no.",
+    "mistakes": "Common mistakes: answering from memory while searches are left; repeating a failed query; searching "
+        "and answering in one response; explaining inside the answer tags instead of giving the bare fact."}
+DIRECT, ATTRIBUTE, HOPS, COMPARE = SEARCH_CATEGORIES = tuple(SEARCH_SKILLS)[1:5]
+Question = namedtuple("Question", "id text answers group chain", defaults=((),))  # chain: queries that lead to it
+COMPARING = re.compile(r"^(which|who|what|where|are|is|was|were|do|does|did|between)\b.*\bor\b|\b(both|same|share)\b.*"
+                       r"\band\b|\band\b.*\b(both|same|share|in common)\b|\b(older|elder|younger|earlier|later|first|"
+                       r"larger|bigger|smaller|longer|taller|higher|more|fewer)\b.*(\bor\b|\bof\b.*\band\b)", re.I)
+RELATION = re.compile(r"\b(of|by|whose|that|who|which|where|when|birthplace)\b|['\u2019]s\b", re.I)
+PROPERTY = re.compile(r"\b(occupation|genre|capital|director|producer|screenwriter|composer|author|religion|sport|"
+                      r"mother|father|country|born|river|colou?r)\b|^what (is|was) the \w+ of\b", re.I)
+
+
+class ServerError(UserError):
+    """The search server failed for good. No session was changed: the same step can be made again."""
+
+
+def normalize_answer(text):
+    """SQuAD normalisation: lower case, no ASCII punctuation, no articles, single spaces (Search-R1, qa_em.py)."""
+    text = text.lower().translate(str.maketrans("", "", string.punctuation))
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def score_answer(prediction, golden):
+    """(exact match, F1), each the best over the golden answers; for F1, yes, no and noanswer count only as a whole."""
+    words, best = normalize_answer(prediction), 0.0
+    golden = [normalize_answer(answer) for answer in golden]
+    for answer in golden:
+        if words == answer or not {words, answer} & {"yes", "no", "noanswer"}:
+            shared = sum((Counter(words.split()) & Counter(answer.split())).values())
+            best = max(best, 2 * shared / max(1, len(words.split()) + len(answer.split())))
+    return float(words in golden), best
+
+
+def parse_search(response):
+    """Response text -> (kind "search" | "answer" | "", content, valid), in linear time. As the public projection.py
+    has it: what follows the first </search> (else </answer>) is dropped, a whole search block goes before an answer
+    block, and exactly one opening tag is valid. <think> is never demanded."""
+    closed = [tag for tag in ("</search>", "</answer>") if tag in response]
+    trimmed = response[:response.index(closed[0]) + len(closed[0])] if closed else response
+    for kind in ("search", "answer"):
+        start = re.compile(f"<{kind}>", re.I).search(trimmed)
+        end = start and re.compile(f"</{kind}>", re.I).search(trimmed, start.end())  # none here: none for a later tag
+        if end:
+            valid = len(re.findall("<(?:search|answer)>", response, re.I)) == 1
+            return kind, trimmed[start.end():end.start()].strip(), valid
+    return "", "", False
+
+
+def search_category(text, group):
+    """Skill category: from the data set where that tells, else from the question, on whole words."""
+    known = {"NQ": DIRECT, "TriviaQA": DIRECT, "PopQA": ATTRIBUTE, **{name: name for name in SEARCH_CATEGORIES}}
+    if group in known or COMPARING.search(text[:1000]):
+        return known.get(group, COMPARE)
+    if group in SEARCH_DATASETS or len(RELATION.findall(text.partition(" ")[2])) > 1:
+        return HOPS
+    return ATTRIBUTE if PROPERTY.search(text) else DIRECT
+
+
+def read_rows(path):
+    """(line number, dict) of a .jsonl, .jsonl.gz or, where pyarrow is installed, .parquet file; else UserError."""
+    number = 0
+    try:
+        if path.suffix == ".parquet":
+            from pyarrow import parquet
+            batches = parquet.ParquetFile(path).iter_batches(1000)
+            yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
+            return
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield number, dict(json.loads(line).items())  # AttributeError for anything but an object
+    except ImportError:
+        raise UserError(f"{path}: parquet needs pyarrow; pip install pyarrow, or convert the file to JSONL") from None
+    except (OSError, EOFError, zlib.error, ValueError, AttributeError, RecursionError) as error:  # pyarrow's among them
+        raise UserError(f"{path}, line {number}: {one_line(str(error))}; mend the file or fetch it again") from None
+
+
+def read_question(path, number, row):
+    """One row in any of the known layouts -> Question; UserError naming the line if it is none."""
+    extra, reward = (row[key] if isinstance(row.get(key), dict) else {} for key in ("extra_info", "reward_model"))
+    truth = reward.get("ground_truth")
+    given = (row.get("golden_answers"), truth["target"] if isinstance(truth, dict) and "target" in truth else truth,
+             row.get("answers"), row.get("answer"))
+    answers = next((value if isinstance(value, list) else [value] for value in given if value), [])
+    text = row.get("question") or extra.get("question")
+    if not isinstance(text, str) or not text.strip() or not answers:
+        raise UserError(f"{path}, line {number}: no `question` with answers (golden_answers, answers, answer or "
+                        "reward_model.ground_truth.target); mend the line or take it out")
+    named = str(row.get("data_source") or row.get("dataset") or "")
+    words = re.split("[^a-z0-9]+", (named or path.name).lower())
+    found = {DATASET_ALIASES[word] for word in words if word in DATASET_ALIASES}
+    group = found.pop() if len(found) == 1 else named or "other"
+    key = row.get("id", row.get("idx", extra.get("index")))
+    key = panel_hash([text.encode("ascii", "replace").decode()]) if key is None else key
+    return Question(one_line(f"{group}/{key}"), text.strip(), tuple(map(str, answers)), group)
+
+
+def load_questions(path):
+    """File or folder -> ({split: {id: Question}}, passage files in the folder). Split by file name (train*, dev*,
+    val*, test*), else by hash of the id (20 % test); wordings found in another split are taken out of train."""
+    splits, passages, folder = {"train": {}, "test": {}}, [], path.is_dir()
+    for file in sorted(path.iterdir()) if folder else [path]:
+        named = re.match("train|test|dev|val", file.name.lower())
+        rows = read_rows(file) if not folder or file.name.endswith((".jsonl", ".jsonl.gz", ".parquet")) else ()
+        for count, (number, row) in enumerate(rows):
+            if folder and not count and "question" not in row and "extra_info" not in row:
+                passages += [file] if "contents" in row else []
+                break  # another kind of file: passages, predictions
+            question = read_question(file, number, row)
+            drawn = "test" if int(panel_hash([question.id])[:4], 16) < 0.2 * 65536 else "train"
+            split = splits.setdefault(named[0].replace("val", "dev") if named else drawn, {})
+            while split.get(question.id, question).text != question.text:
+                question = question._replace(id=question.id + "'")
+            split[question.id] = question
+    held = {normalize_answer(q.text) for name in splits if name != "train" for q in splits[name].values()}
+    splits["train"] = {key: q for key, q in splits["train"].items() if normalize_answer(q.text) not in held}
+    return splits, passages
+
+
+def search_server(url, timeout=30.0, retries=4, delay=1.0):
+    """Client of Search-R1's server: function (queries, k) -> [[passage, ...] per query], one POST for all queries.
+    Failures are repeated `retries` times with doubling delay (s), refusals (4xx) never; then ServerError."""
+    if not re.match(r"https?://[^/]", url):
+        raise UserError(f"search_url {url!r} is no http address; give for example http://127.0.0.1:8000/retrieve")
+    url = url if re.match(r"https?://[^/]+/.", url) else url.rstrip("/") + "/retrieve"
+
+    def retrieve(queries, k):
+        body = json.dumps({"queries": queries, "topk": k, "return_scores": True}).encode()
+        request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+        for attempt in range(retries + 1):
+            time.sleep(min(30.0, delay * 2 ** (attempt - 1)) if attempt else 0)
+            deadline, reply = time.monotonic() + timeout, b""
+            try:
+                with urllib.request.urlopen(request, timeout=timeout) as connection:
+                    while chunk := connection.read1(1 << 20):
+                        reply += chunk
+                        if len(reply) > MAX_REPLY or time.monotonic() > deadline:
+                            raise TimeoutError("the reply takes too long or is too large")
+                found = [[hit["document"]["contents"].strip() for hit in hits] for hits in json.loads(reply)["result"]]
+                if len(found) != len(queries):
+                    raise ValueError(f"{len(found)} results for {len(queries)} queries")
+                return found
+            except Exception as error:  # whatever a network and a broken server can do to a request
+                problem = one_line(f"{type(error).__name__}: {error}")
+                if isinstance(error, urllib.error.HTTPError) and error.code < 500 and error.code != 429:
+                    break  # refused: repeating it cannot help
+        raise ServerError(f"search server {url} failed {attempt + 1} times ({problem}); no step was lost: see that it "
+                          "answers POST /retrieve, then run again or resume")
+    return retrieve
+
+
+def corpus_search(path):
+    """BM25 over {"id", "contents"} lines (.jsonl, .jsonl.gz) -> (function as of search_server, number of passages). The
+    index is kept beside the corpus, or in ~/.cache/search-index if that is read-only, until the corpus changes."""
+    path, text, ends = Path(path).expanduser(), bytearray(), array("q", [0])
+    for number, row in read_rows(path):
+        if not isinstance(row.get("contents"), str):
+            raise UserError(f"{path}, line {number}: no `contents`; mend the line or take it out")
+        text += row["contents"].strip().encode("utf-8", "replace")
+        ends.append(len(text))
+    stat, n = path.stat(), len(ends) - 1
+    if not n:
+        raise UserError(f"{path} holds no passages; give a file of {{\"id\", \"contents\"}} lines")
+
+    def passage(i):
+        return text[ends[i]:ends[i + 1]].decode()
+
+    name = f"{path.name}.{panel_hash([str(stat.st_size), str(stat.st_mtime_ns)])}.bm25.npz"
+    files, index = [path.parent / name, Path.home() / ".cache" / "search-index" / name], None
+    for file in files:
+        with suppress(Exception):  # none there, or damaged: the next one, or built anew
+            index = index or BM25.load(file)
+    if index is None:
+        index = BM25(map(passage, tqdm(range(n), "indexing passages", disable=n < 50_000)))
+        for file in files:
+            part = file.with_suffix(f".{os.getpid()}.part")
+            with suppress(OSError):
+                file.parent.mkdir(parents=True, exist_ok=True)
+                index.save(part)
+                for old in file.parent.glob(f"{glob.escape(path.name)}.*.bm25.npz"):
+                    old.unlink()
+                part.replace(file)
+                break
+            with suppress(OSError):
+                part.unlink()  # a full disk must not keep half an index
+    return (lambda queries, k: [[passage(i) for i in index.search(query, k)[0]] for query in queries]), n
+
+
+def build_world(seed):
+    """A world drawn from `seed` -> ({split: {id: Question}}, passages). The splits share neither people nor places."""
+    rng, passages, splits = random.Random(seed), [], {"train": {}, "test": {}}
+    syllables = "ba dor fi gel kan lur mo nev pit ra sol tun ve zim hu cor lin po".split()
+    names = ["".join(parts).title() for parts in itertools.product(syllables, repeat=3)]
+    rng.shuffle(names)  # every name is used once
+    signs, kinds = "Amber Silent Golden Hollow Paper Iron Frozen Broken Green".split(), "novel opera play poem".split()
+    for split, n in (("train", 240), ("test", 60)):
+        towns = [(names.pop(), names.pop(), names.pop()) for _ in range(n // 4)]
+        people = [(f"{names.pop()} {names.pop()}", rng.choice(towns), year)
+                  for year in rng.sample(range(1300, 1900), n)]
+        works = [(f"The {rng.choice(signs)} {names.pop()}", rng.choice(kinds), maker, year)
+                 for maker, year in zip(people, rng.sample(range(1400, 1980), n))]
+        passages += [f'"{t}"\n{t} is a town in {region}, on the river {river}.' for t, river, region in towns]
+        passages += [f'"{p}"\n{p} was born in {town[0]} in {year}.' for p, town, year in people]
+        passages += [f'"{w}"\n{w} is a {kind} of {year} by {maker[0]}.' for w, kind, maker, year in works]
+        for (work, kind, maker, year), (work2, _, maker2, year2) in zip(works, works[1:] + works[:1]):
+            name, (town, river, _), born = maker
+            older, earlier = maker if born < maker2[2] else maker2, maker if year < year2 else maker2
+            for category, text, answer, *chain in (
+                    (DIRECT, f"Who made the {kind} {work}?", name, work),
+                    (DIRECT, f"In which year was the {kind} {work} made?", year, work),
+                    (ATTRIBUTE, f"In which town was {name} born?", town, name),
+                    (ATTRIBUTE, f"In which year was {name} born?", born, name),
+                    (HOPS, f"In which town was the maker of {work} born?", town, work, f"{name} born"),
+                    (HOPS, f"Which river flows through the birthplace of {name}?", river, name, f"{town} river"),
+                    (COMPARE, f"Where was the older of {name} and {maker2[0]} born?", older[1][0], name, maker2[0]),
+                    (COMPARE, f"Who made the earlier of {work} and {work2}?", earlier[0], work, work2)):
+                key = f"world/{split}/{category}/{len(splits[split]):04d}"
+                splits[split][key] = Question(key, text, (str(answer),), category, chain)
+    return splits, passages
+
+
+def show_passages(passages, room=MAX_PASSAGE, brief=False):
+    """The text a search returns; each passage cut to `room` characters. brief: bare bodies, without titles and tags."""
+    texts = [shorten_middle(text.split('"\n', 1)[-1] if brief else text, room) for text in passages]
+    docs = "".join(f"Doc {i}: {text}\n" for i, text in enumerate(texts, 1))
+    return "\n".join(texts) if brief else f"<information>{docs}</information>"
+
+
+class SearchSession:
+    """One episode; made by SearchQA.start, advanced by SearchQA.step."""
+
+    def __init__(self, question, max_turns):
+        self.question, self.max_turns, self.task_id, self.task = question, max_turns, question.id, question.text
+        self.group, self.category = question.group, search_category(question.text, question.group)
+        self.turns, self.found = [], []  # (observation, action), and the passages that the action brought
+        self.observation, self.action, self.score, self.details = "", "", 0.0, {}
+        self.valid = self.admissible = self.done = self.won = False
+
+    def advance(self, kind, content, valid, passages):
+        """Takes in one parsed response and the passages found for it."""
+        self.action = f"<{kind}>{one_line(content, MAX_QUERY)}</{kind}>" if kind else ""
+        self.turns.append((self.observation, self.action))
+        self.found.append([text[:MAX_PASSAGE].encode("utf-8", "replace").decode() for text in passages])
+        self.observation = show_passages(self.found[-1]) if kind == "search" else ""
+        self.valid, self.admissible, self.done = valid, bool(kind), kind == "answer"
+        if self.done:
+            match, f1 = score_answer(content[:MAX_ANSWER], self.question.answers)
+            self.won = match == 1 and len(content) <= MAX_ANSWER
+            self.score, self.details = float(self.won), {"em": float(self.won), "f1": f1}
+
+    def prompt(self, skill="", history=4, room=None, brief=False):
+        """The user message of this turn; `room` bounds the characters of all passages shown, each cut in its middle."""
+        shown = list(enumerate(zip(self.turns, self.found), 1))[-max(history, 1):]
+        each = room and max(1, room // max(1, sum(len(found) for _, (_, found) in shown)) - 8)
+        steps = [("" if brief else f"Step {n}: ") + action + ("\n" if brief else " ")
+                 + (show_passages(found, each, brief) if action.startswith("<search>") else "") + "\n"
+                 for n, ((_, action), found) in shown]
+        skill = skill + "\n\n" if skill else ""
+        if brief:
+            return f"{skill}{self.task}\n{''.join(steps)}<think>, then <search> or <answer>:"
+        past = (f"You have taken {len(self.turns)} step(s) so far. Your queries stand in <search> </search>, what the "
+                f"search engine returned in <information> </information>:\n{''.join(steps)}\n" if shown else "")
+        return (f"{skill}You are an expert at answering questions step by step with a search engine.\nQuestion: "
+                f"{self.task}\n\n{past}Now take the next step. First reason inside <think> </think>. Then do one of "
+                "these, never both:\n(1) If a fact is missing, search for it: <search> your query </search>\n"
+                "(2) If you know enough, give the bare final answer, as in <answer>Beijing</answer>")
+
+    def expert(self):
+        """The next response of an expert: it knows the chain of a built-in question, else waits for a golden answer."""
+        turn, chain, answers = len(self.turns), self.question.chain, self.question.answers
+        if chain:
+            query = chain[turn] if turn < len(chain) else ""
+            say = f"Next I look up {query}." if query else "The passages tell it."
+        else:
+            shown = f" {normalize_answer(' '.join(text for found in self.found for text in found))} "
+            seen = [text for text in filter(normalize_answer, answers) if f" {normalize_answer(text)} " in shown]
+            answers = seen or answers
+            say = "A passage states it." if seen else "No passage states it yet." if turn else "I search for it."
+            rarer = " ".join(word for word in self.task.split() if len(word) > 3 or word[0].isupper())
+            query = "" if seen or turn >= self.max_turns - 1 else rarer if turn and rarer else self.task
+        return f"<think>{say}</think>" + (f"<search>{query}</search>" if query else f"<answer>{answers[0]}</answer>")
+
+
+class SearchQA:
+    """The benchmark. `data`: question file or folder; `corpus`: passage file; `search_url`: a Search-R1 server."""
+    name, stop, skill_names = "search", ("</search>", "</answer>"), list(SEARCH_CATEGORIES)
+
+    def __init__(self, data=None, seed=233, skills=None, search_url=None, corpus=None, topk=3, max_turns=4,
+                 timeout=30.0, retries=4):
+        built_in = (f"BUILT-IN generated world (seed {seed}), not the benchmark: for that give --data with Search-R1's "
+                    "questions and corpus= or search_url=")
+        path, self.topk, self.max_turns = find_data("search", data), topk, max_turns
+        self.builtin, self.skills = path is None, read_skills(skills, SEARCH_CATEGORIES) if skills else SEARCH_SKILLS
+        if self.builtin and (search_url or corpus):
+            raise UserError("a search server or corpus needs questions; give them with --data FILE (JSONL or parquet)")
+        self.questions, files = build_world(seed) if self.builtin else load_questions(path)
+        if not any(self.questions.values()):
+            raise UserError(f"{path} holds no questions; give a .jsonl, .jsonl.gz or .parquet file of them")
+        if self.builtin:
+            index, where = BM25(files), f"{len(files)} passages"
+            self.retrieve = lambda queries, k: [[files[i] for i in index.search(query, k)[0]] for query in queries]
+        elif search_url:
+            self.retrieve, where = search_server(search_url, timeout, retries), f"search server {search_url}"
+        elif corpus or len(files) == 1:
+            self.retrieve, n = corpus_search(corpus or files[0])
+            where = f"{n} passages of {corpus or files[0]}"
+        else:
+            raise UserError(f"{path} comes with {len(files)} passage files; give corpus=FILE or search_url=ADDRESS")
+        self.splits = tuple(split for split in ("train", "dev", "test") if split in self.questions)
+        counts = ", ".join(f"{split} {len(self.questions[split])} (panel {panel_hash(sorted(self.questions[split]))})"
+                           for split in self.splits)
+        self.source = f"search: {path or built_in}; questions: {counts}; {where}"
+
+    def tasks(self, split):
+        """Sorted task ids of a split; UserError for an unknown or empty one."""
+        if not self.questions.get(split):
+            known = ", ".join(filter(self.questions.get, self.splits))
+            raise UserError(f"search has no questions in split {split!r}; choose one of {known}")
+        return sorted(self.questions[split])
+
+    def start(self, task_id, seed=0):
+        """A new episode. Nothing in it is drawn, so `seed` changes nothing."""
+        found = [rows[task_id] for rows in self.questions.values() if task_id in rows]
+        if not found:
+            raise UserError(f"search has no question {task_id!r}; take an id from tasks(split)")
+        return SearchSession(found[0], self.max_turns)
+
+    def step(self, sessions, responses, think_closed=False):
+        """Advance sessions by their responses, all queries in one request; ServerError leaves every session as it was.
+        `think_closed` changes nothing: the public code judges Search responses by their tags alone."""
+        moves = [(session, *parse_search(text)) for session, text in zip(sessions, responses) if not session.done]
+        asked = [one_line(content, MAX_QUERY) if kind == "search" else "" for _, kind, content, _ in moves]
+        queries = list(dict.fromkeys(filter(None, asked)))
+        found = dict(zip(queries, self.retrieve(queries, self.topk))) if queries else {}
+        for (session, kind, content, valid), query in zip(moves, asked):
+            session.advance(kind, content, valid, found.get(query, [])[:self.topk])
+
+    def skill(self, category, brief=False):
+        """General skills, those of the category, common mistakes; brief: the category's alone. UserError if unknown."""
+        return skill_text(self.skills, category, brief)
+
+    def all_skills(self):
+        """The whole library as one text."""
+        return skill_text(self.skills)
+
+
+
 def panel(env, split, episodes=None, seed=233):
-    """(sorted task ids, hash) of an evaluation panel: the whole split, or `episodes` of it, the first of a seeded order, so
-    that smaller panels lie within larger ones. Raises UserError for an unknown or empty split."""
-    ids = env.tasks(split)
-    if episodes and episodes < len(ids):
-        ids = sorted(sorted(ids, key=lambda i: hashlib.sha256(f"{seed}/{i}".encode()).digest())[:episodes])
-    return ids, panel_hash(ids)
+    """(sorted task ids, their panel_hash) of a test panel: the whole split, or the first `episodes` of an order by
+    sha256(seed, id), so that a smaller panel lies within a larger one. Raises UserError for an empty panel."""
+    ids = sorted(set(env.tasks(split)))
+    if episodes is not None and episodes < 1:
+        raise UserError(f"a panel of {episodes} episodes is empty; give 1 to {len(ids)}, or leave it out for all of {split}")
+    if episodes is not None:
+        ids = sorted(ids, key=lambda i: hashlib.sha256(f"{seed}\n{i}".encode("utf-8", "replace")).digest())[:episodes]
+    return sorted(ids), panel_hash(sorted(ids))
+
+
+def main(argv=None):
+    """Command line: python envs.py download alfworld|webshop [DIR]"""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        if len(argv) not in (2, 3) or argv[0] != "download" or argv[1] not in ("alfworld", "webshop"):
+            raise UserError("usage: python envs.py download alfworld|webshop [DIR]")
+        folder = Path(argv[2] if len(argv) == 3 else os.environ.get(argv[1].upper() + "_DATA") or
+                      Path.home() / ".cache" / argv[1])
+        globals()["download_" + argv[1]](folder)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":

@@ -72,11 +72,13 @@ class Settings:
     algo: str = opt("sdar", "training objective", ("grpo", "sdar", "opsd", "grpo+opsd", "skill-grpo", "skill-sd", "rlsd"))
     as_released: bool = opt(False, "where the public code differs from the paper's pseudo-code, do as the code")
     out: str = opt("", "run folder (default: runs/ENV-ALGO-MODEL)")
-    seed: int = opt(233, "one seed for tasks, sampling and initial weights")
+    seed: int = opt(233, "seed of task order, sampling and initial weights; the world itself never depends on it")
     device: str = opt("auto", "auto, cpu, cuda, cuda:1, mps")
     # data
     data: str = opt("", "folder or archive of the benchmark (default: $ALFWORLD_DATA etc., ~/.cache, then built-in)")
     env_args: str = opt("", "further options of the environment, as in 'house=6 detours=2' (see envs.py)")
+    search_url: str = opt("", "search server of --env search, as http://127.0.0.1:8000/retrieve")
+    corpus: str = opt("", "passages of --env search, JSONL or .gz (default: those of the data, else built-in)")
     skills: str = opt("", "folder of a public skill library (default: the skills in envs.py)")
     split: str = opt("", "training split (default: the benchmark's own)")
     val_split: str = opt("", "validation split (default: the benchmark's own)")
@@ -147,9 +149,10 @@ PRESETS = {
                    invalid_penalty=0.01, lr_warmup=0.1, val_temperature=0.0),
 }
 METHOD_PRESETS = {"skill-sd": dict(lam=0.001)}
-TINY = dict(prompt_style="brief", groups=8, group_size=8, max_prompt=512, max_teacher_prompt=640, max_response=48,
-            micro_tokens=8192, mini_batch=0, lr=1e-4, kl=0.0, steps=20, warm_start=200, warm_lr=1e-3,
-            warm_prompt_loss=0.3, val_every=10, val_episodes=64)
+TINY = dict(prompt_style="brief", groups=4, max_prompt=512, max_teacher_prompt=768, max_response=48, micro_tokens=8192,
+            lr=3e-4, kl=0.0, steps=4, warm_start=150, warm_lr=3e-3, warm_tasks=4, warm_prompt_loss=0.3, val_every=4,
+            val_episodes=64)
+TINY_ENV = {"alfworld": dict(env_args="house=5 detours=3", max_turns=15)}
 
 
 def make_parser():
@@ -182,7 +185,7 @@ def read_settings(argv):
         settings = dataclasses.replace(settings, **explicit, out=str(resume))
     else:
         name = explicit.get("env", Settings.env)
-        tiny = TINY if explicit.get("model", Settings.model) == "tiny" else {}
+        tiny = {**TINY, **TINY_ENV.get(name, {})} if explicit.get("model", Settings.model) == "tiny" else {}
         method = METHOD_PRESETS.get(explicit.get("algo"), {})
         settings = Settings(**{**PRESETS[name], **method, **tiny, **explicit})
         short = re.sub(r"[^\w.-]+", "-", Path(settings.model).name)
@@ -213,15 +216,15 @@ def check_settings(s):
         raise UserError(f"--tiny-width must be a multiple of 32, not {s.tiny_width}")
 
 
-def env_options(s):
-    """The keyword arguments for envs.open_env that `--env-args 'house=6 detours=2'` stands for."""
-    options = {}
+def open_env(s):
+    """The environment of a run: --env-args 'house=6 detours=2' become keyword arguments of its class."""
+    options = {name: getattr(s, name) for name in ("search_url", "corpus") if getattr(s, name)}
     for item in s.env_args.split():
         key, equals, value = item.partition("=")
         if not equals:
             raise UserError(f"--env-args takes KEY=VALUE pairs, not {item!r}")
         options[key] = int(value) if re.fullmatch(r"-?\d+", value) else value
-    return options
+    return envs.open_env(s.env, s.data or None, skills=s.skills or None, **options)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -285,7 +288,7 @@ def load_policy(name, device="auto", texts=(), settings=None):
             kind = PreTrainedTokenizerFast if ours and "TokenizersBackend" in ours else AutoTokenizer
             tokenizer = kind.from_pretrained(folder, **kwargs)
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **kwargs)
-        except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        except Exception as error:  # a folder or file of the user's can be wrong in any way
             raise UserError(f"cannot load the model {name!r}: {first_line(error)}; give a Hugging Face name that this "
                             "machine can reach, a local folder, a .gguf file, or tiny") from None
     if not tokenizer.chat_template:
@@ -1157,11 +1160,12 @@ def peak_memory(device):
     """Peak memory in MiB: of the GPU, or of this process where there is a way to ask."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    try:
+    with contextlib.suppress(OSError):  # Linux; getrusage would give a child process its parent's peak
+        return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 2**10
+    with contextlib.suppress(ImportError):
         import resource
-    except ImportError:  # Windows
-        return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # macOS counts bytes
+    return None
 
 
 @contextlib.contextmanager
@@ -1387,7 +1391,7 @@ def step_line(m, s):
 def validate(state, env, s):
     """Success on the fixed validation panel, without skills, with random numbers of its own."""
     split = s.val_split or env.splits[1]
-    ids, digest = envs.panel(env, split, s.val_episodes, s.seed)
+    ids, digest = envs.panel(env, split, s.val_episodes)
     episodes = rollout(state.policy, env, ids, s, generator_for(state.policy, s, "validation"), s.val_temperature,
                        label=f"validation on {split}")
     won = sum(e.won for e in episodes)
@@ -1449,8 +1453,8 @@ def reference_policy(state, s):
 
 
 def train(s, resume=None):
-    """Run a training from its settings. Ctrl-C saves and re-raises KeyboardInterrupt."""
-    env = envs.open_env(s.env, s.data or None, s.seed, s.skills or None, **env_options(s))
+    """Run a training from its settings. Ctrl-C, or a search server that stays away, saves and raises."""
+    env = open_env(s)
     print(env.source, flush=True)
     state, out = begin(s, env, resume), Path(s.out)
     parameters = sum(p.numel() for p in state.policy.model.parameters())
@@ -1471,7 +1475,7 @@ def train(s, resume=None):
                 append_lines(out / "validation.jsonl", [validate(state, env, s)])
             if state.step % s.save_every == 0 or state.step == s.steps:
                 save_checkpoint(state, s)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, envs.ServerError):  # neither can strike within an update
         save_checkpoint(state, s)
         print(f"\nstopped and saved after step {state.step}; continue with: python sdar.py --resume {out}", flush=True)
         raise

@@ -4,26 +4,43 @@ SDAR_TEST_DATA=folder the real benchmark data and the recordings of the original
 import copy
 import dataclasses
 import errno
+import gzip
+import http.server
 import itertools
 import json
 import math
 import os
 import random
+import re
+import shutil
 import signal
+import string
 import subprocess
 import sys
+import tempfile
+import threading
 import time
+import zipfile
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: nothing here may wait for a network
+os.environ["HOME"] = os.environ["USERPROFILE"] = tempfile.mkdtemp()  # nor see the user's own data
+for name in ("ALFWORLD_DATA", "WEBSHOP_DATA", "SEARCH_DATA"):
+    os.environ.pop(name, None)
+
+import numpy
+import numpy as np
 import pytest
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: nothing here may wait for a network
-
 import torch
 
 import envs
+import eval as ev
 import sdar
+from envs import *
 from envs import UserError
+from sdar import *
 
 torch.set_num_threads(1)
 HERE = Path(__file__).parent
@@ -59,7 +76,7 @@ def policy(env):
     s = settings()
     p = sdar.load_policy("tiny", "cpu", sdar.tiny_texts(env, s, 20), s)
     with torch.no_grad():
-        p.model.get_input_embeddings().weight.mul_(8)
+        p.model.get_input_embeddings().weight.mul_(2.5)
     return p
 
 
@@ -270,7 +287,7 @@ def test_the_loss_of_a_step_is_the_papers_sum(policy, episodes):
     s = settings(algo="sdar", lam=0.7)
     turns = [t for e in episodes for t in e.turns]
     sdar.assign_weights(episodes, [turns], s)
-    loss = sum(float(sdar.step_loss(policy, [t], s)[0]) for t in turns)
+    loss = sum(sdar.step_loss(policy, [t], s)[0].item() for t in turns)
     want = 0.0
     for e in episodes:
         values = []
@@ -373,13 +390,7 @@ def test_gradients_that_are_not_finite_are_dropped_and_counted(policy, episodes,
 RUN = ("--model tiny --env-args house=4 --groups 2 --group-size 2 --max-turns 3 --warm-start 4 --warm-tasks 2 --tiny-width 32 "
        "--tiny-layers 1 --tiny-vocab 400 --max-response 10 --max-prompt 1024 --max-teacher-prompt 1536 --device cpu "
        "--val-episodes 2 --val-every 2 --save-every 1 --steps 4 --kl 0.01 --mini-batch 5").split()
-ENVIRON = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **{f"{n}_DATA": "" for n in ("ALFWORLD", "WEBSHOP")}}
-
-
-def run(*argv, **kwargs):
-    """The command line in a process of its own."""
-    return subprocess.run([sys.executable, "sdar.py", *map(str, argv)], cwd=HERE, env=ENVIRON, capture_output=True,
-                          text=True, timeout=120, **kwargs)
+ENVIRON = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def log_of(out, name="metrics.jsonl"):
@@ -469,7 +480,6 @@ def test_a_full_disk_costs_the_new_checkpoint_only(finished, tmp_path, monkeypat
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "state.json"])
 def test_a_damaged_checkpoint_is_refused(finished, tmp_path, name, capsys):
-    import shutil
     shutil.copytree(finished, tmp_path / "copy")
     victim = sdar.last_checkpoint(tmp_path / "copy") / name
     data = bytearray(victim.read_bytes())
@@ -521,3 +531,2658 @@ def test_training_tasks_run_through_every_epoch(env):
     drawn = [t for cursor in range(0, len(ids), 50) for t in sdar.draw_tasks(env, "train", s, cursor, min(50, len(ids) - cursor))]
     assert sorted(drawn) == ids and drawn != ids
     assert not set(ids) & set(env.tasks("valid_seen") + env.tasks("valid_unseen"))
+
+
+# ==== pasted ====
+
+# ------------------------------------------------------------------------------------------------------------------
+# The losses and what they optimise: exact enumeration in float64, no sampling noise
+# ------------------------------------------------------------------------------------------------------------------
+
+
+F64 = torch.float64
+
+
+
+
+def policies(vocabulary=7, seed=0, noise=1.0):
+    """Student logits (V,) with gradient and the teacher's log-probabilities (V,): one state, tokens enumerated."""
+    g = torch.Generator().manual_seed(seed)
+    logits = torch.randn(vocabulary, generator=g, dtype=F64)
+    teacher = torch.log_softmax(logits + noise * torch.randn(vocabulary, generator=g, dtype=F64), -1)
+    return logits.requires_grad_(), teacher
+
+
+def expected_gradient(token_loss, logits, sampler=None):
+    """sum_v p(v) grad token_loss(v), token_loss: logp -> (V,); p is the policy itself, or `sampler` (V,)."""
+    logp = torch.log_softmax(logits, -1)
+    p = logp.exp().detach() if sampler is None else sampler
+    return torch.autograd.grad((p * token_loss(logp)).sum(), logits)[0]
+
+
+def gradient_of(function, logits):
+    """Gradient of a scalar function of the student's log-probabilities (V,)."""
+    return torch.autograd.grad(function(torch.log_softmax(logits, -1)), logits)[0]
+
+
+def reverse_kl(teacher):
+    return lambda logp: (logp.exp() * (logp - teacher)).sum()
+
+
+def close(a, b, tolerance=1e-10):
+    return torch.allclose(torch.as_tensor(a, dtype=F64), torch.as_tensor(b, dtype=F64), rtol=tolerance, atol=tolerance)
+
+
+def batch(rows=6, width=9, seed=0):
+    """Random padded batch in float64: dict of (B, T) tensors, advantages (B, 1), trajectory ids (B,)."""
+    g = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, width + 1, (rows,), generator=g)
+    b = {k: -3 * torch.rand(rows, width, generator=g, dtype=F64) for k in ("logp", "old", "teacher", "ref")}
+    b["mask"] = (torch.arange(width) < lengths[:, None]).to(F64)
+    b["adv"], b["ids"] = torch.randn(rows, 1, generator=g, dtype=F64), torch.arange(rows) // 2
+    return b
+
+
+# ---- recorded values of the public code ------------------------------------------------------------------------------
+
+def test_recorded_vectors():
+    """Values AND gradients of the public implementation, 24 random batches, float64, to 1e-6."""
+    worst = 0.0
+    for case in json.loads((real("vectors") / "loss_vectors.json").read_text())["losses"]:
+        x = {k: torch.tensor(v, dtype=F64) for k, v in case["inputs"].items()}
+        mask, weights = x["mask"], token_weights(x["mask"])
+        released = {"sdar_loss_token_mean": lambda p: sdar_loss(p, x["teacher_logp"], mask, case["beta"]),
+                    "skill_sd_loss_token_mean": lambda p: (aggregate(skill_sd_tokens(
+                        p, x["teacher_logp"], x["old_logp"], as_released=True), weights), {}),
+                    "grpo_loss_token_mean": lambda p: grpo_loss(p, x["old_logp"], x["advantages"], mask)}
+        names = {"gate_mean": "gate", "gate_active_ratio": "gate_active", "gap_mean": "gap",
+                 "clip_fraction": "clip_fraction", "clip_fraction_dual": "clip_fraction_dual"}
+        for name, function in released.items():
+            logp = x["logp"].clone().requires_grad_()
+            loss, metrics = function(logp)
+            loss.backward()
+            want = dict(case[name])
+            errors = [abs(loss.item() - want.pop("value")),
+                      (logp.grad - torch.tensor(want.pop("grad_logp"), dtype=F64)).abs().max().item()]
+            worst = max(worst, *errors, *(abs(metrics[names[k]].item() - v) for k, v in want.items()))
+        k3 = k3_kl(x["logp"], x["ref_logp"])
+        rlsd = rlsd_advantages(x["advantages"], x["old_logp"], x["teacher_logp"], mask)
+        worst = max(worst, (k3 - torch.tensor(case["k3_kl"], dtype=F64)).abs().max().item(),
+                    (rlsd - torch.tensor(case["rlsd_advantages"], dtype=F64)).abs().max().item(),
+                    *(abs(aggregate(k3, token_weights(mask, m)).item() - v) for m, v in case["agg_k3"].items()))
+    assert worst < 1e-6, worst
+
+
+def test_recorded_advantages():
+    for case in json.loads((real("vectors") / "loss_vectors.json").read_text())["advantages"]:
+        over_steps = group_normalized_advantages(case["rewards"], case["group_ids"])
+        first = {t: i for i, t in reversed(list(enumerate(case["trajectory_ids"])))}  # one row for each trajectory
+        per_trajectory = dict(zip(first, group_normalized_advantages(
+            [case["rewards"][i] for i in first.values()], [case["group_ids"][i] for i in first.values()]).tolist()))
+        assert close(over_steps, case["advantages"]["over_steps"], 1e-6)
+        assert close([per_trajectory[t] for t in case["trajectory_ids"]], case["advantages"]["over_trajectories"], 1e-6)
+
+
+def test_losses_against_scalar_arithmetic():
+    """The equations once more, token by token in plain Python, so that the losses are checked without any recording."""
+    b = batch(seed=3)
+    sdar = grpo = skill_sd = rlsd = tokens = clipped = dual = 0.0
+    for i, j in itertools.product(range(6), range(9)):
+        if b["mask"][i, j]:
+            s, o, t, a = (b[k][i, j if k != "adv" else 0].item() for k in ("logp", "old", "teacher", "adv"))
+            r, d = math.exp(s - o), s - t
+            tokens += 1
+            sdar += (t - s) / (1 + math.exp(-5 * (t - s)))
+            plain = -min(r * a, min(max(r, 0.8), 1.2) * a)
+            clipped += (r > 1.2 and a > 0) or (r < 0.8 and a < 0)
+            dual += a < 0 and r > 3
+            grpo += min(plain, -3 * a) if a < 0 else plain
+            skill_sd += r * (math.exp(-d) - 1 + d)
+            rlsd += a * (0.5 + 0.5 * min(max(math.exp(math.copysign(1, a) * (t - o)), 0.8), 1.2))
+    w = token_weights(b["mask"])
+    assert close(sdar_loss(b["logp"], b["teacher"], b["mask"])[0], sdar / tokens)
+    loss, metrics = grpo_loss(b["logp"], b["old"], b["adv"], b["mask"])
+    assert close(loss, grpo / tokens) and clipped and dual
+    assert close([metrics["clip_fraction"], metrics["clip_fraction_dual"]], [clipped / tokens, dual / tokens])
+    assert close(aggregate(skill_sd_tokens(b["logp"], b["teacher"], b["old"]), w), skill_sd / tokens)
+    assert close(rlsd_advantages(b["adv"], b["old"], b["teacher"], b["mask"]).sum(), rlsd)
+
+
+# ---- the paper's five propositions -----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("beta", [0.0, 1.0, 5.0, 10.0])
+def test_propositions_1_2_4(beta):
+    b = batch()
+    w, logp = token_weights(b["mask"], "trajectory", b["ids"]), b["logp"].clone().requires_grad_()
+    loss = sdar_loss(logp, b["teacher"], b["mask"], beta, weights=w)[0]
+    g = sdar_gate(logp, b["teacher"], beta)
+    assert not g.requires_grad
+    constant = aggregate(g * b["teacher"], w)
+    assert close(loss.detach(), constant - aggregate(g * b["logp"], w))                                # 1: L = C - Agg
+    gradient = torch.autograd.grad(loss, logp)[0]
+    assert close(gradient, -g * w)                                                                     # 2
+    assert (gradient.abs() <= w).all() and gradient.abs().sum() <= w.sum()                             # 4
+
+
+def test_proposition_3_slope_of_the_gate():
+    for beta in (0.5, 5.0, 10.0):
+        gap = torch.linspace(-3, 3, 601, dtype=F64, requires_grad=True)
+        slope = torch.autograd.grad(torch.sigmoid(beta * gap).sum(), gap)[0]
+        g = sdar_gate(torch.zeros_like(gap), gap, beta)
+        assert close(slope, beta * g * (1 - g)) and (slope > 0).all() and slope.max() <= beta / 4 + 1e-12
+        assert slope.argmax() == 300  # the bound is reached at Delta = 0
+
+
+def test_proposition_5_without_the_stop_gradient():
+    beta, b = 5.0, batch()
+    logp = b["logp"].clone().requires_grad_()
+    gap = b["teacher"] - logp
+    leaky = torch.autograd.grad((torch.sigmoid(beta * gap) * gap).sum(), logp)[0]
+    g, gap = sdar_gate(logp, b["teacher"], beta), gap.detach()
+    assert close(leaky, -(g + beta * gap * g * (1 - g)))
+    ours = torch.autograd.grad(sdar_tokens(logp, b["teacher"], beta).sum(), logp)[0]
+    assert close(ours, -g) and not close(ours, leaky)
+
+
+# ---- what the gate really optimises ----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("seed", range(3))
+def test_constant_gate_has_zero_expected_gradient(seed):
+    """beta = 0 (the public code's GRPO+OPSD), no gate, and the paper's own OPSD term: noise without a direction."""
+    logits, teacher = policies(seed=seed)
+    for token_loss in (lambda p: sdar_tokens(p, teacher, beta=0.0), lambda p: sdar_tokens(p, teacher, gate="none"),
+                       lambda p: opsd_tokens(p, teacher)):
+        assert expected_gradient(token_loss, logits).abs().max() < 1e-15
+    assert gradient_of(reverse_kl(teacher), logits).abs().max() > 1e-2  # though there is something to learn
+
+
+def test_constant_gate_off_policy_is_a_pull_to_the_rollout_policy():
+    """In later mini-batches beta = 0 gives half the gradient of KL(old || pi), the paper's OPSD term MINUS all."""
+    logits, teacher = policies()
+    old = policies(seed=9)[0].detach().softmax(-1)
+    kl_to_old = gradient_of(lambda p: (old * (old.log() - p)).sum(), logits)
+    assert close(expected_gradient(lambda p: sdar_tokens(p, teacher, beta=0.0), logits, old), 0.5 * kl_to_old)
+    assert close(expected_gradient(lambda p: opsd_tokens(p, teacher), logits, old), -kl_to_old)
+
+
+@pytest.mark.parametrize("beta", [0.1, 1.0, 5.0, 10.0])
+def test_gap_gate_gradient_is_a_covariance(beta):
+    """E[grad] = -sum_v pi(v) (g(v) - E g) grad log pi(v): a policy gradient with reward g."""
+    logits, teacher = policies()
+    p = logits.softmax(-1).detach()
+    g = sdar_gate(p.log(), teacher, beta)
+    score = torch.eye(7, dtype=F64) - p                                                                # (token, logit)
+    want = -(p * (g - (p * g).sum())) @ score
+    assert close(expected_gradient(lambda q: sdar_tokens(q, teacher, beta), logits), want)
+
+
+def test_small_beta_is_a_quarter_beta_of_the_reverse_kl():
+    logits, teacher = policies()
+    want, errors = gradient_of(reverse_kl(teacher), logits), []
+    for beta in (0.1, 0.01, 0.001):
+        got = expected_gradient(lambda p: sdar_tokens(p, teacher, beta), logits) / (beta / 4)
+        errors.append(((got - want).norm() / want.norm()).item())
+    assert errors[0] < 1e-2 and errors[2] < 1e-6
+    assert 50 < errors[0] / errors[1] < 200  # the error falls with beta squared
+
+
+def gate_divergence(beta, teacher, nodes=120):
+    """D_beta(pi || pi_T) = sum_v pi_T f(pi / pi_T), f(u) = integral from 1 to u of 1/2 - 1 / (1 + x^beta) dx."""
+    x, w = (torch.tensor(a, dtype=F64) for a in numpy.polynomial.legendre.leggauss(nodes))
+
+    def value(logp):
+        u = (logp - teacher).exp()
+        points = 1 + (u[:, None] - 1) * (x + 1) / 2                                                    # (V, nodes)
+        return (teacher.exp() * ((0.5 - 1 / (1 + points ** beta)) * w).sum(-1) * (u - 1) / 2).sum()
+    return value
+
+
+@pytest.mark.parametrize("beta", [0.5, 1.0, 2.0, 5.0])
+def test_gap_gate_is_an_f_divergence(beta):
+    """For every beta > 0 the expected gradient IS the gradient of a divergence that is 0 only where pi = pi_T."""
+    logits, teacher = policies(noise=0.7)
+    divergence = gate_divergence(beta, teacher)
+    got = expected_gradient(lambda p: sdar_tokens(p, teacher, beta), logits)
+    assert close(got, gradient_of(divergence, logits), 1e-7)
+    assert divergence(torch.log_softmax(logits, -1)) > 1e-4 and divergence(teacher).abs() < 1e-12
+
+
+def test_gate_of_beta_1_is_half_of_jensen_shannon_and_large_beta_total_variation():
+    logits, teacher = policies()
+    q = teacher.exp()
+    half_jsd = gradient_of(lambda p: (q * (teacher - ((q + p.exp()) / 2).log())).sum(), logits)        # KL(pi_T || M)
+    assert close(expected_gradient(lambda p: sdar_tokens(p, teacher, 1.0), logits), half_jsd)
+    total_variation = gradient_of(lambda p: (p.exp() - q).abs().sum() / 2, logits)
+    assert close(expected_gradient(lambda p: sdar_tokens(p, teacher, 1e6), logits), total_variation)
+
+
+def test_mean_gap_is_minus_the_reverse_kl():
+    """The plotted "mean gap" can only be negative on-policy: it estimates -KL(pi || pi_T)."""
+    logits, teacher = policies()
+    p = logits.detach().log_softmax(-1)
+    sums = gap_diagnostics(p[None], teacher[None], p.exp()[None])  # the mask weighs each token by its probability
+    assert close(diagnostic_means(sums)["gap"], -reverse_kl(teacher)(p)) and sums["gap"] < 0
+
+
+def test_baseline_changes_no_expectation():
+    """Any constant: exactly none. The batch mean that contains the sample itself: the factor 1 - 1/N, no direction."""
+    logits, teacher = policies(vocabulary=4)
+    plain = expected_gradient(lambda p: sdar_tokens(p, teacher), logits)
+    assert close(expected_gradient(lambda p: sdar_tokens(p, teacher, baseline=0.37), logits), plain)
+    p, n, total = logits.softmax(-1).detach(), 3, torch.zeros(4, dtype=F64)
+    for sample in itertools.product(range(4), repeat=n):  # all batches of three tokens
+        logp = torch.log_softmax(logits, -1)[list(sample)][None]
+        teacher_logp, mask = teacher[list(sample)][None], torch.ones(1, n, dtype=F64)
+        b = diagnostic_means(gap_diagnostics(logp.detach(), teacher_logp, mask))["gate"]
+        loss = sdar_loss(logp, teacher_logp, mask, baseline=b)[0]
+        total += p[list(sample)].prod() * torch.autograd.grad(loss, logits)[0]
+    assert close(total, (1 - 1 / n) * plain)
+
+
+def gate_table(betas=(0.0, 0.1, 1.0, 5.0, 10.0, 1e6), scale=(3, 20), noise=1.0, states=128, vocabulary=1000):
+    """The README's table, computed without sampling. 128 states of 1000 tokens, logits = scale * N(0, 1) with the scale
+    rising from 3 to 20 over the states (flat to nearly certain), teacher logits = logits + noise * N(0, 1).
+
+    -> list of dicts: beta, gate (mean), active (share of g > 1/2), norm (root mean square over states of the expected
+    gradient with respect to the logits), cosine with the reverse KL's gradient over all states, variance (trace, of one
+    sampled token) without and with the batch-mean baseline; and a dict of entropy and reverse KL in nats."""
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn(states, vocabulary, generator=g, dtype=F64)
+    logits = (logits * torch.linspace(*scale, states, dtype=F64)[:, None]).requires_grad_()
+    logp = torch.log_softmax(logits, -1)
+    teacher = torch.log_softmax(logits + noise * torch.randn(states, vocabulary, generator=g, dtype=F64), -1).detach()
+    p = logp.exp().detach()
+    gradient = lambda loss: torch.autograd.grad(loss.sum(), logits, retain_graph=True)[0]
+    kl = gradient(logp.exp() * (logp - teacher))
+    score = 1 - 2 * p + (p ** 2).sum(-1, keepdim=True)  # |grad log pi(v)|^2 = |e_v - pi|^2
+    rows = []
+    for beta in betas:
+        gate, expected = sdar_gate(logp, teacher, beta), gradient(p * sdar_tokens(logp, teacher, beta))
+        mean = (p * gate).sum(-1).mean()
+        spread = [((p * (gate - b) ** 2 * score).sum(-1) - (expected ** 2).sum(-1)).mean().item() for b in (0, mean)]
+        cosine = ((expected * kl).sum() / expected.norm() / kl.norm()).item() if beta else float("nan")
+        rows.append({"beta": beta, "gate": mean.item(), "active": (p * (gate > 0.5)).sum(-1).mean().item(),
+                     "norm": (expected.norm() / states ** 0.5).item(), "cosine": cosine,
+                     "variance": spread[0], "with_baseline": spread[1]})
+    mean = lambda x: (p * x.detach()).sum(-1).mean().item()
+    return rows, {"entropy": mean(-logp), "kl": mean(logp - teacher), "kl_norm": (kl.norm() / states ** 0.5).item()}
+
+
+def test_baseline_lowers_the_variance():
+    rows = {r["beta"]: r for r in gate_table()[0]}
+    assert rows[5.0]["variance"] / rows[5.0]["with_baseline"] > 2
+    assert rows[1.0]["variance"] / rows[1.0]["with_baseline"] > 5
+    assert rows[0.0]["norm"] < 1e-12 and rows[0.0]["variance"] > 0.05 and abs(rows[0.0]["with_baseline"]) < 1e-12
+
+
+def test_readme_table_is_what_gate_table_computes():
+    rows, state = gate_table()
+    lines = [line for line in readme().splitlines() if re.match(r"\|\s*(\d|inf)", line) and line.count("|") == 8]
+    assert len(lines) == len(rows)
+    for line, row in zip(lines, rows):
+        cells = [c.strip() for c in line.strip("|\n ").split("|")]
+        want = [row["gate"], row["active"], row["norm"], row["cosine"], row["variance"], row["with_baseline"]]
+        for cell, value in zip(cells[1:], want):
+            assert cell == ("-" if math.isnan(value) else f"{abs(value):.{len(cell.split('.')[1])}f}"), (line, want)
+    factors = [f"{r['variance'] / r['with_baseline']:.1f}" for r in (rows[3], gate_table((5.0,), noise=0.3)[0][0])]
+    for figure in (f"{state['kl']:.2f} nats", f"{state['entropy']:.2f} nats", f"norm {state['kl_norm']:.3f}",
+                   f"divides the variance by {factors[0]};", f"by {factors[1]}.",
+                   f"a coefficient of {rows[3]['cosine'] * rows[3]['norm'] / state['kl_norm']:.2f} would"):
+        assert figure in readme()
+
+
+def sequences(logits):
+    """Token log-probabilities of all responses of at most three tokens from {word, end}; logits (3,) of `end`."""
+    result = []
+    for length in (1, 2, 3):
+        for last in ((True,) if length < 3 else (True, False)):  # the third token may also be cut off
+            ends = [False] * (length - 1) + [last]
+            result.append(torch.stack([torch.nn.functional.logsigmoid(z if e else -z) for z, e in zip(logits, ends)]))
+    return result
+
+
+def test_mean_over_a_response_rewards_short_ones():
+    """With Agg = mean over one trajectory a CONSTANT gate is a policy gradient for 1 / length; fixed weights or the
+    mean gate as baseline remove that."""
+    logits = torch.tensor([-1.0, 0.3, 0.5], dtype=F64, requires_grad=True)
+
+    def gradient(weight, baseline=0.0):
+        total = 0
+        for logp in sequences(logits):
+            tokens = sdar_tokens(logp[None], torch.zeros(1, len(logp), dtype=F64), beta=0.0, baseline=baseline)
+            mask = torch.ones(1, len(logp), dtype=F64)
+            total = total + logp.sum().exp().detach() * aggregate(tokens, weight(mask))
+        return torch.autograd.grad(total, logits)[0]
+    inverse_length = sum(logp.sum().exp() / len(logp) for logp in sequences(logits))
+    want = -0.5 * torch.autograd.grad(inverse_length, logits)[0]
+    got = gradient(lambda mask: token_weights(mask, "trajectory", [0]))
+    assert close(got, want) and want.norm() > 1e-2
+    assert gradient(lambda mask: token_weights(mask, "seq-mean-token-sum")).abs().max() < 1e-15
+    assert gradient(lambda mask: token_weights(mask, "trajectory", [0]), baseline=0.5).abs().max() < 1e-15
+
+
+def test_what_the_other_terms_optimise():
+    """Skill-SD: exactly the reverse KL's gradient, off-policy as well (until its clamps bite). The k3 penalty has no
+    importance ratio and therefore the gradient of the FORWARD KL(pi_ref || pi)."""
+    logits, teacher = policies()
+    old = policies(seed=9)[0].detach().softmax(-1)
+    want = gradient_of(reverse_kl(teacher), logits)
+    assert close(expected_gradient(lambda p: skill_sd_tokens(p, teacher, old.log()), logits, old), want)
+    forward = gradient_of(lambda p: (teacher.exp() * (teacher - p)).sum(), logits)
+    assert close(expected_gradient(lambda p: k3_kl(p, teacher), logits), forward)
+
+
+# ---- methods, gates, masks, weights ----------------------------------------------------------------------------------
+
+def loss_of(method, b, weights, rows=slice(None), **options):
+    """Loss of some rows of a batch() -> (value, gradient with respect to these rows' log-probabilities)."""
+    logp = b["logp"][rows].clone().requires_grad_()
+    tokens = method_tokens(method, logp, b["old"][rows], b["adv"][rows], b["teacher"][rows], b["ref"][rows], **options)
+    loss = aggregate(tokens, weights[rows])
+    return loss.item(), torch.autograd.grad(loss, logp)[0]
+
+
+def test_methods_are_what_they_are():
+    b = batch()
+    w = token_weights(b["mask"])
+    grpo = aggregate(grpo_tokens(b["logp"], b["old"], b["adv"]), w).item()
+    gap = aggregate(b["teacher"] - b["logp"], w).item()
+    sdar = sdar_loss(b["logp"], b["teacher"], b["mask"])[0].item()
+    drift = aggregate(b["logp"] - b["ref"], w).item()
+    kl = aggregate(k3_kl(b["logp"], b["ref"]), w).item()
+    want = {("grpo", False): grpo, ("skill-grpo", False): grpo, ("rlsd", False): grpo,
+            ("sdar", False): grpo + 0.1 * sdar,
+            ("opsd", False): 0.1 * drift, ("opsd", True): 0.1 * sdar, ("grpo+opsd", False): grpo + 0.1 * drift,
+            ("grpo+opsd", True): grpo + 0.1 * 0.5 * gap}
+    for (method, as_released), value in want.items():
+        options = {"coef": 0.1, "as_released": as_released}
+        assert close(loss_of(method, b, w, **options)[0], value), method
+        assert close(loss_of(method, b, w, kl_coef=0.3, **options)[0], value + 0.3 * kl), method
+    assert close(loss_of("skill-sd", b, w, coef=0.1)[0],
+                 grpo + 0.1 * aggregate(skill_sd_tokens(b["logp"], b["teacher"], b["old"]), w).item())
+    constant = loss_of("grpo+opsd", b, w, coef=0.1, as_released=True)[1] - loss_of("grpo", b, w)[1]
+    assert close(constant, -0.1 * 0.5 * w)  # the teacher does not even enter its gradient
+    with pytest.raises(ValueError, match="sdra.*use one of grpo, sdar"):
+        loss_of("sdra", b, w)
+
+
+def test_skill_sd_as_released_clamps():
+    far = torch.tensor([[-30.0, -1.0]], dtype=F64, requires_grad=True)
+    teacher, old = torch.tensor([[-1.0, -2.0]], dtype=F64), torch.tensor([[-30.0, -13.0]], dtype=F64)
+    assert close(skill_sd_tokens(far, teacher, old)[0, 0].detach(), math.exp(29) - 1 - 29)
+    released = skill_sd_tokens(far, teacher, old, as_released=True)
+    assert close(released[0].detach(), [math.exp(20) - 1 - 29, math.exp(10) * math.exp(-1)])
+    assert torch.isfinite(torch.autograd.grad(released.sum(), far)[0]).all()
+
+
+def test_rlsd_lambda():
+    assert [rlsd_lambda(s) for s in (1, 60, 150)] == [0.5, 0.5, 0.5]
+    assert [rlsd_lambda(s, as_released=True) for s in (0, 50, 100, 150)] == [0.5, 0.25, 0.0, 0.0]
+
+
+def test_gates():
+    s, t, h = (torch.tensor([[v]], dtype=F64, requires_grad=True) for v in (-1.2, -0.7, 0.3))
+    sigmoid = lambda x: 1 / (1 + math.exp(-x))
+    want = {"gap": sigmoid(5 * 0.5), "entropy": sigmoid(5 * 0.3), "soft-or": sigmoid(5 * (1 - 0.7 * 0.5)), "none": 1.0}
+    for gate, value in want.items():
+        g = sdar_gate(s, t, 5.0, gate, h)
+        assert close(g, [[value]]) and not g.requires_grad
+        loss = sdar_loss(s, t, torch.ones(1, 1), gate=gate, entropy=h)[0]
+        grads = torch.autograd.grad(loss, (s, t, h), allow_unused=True)
+        assert close(grads[0], [[-value]]) and grads[1] is None and grads[2] is None
+    for wrong in ({"gate": "gpa"}, {"gate": "entropy"}):
+        with pytest.raises(ValueError, match="gate"):
+            sdar_gate(s, t, **wrong)
+
+
+@pytest.mark.parametrize("mode", AGGREGATIONS)
+@pytest.mark.parametrize("method", ["sdar", "grpo+opsd", "skill-sd"])
+def test_layout_changes_no_gradient(method, mode):
+    """Micro-batch size, row order and the side of the padding are bookkeeping: same loss, same gradients."""
+    b = batch(rows=8)
+    w = token_weights(b["mask"], mode, b["ids"])
+    value, gradient = loss_of(method, b, w, kl_coef=0.01)
+    for size in (1, 3, 5):
+        parts = [loss_of(method, b, w, slice(i, i + size), kl_coef=0.01) for i in range(0, 8, size)]
+        assert close(sum(v for v, _ in parts), value) and close(torch.cat([g for _, g in parts]), gradient)
+    order = torch.randperm(8, generator=torch.Generator().manual_seed(1))
+    shuffled = {k: v[order] for k, v in b.items()}
+    v, g = loss_of(method, shuffled, token_weights(shuffled["mask"], mode, shuffled["ids"]), kl_coef=0.01)
+    assert close(v, value) and close(g, gradient[order])
+    left = {k: v.flip(1) if v.dim() == 2 else v for k, v in b.items()}  # rows reversed: the padding is on the left
+    v, g = loss_of(method, left, token_weights(left["mask"], mode, left["ids"]), kl_coef=0.01)
+    assert close(v, value) and close(g.flip(1), gradient)
+
+
+def test_mean_of_micro_batch_means_is_not_the_mean():
+    """What the layout test guards against: in the public code's scheme the gradient depends on the micro-batch size."""
+    b = batch(rows=8)
+    halves = [torch.cat([token_weights(b["mask"][i:i + n]) * n / 8 for i in range(0, 8, n)]) for n in (2, 4)]
+    assert not close(loss_of("sdar", b, halves[0])[1], loss_of("sdar", b, halves[1])[1], 1e-3)
+
+
+@pytest.mark.parametrize("garbage", [float("nan"), float("inf"), -float("inf"), 1e9])
+def test_nothing_behind_the_mask_matters(garbage):
+    b = batch()
+    dirty = {k: torch.where(b["mask"].bool(), b[k], torch.full_like(b[k], garbage)) for k in ("logp", "old", "teacher")}
+    for f in (lambda x, p: sdar_loss(p, x["teacher"], b["mask"], gate="soft-or", entropy=-x["old"]),
+              lambda x, p: grpo_loss(p, x["old"], b["adv"], b["mask"])):
+        results = []
+        for x in (b, dirty):
+            logp = x["logp"].clone().requires_grad_()
+            loss, metrics = f(x, logp)
+            results.append((loss.detach(), torch.autograd.grad(loss, logp)[0], *metrics.values()))
+        assert all(close(u, v) for u, v in zip(*results))
+    values = torch.full_like(b["mask"], garbage).masked_fill(b["mask"].bool(), 2.0)
+    assert close(aggregate(values, token_weights(b["mask"])), 2.0)
+    empty, _ = sdar_loss(b["logp"], b["teacher"], torch.zeros_like(b["mask"]))
+    assert empty.item() == 0.0  # no token at all: zero, not NaN
+
+
+def test_token_weights():
+    """trajectory: all trajectories have the same share, however they are cut into rows."""
+    mask = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0]])
+    w = token_weights(mask, "trajectory", torch.tensor([7, 7, 3, 9]))
+    assert close(w, (mask / torch.tensor([[8], [8], [4], [1]])).double(), 1e-6)  # the empty one has no share
+    for mode in ("token-mean", "trajectory", "seq-mean-token-mean"):
+        assert close(token_weights(mask, mode, [0, 0, 1, 2]).sum(), 1.0, 1e-6)
+    rows = token_weights(mask, "seq-mean-token-mean", [0, 0, 1, 2])
+    assert close(rows.sum(1).double(), [1 / 3, 1 / 3, 1 / 3, 0], 1e-6)
+    for mode, ids in (("trajectory", None), ("mean", [0, 0, 1, 2])):
+        with pytest.raises(ValueError, match="use one of token-mean"):
+            token_weights(mask, mode, ids)
+
+
+def test_group_advantages():
+    rewards, groups = [1.0, 0.0, 0.0, 5.0, 5.0, 0.1, 0.1, 0.1, 3.0], ["a", "a", "a", 1, 1, 2, 2, 2, "one"]
+    a = group_normalized_advantages(rewards, groups)
+    std = math.sqrt(((2 / 3) ** 2 + 2 * (1 / 3) ** 2) / 2)  # Bessel: divided by n - 1
+    assert close(a[:3].double(), [2 / 3 / std, -1 / 3 / std, -1 / 3 / std], 1e-5)
+    assert a[3:8].tolist() == [0.0] * 5 and close(a[8].double(), 3.0, 1e-5)  # no variance: exactly zero
+    rewards, groups = [10.0, 0, 0, 10, 10, 0, 0, 0], torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])
+    plain = group_normalized_advantages(rewards, groups)
+    assert close(group_normalized_advantages([r + 123.0 for r in rewards], groups), plain, 1e-6)
+    assert plain[:4].sum().abs() < 1e-6
+
+
+def test_diagnostics_add_up_over_micro_batches():
+    b = batch(rows=8)
+    for f in (lambda r: gap_diagnostics(b["logp"][r], b["teacher"][r], b["mask"][r]),
+              lambda r: clip_diagnostics(b["logp"][r], b["old"][r], b["adv"][r], b["mask"][r])):
+        whole, parts = f(slice(None)), [f(slice(i, i + 3)) for i in range(0, 8, 3)]
+        assert all(close(sum(p[k] for p in parts), whole[k]) for k in whole) and whole["tokens"] == b["mask"].sum()
+    means = diagnostic_means(gap_diagnostics(b["logp"], b["teacher"], b["mask"]))
+    loss = sdar_loss(b["logp"], b["teacher"], b["mask"])[0]
+    assert close(means["distill_loss"], loss) and 0 < means["negative_gap"] < 1
+    near = gap_diagnostics(torch.zeros(1, 3), torch.tensor([[-0.01, 0.01, 0.02]]), torch.ones(1, 3))
+    assert near["gate_active"] == 2 and near["negative_gap"] == 1
+
+
+# ---- the vocabulary head ---------------------------------------------------------------------------------------------
+
+def head(tokens=13, width=6, vocabulary=50, dtype=F64, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    make = lambda *shape: torch.randn(*shape, generator=g, dtype=F64).to(dtype).requires_grad_()
+    return make(tokens, width), make(tokens, width), make(vocabulary, width), make(vocabulary), \
+        torch.randint(0, vocabulary, (tokens,), generator=g)
+
+
+def dense(kind, h, teacher_h, weight, bias, targets, temperature):
+    p, q = (torch.log_softmax((x @ weight.T + bias) / temperature, -1) for x in (h, teacher_h))
+    q, m = q.detach(), ((p.exp() + q.detach().exp()) / 2).log()
+    return {"logp": p.gather(1, targets[:, None])[:, 0], "reverse-kl": (p.exp() * (p - q)).sum(-1),
+            "forward-kl": (q.exp() * (q - p)).sum(-1),
+            "jsd": ((p.exp() * (p - m)).sum(-1) + (q.exp() * (q - m)).sum(-1)) / 2}[kind]
+
+
+@pytest.mark.parametrize("kind", ["logp", "reverse-kl", "forward-kl", "jsd"])
+@pytest.mark.parametrize("chunk", [1, 5, 1024])
+def test_chunked_head_equals_dense(kind, chunk):
+    h, teacher_h, weight, bias, targets = head()
+    upstream = torch.linspace(-1, 1, 13, dtype=F64)
+    got = chunked_logps(h, weight, targets, bias, chunk, 0.7) if kind == "logp" else \
+        chunked_divergence(h, teacher_h, weight, kind, chunk, bias, 0.7)
+    want = dense(kind, h, teacher_h, weight, bias, targets, 0.7)
+    grads = [torch.autograd.grad((x * upstream).sum(), (h, weight, bias)) for x in (got, want)]
+    assert close(got.detach(), want.detach()) and all(close(a, b) for a, b in zip(*grads))
+    if kind != "logp":
+        again = chunked_divergence(h, teacher_h, weight, kind, chunk, bias, 0.7)
+        assert torch.autograd.grad(again.sum(), teacher_h, allow_unused=True)[0] is None  # the teacher is detached
+
+
+def test_exact_reverse_kl_option_has_the_reverse_kl_gradient():
+    """Against the formula sum_v pi (log pi - log pi_T) grad log pi, and gated per token."""
+    h, teacher_h, weight, _, targets = head()
+    p, q = (torch.log_softmax(x @ weight.T, -1).detach() for x in (h, teacher_h))
+    ratio = p - q - (p.exp() * (p - q)).sum(-1, keepdim=True)
+    formula = (p.exp() * ratio) @ weight.detach()                                                      # (N, D)
+    exact = chunked_divergence(h, teacher_h, weight, "reverse-kl", 4)
+    assert close(torch.autograd.grad(exact.sum(), h, retain_graph=True)[0], formula)
+    student, teacher = (chunked_logps(x, weight, targets) for x in (h, teacher_h))
+    gated = sdar_tokens(student, teacher, beta=5.0, divergence=exact)
+    g = sdar_gate(student, teacher, 5.0)
+    assert close(torch.autograd.grad(gated.sum(), h)[0], g[:, None] * formula)
+
+
+def test_no_logits_outlive_their_chunk(monkeypatch):
+    """Nothing of vocabulary width is saved for backward; without gradients nothing is recomputed at all."""
+    h, teacher_h, weight, _, targets = head(tokens=64, vocabulary=500)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(tuple(t.shape)), t)[1], lambda t: t):
+        total = chunked_logps(h, weight, targets, chunk=8, with_entropy=True)[0].sum()
+        total = total + chunked_divergence(h, teacher_h, weight, "jsd", chunk=8).sum()
+        assert not [s for s in saved if s and s[-1] == 500], saved
+        total.backward()
+    recomputed = []
+    monkeypatch.setattr(sdar, "checkpoint", lambda *a, **k: recomputed.append(1))
+    with torch.no_grad():
+        chunked_logps(h, weight, targets, chunk=8)
+    chunked_divergence(h.detach(), teacher_h, weight.detach(), chunk=8)
+    assert not recomputed
+
+
+def test_chunked_logps_entropy_dtype_and_empty():
+    h, _, weight, bias, targets = head()
+    p = torch.log_softmax(h @ weight.T + bias, -1)
+    logp, entropy = chunked_logps(h, weight, targets, bias, 4, with_entropy=True)
+    assert close(entropy, -(p.exp() * p).sum(-1).detach()) and not entropy.requires_grad and logp.requires_grad
+    half = chunked_logps(h.bfloat16(), weight.bfloat16(), targets)
+    assert half.dtype == torch.float32
+    assert chunked_logps(h[:0], weight, targets[:0]).shape == (0,)
+    with pytest.raises(ValueError, match="reverse-kl, forward-kl or jsd"):
+        chunked_divergence(h, h, weight, "kl")
+
+
+# ---- the README's copy-paste block and adapters ----------------------------------------------------------------------
+
+def readme():
+    for name in ("README.md", "README_math.md"):
+        path = Path(__file__).parent / name
+        if path.exists() and "<!-- gate -->" in path.read_text(encoding="utf-8"):
+            return path.read_text(encoding="utf-8")
+    pytest.skip("no README with the copy-paste block beside this file")
+
+
+def block(name, namespace=None):
+    """Execute the README's code block after the comment <!-- name --> and return its namespace."""
+    code = re.search(rf"<!-- {name} -->\s*```python\n(.*?)```", readme(), re.S).group(1)
+    namespace = {} if namespace is None else namespace
+    exec(compile(code, f"README:{name}", "exec"), namespace)
+    return code, namespace
+
+
+def test_copy_paste_block_equals_the_loss():
+    code, gate = block("gate")
+    assert len(code.splitlines()) <= 25
+    b = batch(seed=5)
+    for beta in (0.0, 5.0):
+        results = []
+        for f in (lambda p: sdar_loss(p, b["teacher"], b["mask"], beta)[0],
+                  lambda p: gate["sdar_loss"](p, b["teacher"], b["mask"], beta),
+                  lambda p: sum(gate["sdar_loss"](p[i:i + 4], b["teacher"][i:i + 4], b["mask"][i:i + 4], beta,
+                                                  total_tokens=b["mask"].sum()) for i in (0, 4))):
+            logp = b["logp"].clone().requires_grad_()
+            loss = f(logp)
+            results.append((loss.detach(), torch.autograd.grad(loss, logp)[0]))
+        assert all(close(x, y) for r in results[1:] for x, y in zip(results[0], r))
+
+
+def test_plain_loop_adapter():
+    """Runs the README's loop on a tiny model: the skill is used, and the micro-batch size changes nothing."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Embedding(11, 8), torch.nn.Linear(8, 11))
+    start = {k: v.clone() for k, v in model.state_dict().items()}
+
+    def logps(model, prompts, responses):  # a "model" that sees the last prompt token at every position
+        logp = torch.log_softmax(model(prompts[:, -1:]) + model(responses), -1)
+        return logp.gather(2, responses[..., None])[..., 0]
+    g = torch.Generator().manual_seed(1)
+    ids = lambda *shape: torch.randint(0, 11, shape, generator=g)
+    data = {"prompts": ids(6, 3), "skilled_prompts": ids(6, 5), "responses": ids(6, 4), "mask": torch.ones(6, 4),
+            "advantages": torch.randn(6, 1, generator=g)}
+    data["mask"][2:, 2:] = 0
+    after = []
+    for size, coef in ((2, 0.01), (6, 0.01), (6, 0.0)):
+        model.load_state_dict(start)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        scope = {**block("gate")[1], **data, "model": model, "logps": logps, "optimizer": optimizer,
+                 "micro_batch": size, "coef": coef}
+        block("loop", scope)
+        after.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert torch.allclose(after[0], after[1], atol=1e-6) and (after[1] - after[2]).norm() > 1e-5
+
+
+def test_trl_adapter(tmp_path):
+    """Trains one step with TRL itself where it is installed (it is not a requirement)."""
+    pytest.importorskip("trl")
+    pytest.importorskip("datasets")
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+    from trl import GRPOConfig
+    from datasets import Dataset
+    from datasets.table import InMemoryTable
+    words = ["<pad>", "<eos>", "<unk>"] + [chr(c) for c in range(97, 123)]
+    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(Qwen2Config(
+        vocab_size=len(words), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, pad_token_id=0, eos_token_id=1))
+    SDARTrainer = block("trl", dict(block("gate")[1]))[1]["SDARTrainer"]
+    rows = [{"prompt": "a b c", "skill": ""}, {"prompt": "d e", "skill": "x y z w "}] * 2
+    rows = Dataset(InMemoryTable.from_pylist(rows), fingerprint="sdar")  # a fingerprint: no hashing of the table
+    config = GRPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, per_device_train_batch_size=4,
+                        num_generations=2, gradient_accumulation_steps=2, steps_per_generation=2, max_steps=2,
+                        max_completion_length=6, report_to=[], save_strategy="no", disable_tqdm=True)
+    trainer = SDARTrainer(model=model, processing_class=tokenizer, args=config, train_dataset=rows,
+                          reward_funcs=lambda completions, **_: [float(len(c)) for c in completions])
+    trainer.train()
+    assert trainer.state.global_step == 2
+    out = trainer._generate_and_score_completions([rows[i] for i in (0, 0, 1, 1)])
+    ids = torch.cat([out["prompt_ids"], out["completion_ids"]], 1)
+    seen = torch.cat([out["prompt_mask"], out["completion_mask"]], 1)
+    with torch.no_grad():
+        student = trainer._get_per_token_logps_and_entropies(trainer.model, ids, seen, out["completion_ids"].size(1))[0]
+        mask = out["completion_mask"]
+        gap = ((out["teacher_logps"] - student) * mask).abs().sum(1)
+        loss = trainer._compute_loss(trainer.model, out)
+        without = super(SDARTrainer, trainer)._compute_loss(trainer.model, out)
+        accumulated = trainer.current_gradient_accumulation_steps / config.steps_per_generation
+        want = 0.01 * (sdar_tokens(student, out["teacher_logps"]) * mask).sum() / mask.sum() / accumulated
+    assert gap[:2].max() < 1e-5 < gap[2:].min()  # without a skill the teacher IS the student
+    assert torch.allclose(loss - without, want, atol=1e-6) and want.abs() > 1e-6
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_verl_adapter(packed):
+    """Runs verl's own ppo_loss with and without the term where verl is installed (it is not a requirement)."""
+    try:
+        from tensordict import TensorDict
+        from verl.workers.config import FSDPActorConfig
+        from verl.workers.utils.losses import ppo_loss
+    except Exception as error:  # verl needs ray, hydra and others to be imported at all
+        pytest.skip(f"verl cannot be imported: {error}")
+    adapted = block("verl", dict(block("gate")[1]))[1]["sdar_ppo_loss"]
+    config = FSDPActorConfig(strategy="fsdp", ppo_micro_batch_size_per_gpu=2, rollout_n=1, clip_ratio=0.2)
+    b, lengths = batch(rows=3, width=4), torch.tensor([4, 2, 3])
+    mask = (torch.arange(4) < lengths[:, None]).float()
+    nest = lambda rows: torch.nested.as_nested_tensor(list(rows), layout=torch.jagged)
+    shape = lambda x: nest(row[:n] for row, n in zip(x, lengths)) if packed else x  # verl passes both
+    data = {"response_mask": mask, "old_log_probs": b["old"].float(), "advantages": mask.clone(),
+            "teacher_log_probs": b["teacher"].float(), "responses": torch.ones(3, 4, dtype=torch.long)}
+    data = {key: shape(value) for key, value in data.items()}
+    prompts = torch.ones(3, 5, dtype=torch.long)
+    data["prompts"] = nest(prompts) if packed else prompts
+    if not packed:
+        data["attention_mask"] = torch.cat([prompts, mask.long()], 1)
+    data = TensorDict(data, batch_size=[3])
+    for key, value in {"dp_size": 1, "batch_num_tokens": 9, "global_batch_size": 3}.items():
+        data.set_non_tensor(key, value)
+    # verl's model output holds every position, the sequences one after the other; a response is cut out shifted by one
+    rows = [torch.cat([torch.zeros(4), b["logp"][i, :n].float(), torch.zeros(1)]) for i, n in enumerate(lengths)]
+    output = {"log_probs": nest(rows)}
+    plain, ours = ppo_loss(config, output, data)[0], adapted(config, output, data)[0]
+    want = sdar_loss(b["logp"].float(), b["teacher"].float(), mask)[0]
+    assert torch.allclose(ours - plain, 0.01 * want, atol=1e-7) and want.abs() > 1e-3
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# ALFWorld
+# ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def no_data(monkeypatch, tmp_path):
+    """No test may see the user's own data."""
+    for name in ("ALFWORLD_DATA", "WEBSHOP_DATA", "SEARCH_DATA"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path / "home"))
+
+
+ACTIONS = (
+    "look inventory examineReceptacle examineObject GotoLocation OpenObject CloseObject PickupObject PutObject CleanObject "
+    "HeatObject CoolObject ToggleObject SliceObject"
+).split()
+PROBLEM = """(define (problem p) (:domain alfred) (:objects agent1 - agent
+ Apple_bar_1 - object Apple_bar_2 - object Knife_bar_1 - object Fridge_bar_1 - receptacle Shelf_bar_1 - receptacle
+ Shelf_bar_2 - receptacle loc_bar_1 - location loc_bar_2 - location loc_bar_3 - location AppleType - otype)
+(:init (atLocation agent1 loc_bar_3) (receptacleType Fridge_bar_1 FridgeType) (receptacleType Shelf_bar_1 ShelfType)
+ (receptacleType Shelf_bar_2 ShelfType) (receptacleAtLocation Fridge_bar_1 loc_bar_1) (receptacleAtLocation Shelf_bar_1 loc_bar_2)
+ (receptacleAtLocation Shelf_bar_2 loc_bar_2) (openable Fridge_bar_1) (objectType Apple_bar_1 AppleType)
+ (objectType Apple_bar_2 AppleType) (objectType Knife_bar_1 KnifeType) (pickupable Apple_bar_1) (pickupable Apple_bar_2)
+ (pickupable Knife_bar_1) (coolable Apple_bar_1) (sliceable Apple_bar_2) (inReceptacle Apple_bar_1 Fridge_bar_1)
+ (inReceptacle Apple_bar_2 Shelf_bar_2) (inReceptacle Knife_bar_1 Shelf_bar_1) (objectAtLocation Apple_bar_1 loc_bar_1)
+ (objectAtLocation Apple_bar_2 loc_bar_2) (objectAtLocation Knife_bar_1 loc_bar_2) (canContain ShelfType AppleType)
+ (canContain ShelfType KnifeType) (canContain FridgeType AppleType))
+(:goal (and (exists (?r - receptacle) (exists (?o - object) (and (objectType ?o AppleType) (receptacleType ?r ShelfType)
+ (isCool ?o) (inReceptacle ?o ?r) (not (exists (?k - object ?a - agent) (and (objectType ?k KnifeType) (holds ?a ?k)))))))))"""
+PLAN = [
+    "go to fridge 1",
+    "open fridge 1",
+    "take apple 2 from fridge 1",
+    "cool apple 2 with fridge 1",
+    "go to shelf 2",
+    "move apple 2 to shelf 2",
+]
+
+
+def game_text(old=False, **changes):
+    """A small game.tw-pddl, in the grammar from before November 2024 if `old`."""
+    domain = "(define (domain alfred) " + " ".join(
+        f"(:action {name} :parameters ())" for name in ACTIONS + ["help"] * (not old)
+    )
+    for verb, kind in (("Clean", "SinkBasinType"), ("Heat", "MicrowaveType"), ("Cool", "FridgeType")):
+        domain = domain.replace(f"(:action {verb}Object ", f"(:action {verb}Object (receptacleType ?r {kind}) ")
+    grammar = '"rhs": "Your task is to: cool some apple and put it in shelf."\n' + (
+        '"You arrive at {lend.name}." "put {o} in/on {r}"' if old else '"You arrive at {r.name}." "move {o} to {r}"'
+    )
+    return json.dumps(
+        dict(pddl_domain=domain + ")", grammar=grammar, pddl_problem=PROBLEM, solvable=True, walkthrough=PLAN) | changes
+    )
+
+
+def play_game(game, commands):
+    return [game.step(command) for command in commands]
+
+
+def release(folder, splits=("train", "valid_seen", "valid_unseen")):
+    """A folder laid out as the release, with two games per split."""
+    for split in splits:
+        for trial in ("trial_2", "trial_1"):
+            path = (
+                folder
+                / "json_2.1.1"
+                / split
+                / "pick_cool_then_place_in_recep-Apple-None-Shelf-1"
+                / trial
+                / "game.tw-pddl"
+            )
+            path.parent.mkdir(parents=True)
+            path.write_text(game_text())
+    return folder
+
+
+def pack(folder, path):
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for file in sorted(folder.rglob("game.tw-pddl")):
+            archive.write(file, file.relative_to(folder).as_posix())
+    return path
+
+
+# ---- the engine ----
+
+
+def test_engine_plays_a_game_as_written():
+    game = AlfworldGame(game_text())
+    assert game.reset() == (
+        "-= Welcome to TextWorld, ALFRED! =-\n\nYou are in the middle of a room. Looking quickly around you, you "
+        "see a fridge 1, a shelf 2, and a shelf 1.\n\nYour task is to: cool some apple and put it in shelf."
+    )
+    assert (game.task, game.task_type) == ("cool some apple and put it in shelf.", "pick_cool_then_place_in_recep")
+    assert game.admissible_commands == ["go to fridge 1", "go to shelf 1", "go to shelf 2", "help", "inventory", "look"]
+    assert play_game(
+        game, ["look", "go to fridge 1", " open fridge 1\n", "take apple 2 from fridge 1", "examine apple 2"]
+    ) == [
+        "You are in the middle of a room. Looking quickly around you, you see nothing.",
+        "You arrive at fridge 1. The fridge 1 is closed.",
+        "You open the fridge 1. The fridge 1 is open. In it, you see a apple 2.",
+        "You pick up the apple 2 from the fridge 1.",
+        "There's nothing special about apple 2.",
+    ]
+    assert game.admissible_commands == [
+        "close fridge 1",
+        "cool apple 2 with fridge 1",
+        "examine apple 2",
+        "examine fridge 1",
+        "go to shelf 1",
+        "go to shelf 2",
+        "help",
+        "inventory",
+        "look",
+        "move apple 2 to fridge 1",
+    ]
+    assert play_game(game, ["cool apple 2 with fridge 1", "examine apple 2", "inventory", "go to shelf 1", "look"]) == [
+        "You cool the apple 2 using the fridge 1.",
+        "This is a cold apple 2.",
+        "You are carrying: a apple 2.",
+        "You arrive at shelf 1. On the shelf 1, you see a apple 1.",
+        "You are facing the shelf 2, and shelf 1. Next to it, you see nothing.",
+    ]
+    assert not game.won
+    assert play_game(game, ["move apple 2 to shelf 1"]) == ["You move the apple 2 to the shelf 1."]
+    assert game.won
+    play_game(game, ["take knife 1 from shelf 2"])
+    assert not game.won  # the goal is judged anew after every step, negation included
+    assert play_game(game, ["slice apple 1 with knife 1", "move knife 1 to shelf 1", "look"]) == [
+        "You sliced the apple 1 with the knife 1.",
+        "You move the knife 1 to the shelf 1.",
+        "You are facing the shelf 2, and shelf 1. Next to it, you see a knife 1.",
+    ]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "",
+        "go to",
+        "GO TO fridge 1",
+        "go to  fridge 1",
+        "open fridge 1",
+        "go to fridge 2",
+        "take",
+        "put apple 1 in/on shelf 1",
+        "go to fridge 1.",
+        "\x00",
+        "look around",
+        "go to fridge 1\nlook",
+    ],
+)
+def test_engine_does_nothing_for_other_commands(command):
+    game = AlfworldGame(game_text())
+    game.reset()
+    before = game.admissible_commands
+    assert game.step(command) == "Nothing happens." and game.admissible_commands == before and not game.won
+
+
+def test_old_grammar_is_played_in_its_own_words():
+    game = AlfworldGame(game_text(old=True))
+    game.reset()
+    assert game.walkthrough[-1] == "put apple 2 in/on shelf 2" and "help" not in game.admissible_commands
+    texts = play_game(game, game.walkthrough)
+    assert (
+        texts[0].startswith("You arrive at loc 3. The fridge 1")
+        and texts[-1] == "You put the apple 2 in/on the shelf 2."
+    )
+    assert game.won
+
+
+def test_broken_games_are_refused_in_one_line(tmp_path):
+    good = json.loads(game_text())
+    for text in (
+        game_text()[:-40],
+        "{}",
+        "[1]",
+        "null",
+        "",
+        game_text(grammar='"Your task is to: x."'),
+        game_text(pddl_problem="(:init"),
+        game_text(pddl_domain=good["pddl_domain"].replace("SliceObject", "CutObject")),
+        game_text(pddl_problem=3),
+    ):
+        file = tmp_path / "game.tw-pddl"
+        file.write_text(text)
+        with pytest.raises(UserError, match="game.tw-pddl") as error:
+            AlfworldGame(str(file))
+        assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match="missing.tw-pddl"):
+        AlfworldGame(tmp_path / "missing.tw-pddl")
+
+
+def test_recordings_of_the_original_engine():
+    folder = real("alfworld")
+    env, steps = Alfworld(data=next(folder.glob("*.zip"))), 0
+    with gzip.open(folder / "transcripts.json.gz", "rt", encoding="utf-8") as file:
+        records = json.load(file)
+    for record in records:
+        game = env.game(record["gamefile"].rsplit("/", 1)[0])
+        for entry in (record["reset"], *record["steps"]):
+            text = game.step(entry["action"]) if "action" in entry else game.reset()
+            assert (text, game.admissible_commands, game.won) == (
+                entry["observation"],
+                entry["admissible_commands"],
+                entry["won"],
+            ), (record["gamefile"], entry.get("action"))
+        steps += len(record["steps"])
+    assert (len(records), steps) == (290, 6726)
+
+
+def test_every_real_walkthrough_wins_at_its_last_step():
+    env, count = Alfworld(data=next(real("alfworld").glob("*.zip"))), 0
+    for split in env.splits:
+        for task_id in env.tasks(split):
+            game = env.game(task_id)
+            game.reset()
+            won = []
+            for command in game.walkthrough:
+                assert command in game.admissible_commands, (task_id, command)
+                game.step(command)
+                won.append(game.won)
+            assert won == [False] * (len(won) - 1) + [True], task_id
+            assert (
+                AlfworldGame(game._game).task_type == game.task_type
+            ), task_id  # the goal tells the same type as the path
+            count += 1
+    assert count == 3827
+
+
+# ---- finding and listing games ----
+
+
+def test_folder_and_zip_give_the_same_sorted_panel(tmp_path, monkeypatch):
+    folder = release(tmp_path / "data")
+    unsolvable = folder / "json_2.1.1/train/pick_and_place_simple-Mug-None-Desk-1/trial_3/game.tw-pddl"
+    movable = folder / "json_2.1.1/train/pick_and_place_with_movable_recep-Mug-Pan-Desk-1/trial_3/game.tw-pddl"
+    for file, solvable in ((unsolvable, False), (movable, True)):
+        file.parent.mkdir(parents=True)
+        file.write_text(game_text(solvable=solvable))
+    archive = pack(folder, tmp_path / "json_2.1.3_tw-pddl.zip")
+    ids = [f"train/pick_cool_then_place_in_recep-Apple-None-Shelf-1/trial_{i}" for i in (1, 2)]
+    monkeypatch.setenv("ALFWORLD_DATA", str(folder))
+    for env in (
+        Alfworld(data=folder),
+        Alfworld(data=archive),
+        Alfworld(data=folder / "json_2.1.1"),
+        Alfworld(data=tmp_path),
+        Alfworld(),
+    ):
+        assert env.tasks("train") == ids and not env.builtin and env.start(ids[0]).group == "Cool"
+    monkeypatch.delenv("ALFWORLD_DATA")
+    assert Alfworld().builtin
+    cache = tmp_path / "home" / ".cache" / "alfworld"
+    cache.mkdir(parents=True)
+    assert Alfworld().builtin  # an empty cache is no data
+    archive.rename(cache / archive.name)
+    assert Alfworld().tasks("train") == ids
+    with pytest.raises(UserError, match="no games"):
+        Alfworld(task_types="Pick").tasks("train")
+
+
+def test_unusable_data_is_named(tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        Alfworld(data=tmp_path / "nowhere")
+    with pytest.raises(UserError, match="no game.tw-pddl"):
+        Alfworld(data=tmp_path)
+    folder = release(tmp_path / "data", splits=("train",))
+    env = Alfworld(data=folder)
+    for call in (
+        lambda: env.tasks("valid_seen"),
+        lambda: env.tasks("test"),
+        lambda: env.start("train/x/y"),
+        lambda: env.skill("x"),
+        lambda: Alfworld(task_types="Fly"),
+        lambda: Alfworld(house=3),
+        lambda: Alfworld().start("train/x/1"),
+    ):
+        with pytest.raises(UserError):
+            call()
+    broken = next(folder.rglob("game.tw-pddl"))
+    broken.write_text(game_text()[:500])
+    with pytest.raises(UserError, match="trial_"):
+        for task_id in env.tasks("train"):
+            env.start(task_id)
+    (tmp_path / "x.zip").write_bytes(b"PK\x03\x04 no zip")
+    with pytest.raises(UserError, match="x.zip"):
+        Alfworld(data=tmp_path / "x.zip")
+
+
+def test_real_panels():
+    archive = next(real("alfworld").glob("*.zip"))
+    env = Alfworld(data=archive)
+    panels = {split: env.tasks(split) for split in env.splits}
+    assert {split: len(ids) for split, ids in panels.items()} == {"train": 3553, "valid_seen": 140, "valid_unseen": 134}
+    assert panel_hash(panels["valid_seen"]) == "cc3d2e964ba3" and panel_hash(panels["valid_unseen"]) == "c2da12ecefba"
+    assert all(ids == sorted(set(ids)) for ids in panels.values())
+
+
+# ---- built-in games ----
+
+
+@pytest.mark.parametrize("house", [4, 6, 12])
+@pytest.mark.parametrize("detours", [0, 4])
+def test_experts_of_built_in_games_win(house, detours):
+    env, lengths = Alfworld(house=house), []
+    assert env.builtin and "built-in games (seed 233)" in env.source and "download alfworld" in env.source
+    for split in env.splits:
+        ids = env.tasks(split)
+        assert len(ids) == {"train": 2000, "valid_seen": 140, "valid_unseen": 134}[split] and ids == sorted(set(ids))
+        for kind in ALFWORLD_TYPES:
+            for task_id in [x for x in ids if kind in x][:3]:
+                session = env.start(task_id, seed=7, detours=detours)
+                assert session.category == kind and session.group == ALFWORLD_TYPES[kind][0]
+                assert session.prompt().count("'go to ") == house
+                while not session.done:
+                    response = session.expert()
+                    assert len(response.split("</think>")[0].split()) <= 15
+                    env.step([session], [response])
+                    assert session.valid and session.admissible and len(session.turns) < 40, (task_id, response)
+                assert session.won and session.score == 1.0
+                lengths.append(len(session.turns))
+                with pytest.raises(UserError):
+                    session.expert()
+    assert len(set(lengths)) > 3
+
+
+def test_built_in_splits_are_disjoint_and_repeat():
+    env, again, other = Alfworld(house=5), Alfworld(house=5), Alfworld(house=5, seed=1)
+    shown, pairs = {}, {}
+    for split in env.splits:
+        for task_id in env.tasks(split)[:130]:
+            game = env.game(task_id)
+            opening = game.reset()
+            facts = game._game["facts"]
+            shown.setdefault(split, set()).add(
+                (
+                    task_id.split("/")[1],
+                    opening.split(": ")[1] and game._game["pair"],
+                    str(sorted(facts["inreceptacle"])),
+                    str(sorted(facts["receptacletype"])),
+                )
+            )
+            pairs.setdefault(split, set()).add(game._game["pair"])
+    assert not any(shown[a] & shown[b] for a in shown for b in shown if a < b)
+    assert not pairs["valid_unseen"] & (pairs["train"] | pairs["valid_seen"])
+    task_id = env.tasks("train")[3]
+    assert env.game(task_id).reset() == again.game(task_id).reset() != other.game(task_id).reset()
+
+
+def test_task_types_restrict_the_games():
+    env = Alfworld(task_types="Pick,heat")
+    assert {task_id.split("/")[1] for task_id in env.tasks("train")} == {
+        "pick_and_place",
+        "pick_heat_then_place_in_recep",
+    }
+
+
+def test_detours_search_before_the_object_is_found():
+    env = Alfworld(house=8)
+    ids, longer, variants = env.tasks("train")[::40], 0, set()
+    for task_id in ids:
+        plain, detour = (env.start(task_id, seed=3, detours=k) for k in (0, 4))
+        for session in (plain, detour):
+            while not session.done:
+                session.step(session.expert())
+        acts = [action for _, action in detour.turns]
+        assert detour.won and len(acts) >= len(plain.turns)
+        longer += len(acts) > len(plain.turns)
+        first = next(i for i, act in enumerate(acts) if act.startswith("take "))
+        visits = [act for act in acts[:first] if act.startswith("go to ")]
+        assert len(set(visits)) == len(visits)  # nothing is searched twice
+        variants.add(tuple(acts))
+    assert longer > len(ids) / 2
+    other = env.start(ids[0], seed=4, detours=4)
+    assert any(env.start(ids[0], seed=k, detours=4).expert() != other.expert() for k in range(10))
+
+
+def test_detours_win_on_real_games():
+    env = Alfworld(data=next(real("alfworld").glob("*.zip")))
+    for task_id in env.tasks("valid_seen") + env.tasks("train")[::60]:
+        session = env.start(task_id, seed=1, detours=5)
+        while not session.done:
+            session.step(session.expert())
+            assert session.admissible and len(session.turns) < 50, task_id
+        assert session.won
+
+
+# ---- episodes ----
+
+
+@pytest.mark.parametrize(
+    "response, action, valid",
+    [
+        ("<think>x</think><action>go to desk 1</action>", "go to desk 1", True),
+        ("<think>x</think> <ACTION> Go To Desk 1\n</ACTION> rest", "go to desk 1", True),
+        ("<think>x</think><action>a</action><action>b</action>", "a", True),
+        ("<action>look</action>", "look", False),
+        ("<THINK>x</THINK><action>look</action>", "look", False),
+        ("<think>x<action>look</action>", "look", False),
+        ("<think>\u770b</think><action>look</action>", "look", False),
+        ("<think>x</think>go to desk 1", "<think>x</think>go to desk 1"[-30:], False),
+        ("", "", False),
+        ("<think>" + "y" * 50 + "</think><action>LOOK", ("y" * 50 + "</think><action>look")[-30:], False),
+        ("</action><think></think><action>x", "", True),
+    ],
+)
+def test_parsing_judges_as_the_public_projection(response, action, valid):
+    assert parse_action(response) == (action, valid)
+
+
+def test_closed_think_block_is_not_demanded():
+    assert parse_action("reasons</think><action>look</action>", think_closed=True) == ("look", True)
+    assert parse_action("<action>look</action>", think_closed=True) == ("look", True)
+    assert parse_action("<action>look \u770b</action>", think_closed=True)[1] is False
+    assert parse_action("look", think_closed=True) == ("look", False)
+
+
+def test_prompts_carry_what_the_turn_needs():
+    env = Alfworld(house=6)
+    session = env.start(env.tasks("train")[0])
+    first = session.prompt()
+    assert (
+        first.count(session.task) == 1 and "already taken" not in first and "'help'" not in first and "'look'" in first
+    )
+    for _ in range(3):
+        session.step(session.expert())
+    prompt, skill = session.prompt(), env.skill(session.category)
+    assert (
+        "taken 3 step(s)" in prompt
+        and "now at step 4" in prompt
+        and session.task in prompt
+        and session.observation in prompt
+    )
+    assert [f"Observation {i}:" in prompt for i in (1, 2, 3)] == [False, True, True]
+    assert all(f"Action {i}: '{session.turns[i - 1][1]}'" in prompt for i in (2, 3))
+    assert all(f"'{c}'" in prompt for c in session._game.admissible_commands if c != "help")
+    assert skill in session.prompt(skill) and skill not in prompt
+    assert "Observation" not in session.prompt(history=0) and session.task in session.prompt(history=0)
+    brief = session.prompt(skill, brief=True)
+    assert skill in brief and session.task.rstrip(".") in brief and session.turns[-1][1] in brief
+    assert len(session.prompt(brief=True)) < len(prompt) / 3
+    short = env.start(env.tasks("train")[0])
+    assert len(short.prompt(room=20)) < len(first) and short.task in short.prompt(room=20)
+
+
+def test_inadmissible_actions_are_counted_and_played():
+    env = Alfworld()
+    session = env.start(env.tasks("train")[0])
+    env.step([session], ["<think></think><action>dance</action>"])
+    assert session.observation == "Nothing happens." and session.valid and not session.admissible
+    assert session.details["inadmissible"] == 1 and session.turns[-1][1] == "dance" and not session.done
+
+
+def test_any_text_is_survived():
+    env, rng = Alfworld(house=4), random.Random(0)
+    session = env.start(env.tasks("train")[0])
+    pieces = [
+        "<think>",
+        "</think>",
+        "<action>",
+        "</action>",
+        "go to",
+        "\x00\x1b[2J",
+        "\ud800",
+        "{0}{x}",
+        "%s",
+        "\u202e",
+        "<|im_end|>",
+        "\n" * 50,
+        "\u0130" * 9,
+        "\U0001f600",
+        "'",
+        "\\",
+        "a" * 1000,
+    ]
+    for _ in range(300):
+        session.step("".join(rng.choice(pieces) for _ in range(rng.randint(0, 12))))
+        for brief in (False, True):
+            session.prompt(brief=brief).encode()
+    for response in (
+        "<action>" + "x" * 3_000_000 + "</action>",
+        "<action>" * 300_000,
+        "<think>" * 300_000 + "</action>" * 9,
+    ):
+        session.step(response)
+    assert max(len(action) for _, action in session.turns) <= 200 and len(session.prompt()) < 10_000
+    assert "\x1b" not in session.prompt() and not session.done
+
+
+def test_games_are_parsed_once_and_sessions_are_independent(tmp_path, monkeypatch):
+    folder = release(tmp_path / "data", splits=("train",))
+    env, reads = Alfworld(data=folder), []
+    plain = env._files.read
+    monkeypatch.setattr(env._files, "read", lambda task_id: reads.append(task_id) or plain(task_id))
+    task_id = "train/pick_cool_then_place_in_recep-Apple-None-Shelf-1/trial_1"
+    one, two = env.start(task_id), env.start(task_id)
+    while not one.done:
+        one.step(one.expert())
+    assert (
+        one.won
+        and not two.done
+        and len(two.turns) == 0
+        and env.start(task_id).prompt() == two.prompt()
+        and reads == [task_id]
+    )
+
+
+# ---- skills ----
+
+
+def test_skills_are_short_and_specific():
+    env = Alfworld()
+    assert (
+        set(env.skill_names) == set(ALFWORLD_TYPES)
+        and max(len(text.split()) for text in ALFWORLD_SKILLS.values()) <= 60
+    )
+    for category in env.skill_names:
+        text = env.skill(category)
+        assert (
+            all(ALFWORLD_SKILLS[part] in text for part in ("general", category, "mistakes"))
+            and ALFWORLD_SKILLS[category] in env.all_skills()
+        )
+        assert not any(ALFWORLD_SKILLS[other] in text for other in env.skill_names if other != category)
+    assert "microwave" in env.skill("pick_heat_then_place_in_recep") and "fridge" in env.skill(
+        "pick_cool_then_place_in_recep"
+    )
+
+
+def skill_folder(folder, names=("pick_and_place", "look_at_obj_in_light", "clean", "heat", "cool")):
+    """A directory like the public one: skill_mapping.json, .md files and claude_style_skills.json."""
+    folder.mkdir()
+    tasks = dict(
+        pick_and_place="pick_and_place",
+        pick_two_obj_and_place="pick_and_place",
+        look_at_obj_in_light="look_at_obj_in_light",
+    )
+    tasks |= {f"pick_{verb}_then_place_in_recep": verb for verb in ("heat", "cool", "clean")}
+    mapping = dict(
+        skill_files={name: name + ".md" for name in ("general_skills", *names)}, task_to_skill=tasks, task_keywords={}
+    )
+    (folder / "skill_mapping.json").write_text(json.dumps(mapping))
+    for name in mapping["skill_files"]:
+        (folder / (name + ".md")).write_text(f"Text of {name}.\n")
+    item = dict(title="T", principle="P", when_to_apply="W")
+    (folder / "claude_style_skills.json").write_text(
+        json.dumps(
+            dict(
+                general_skills=[item],
+                task_specific_skills={name: [dict(item, principle=f"card {name}")] for name in names},
+                common_mistakes=[dict(description="D", how_to_avoid="A")],
+            )
+        )
+    )
+    return folder
+
+
+def test_public_skill_directories_are_read(tmp_path):
+    folder = skill_folder(tmp_path / "skills")
+    env = Alfworld(skills=folder)
+    text = env.skill("pick_heat_then_place_in_recep")
+    assert (
+        "Text of general_skills." in text
+        and "Text of heat." in text
+        and "Text of cool." not in text
+        and "D Instead: A" in text
+    )
+    assert "Text of pick_and_place." in env.skill("pick_two_obj_and_place")
+    (folder / "skill_mapping.json").unlink()
+    text = Alfworld(skills=folder).skill("pick_clean_then_place_in_recep")
+    assert "card clean" in text and "T: P When: W" in text
+
+
+def test_incomplete_skills_are_refused(tmp_path):
+    only_general = skill_folder(tmp_path / "general", names=())
+    with pytest.raises(UserError, match="only general skills"):
+        Alfworld(skills=only_general)
+    with pytest.raises(UserError, match="pick_cool"):
+        Alfworld(
+            skills=skill_folder(tmp_path / "part", names=("pick_and_place", "look_at_obj_in_light", "clean", "heat"))
+        )
+    with pytest.raises(UserError, match="neither"):
+        Alfworld(skills=tmp_path)
+    broken = skill_folder(tmp_path / "broken")
+    (broken / "heat.md").unlink()
+    with pytest.raises(UserError, match="heat.md"):
+        Alfworld(skills=broken)
+    (broken / "skill_mapping.json").write_text("{")
+    with pytest.raises(UserError, match="skill_mapping.json"):
+        Alfworld(skills=broken)
+
+
+# ---- plumbing ----
+
+
+@pytest.fixture
+def file_server():
+    """A file file_server on loopback with Range; `stop_after` cuts each answer after so many bytes."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            body, start = self.server.body, 0
+            if self.server.ranges and (asked := self.headers.get("Range")):
+                start = int(asked.split("=")[1].split("-")[0])
+            self.server.asked.append(start)
+            if start >= len(body) or self.path.endswith("missing"):
+                self.send_error(416 if start else 404)
+                return
+            self.send_response(206 if start else 200)
+            self.send_header("Content-Length", str(len(body) - start))
+            self.end_headers()
+            self.wfile.write(body[start:][: self.server.stop_after])
+
+        def log_message(self, *arguments):
+            pass
+
+    file_server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    file_server.body, file_server.asked, file_server.stop_after, file_server.ranges = bytes(range(256)) * 2000, [], None, True
+    threading.Thread(target=file_server.serve_forever, daemon=True).start()
+    file_server.url = f"http://127.0.0.1:{file_server.server_port}/file.bin"
+    yield file_server
+    file_server.shutdown()
+    file_server.server_close()
+
+
+def test_a_broken_download_is_resumed(file_server, tmp_path):
+    file_server.stop_after = 200_000
+    with pytest.raises(UserError, match="resume"):
+        download(file_server.url, tmp_path / "a" / "file.bin", tries=1)
+    assert not (tmp_path / "a" / "file.bin").exists()
+    path = download(file_server.url, tmp_path / "a" / "file.bin")
+    assert path.read_bytes() == file_server.body and file_server.asked == [0, 200_000, 400_000]
+    assert [file.name for file in path.parent.iterdir()] == ["file.bin"]
+
+
+def test_downloads_are_checked(file_server, tmp_path):
+    with pytest.raises(UserError, match="expected"):
+        download(file_server.url, tmp_path / "x", sha256="0" * 64)
+    with pytest.raises(UserError):
+        download(file_server.url, tmp_path / "x", size=7)
+    with pytest.raises(UserError, match="404"):
+        download(file_server.url + "missing", tmp_path / "x")
+    assert not list(tmp_path.glob("x*"))
+    (tmp_path / "y.part").write_bytes(b"left over" * 100_000)  # longer than the file: begin again
+    assert download(file_server.url, tmp_path / "y").read_bytes() == file_server.body
+    (tmp_path / "z.part").write_bytes(b"other")
+    file_server.ranges = False  # a file_server that always sends all of it
+    assert download(file_server.url, tmp_path / "z").read_bytes() == file_server.body
+
+
+def test_download_alfworld_is_played_in_place(file_server, tmp_path, capsys):
+    archive = pack(release(tmp_path / "data"), tmp_path / "games.zip")
+    file_server.body, file_server.stop_after = archive.read_bytes(), 1500
+    url = file_server.url.replace("file.bin", "json_2.1.3_tw-pddl.zip")
+    path = download_alfworld(tmp_path / "home" / ".cache" / "alfworld", url)
+    assert str(path) in capsys.readouterr().out and len(file_server.asked) > 1
+    assert not Alfworld().builtin and len(Alfworld().tasks("valid_seen")) == 2
+    broken = bytearray(file_server.body)
+    broken[60:90] = bytes(30)
+    file_server.body, file_server.stop_after = bytes(broken), None
+    with pytest.raises(UserError, match="damaged"):
+        download_alfworld(tmp_path / "other", url)
+
+
+def test_command_line_reports_mistakes_in_one_line(capsys):
+    assert envs.main(["download", "moon"]) == 2 and envs.main([]) == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_shorten_middle_and_panel_hash():
+    assert shorten_middle("abcdefghij", None) == shorten_middle("abcdefghij", 10) == "abcdefghij"
+    for room in range(10):
+        assert len(shorten_middle("abcdefghij", room)) <= room
+    text = shorten_middle("head " + "x" * 1000 + " tail", 50)
+    assert len(text) == 50 and text.startswith("head") and text.endswith("tail") and " ... " in text
+    assert panel_hash(["a", "b"]) == "7e18f737311b"
+    assert panel_hash(["a", "b"]) != panel_hash(["b", "a"])
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# WebShop and BM25
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def load(path):
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
+        return json.load(file)
+
+
+@pytest.fixture(scope="module")
+def shop_env():
+    os.environ.pop("WEBSHOP_DATA", None)
+    return WebShopEnv(seed=233) if envs.find_data("webshop") is None else pytest.skip("~/.cache/webshop exists")
+
+
+# ---- BM25 ----
+
+def test_porter_stem_on_the_examples_of_the_paper():
+    pairs = """caresses caress ponies poni ties ti cats cat feed feed agreed agre plastered plaster bled bled
+    motoring motor sing sing conflated conflat troubled troubl sized size hopping hop falling fall hissing hiss
+    fizzed fizz filing file happy happi sky sky relational relat conditional condit rational ration valenci valenc
+    digitizer digit conformabli conform radicalli radic vietnamization vietnam operator oper feudalism feudal
+    decisiveness decis hopefulness hope formaliti formal triplicate triplic formative form electriciti electr
+    hopeful hope goodness good revival reviv allowance allow airliner airlin adjustable adjust replacement replac
+    adoption adopt homologou homolog effective effect probate probat rate rate cease ceas controll control roll roll
+    generalizations gener oscillators oscil apology apolog""".split()
+    assert {word: porter_stem(word) for word in pairs[::2]} == dict(zip(pairs[::2], pairs[1::2]))
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("men's 3.5-inch u.s.a. can't", ["men's", "3.5", "inch", "u.s.a", "can't"]),
+    ("description:solid 10,000 a_b __ 2x4", ["description:solid", "10,000", "a_b", "__", "2x4"]),
+    ("caf\u00e9 \u4e2d\u6587 1\u20442 x\u00b2", ["caf\u00e9", "\u4e2d", "\u6587", "1\u20442", "x"]),
+    ("\u2764\ufe0f\u2764", ["\u2764\ufe0f", "\u2764"]),
+])
+def test_words_follow_the_unicode_word_rules(text, expected):
+    assert words(text) == expected
+
+
+def test_filters():
+    raw = "Men's", "THE", "Running", "__", "dog\u2019S"
+    assert [analyse_word(word) for word in raw] == ["men", "", "run", "", "dog"]
+
+
+def plain_bm25(texts, query, k1=0.9, b=0.4):
+    """The formula, term by term, in float64; lengths up to 40 are exact in Lucene too."""
+    documents = [Counter(filter(None, map(analyse_word, words(text)))) for text in texts]
+    mean = sum(map(Counter.total, documents)) / len(documents)
+    scores = np.zeros(len(documents))
+    for term in filter(None, map(analyse_word, words(query))):
+        df = sum(term in document for document in documents)
+        for i, document in enumerate(documents):
+            norm = k1 * (1 - b + b * BYTE_LENGTHS[BYTE_LENGTHS <= document.total()].max() / mean)
+            scores[i] += np.log(1 + (len(documents) - df + 0.5) / (df + 0.5)) * document[term] / (document[term] + norm)
+    return scores
+
+
+def test_bm25_is_its_formula():
+    texts = ["red shoes for men", "blue shoes, blue laces and the red box", "a lamp", "", "Red red RED lamp's light"]
+    for query in ("red", "blue shoes shoes", "lamp light red", "unknown", "the"):
+        expected = plain_bm25(texts, query)
+        order = [i for i in np.lexsort((np.arange(5), -expected)) if expected[i] > 0]
+        indices, scores = BM25(texts).search(query, 3)
+        assert indices.tolist() == order[:3]
+        assert np.allclose(scores, expected[order[:3]], rtol=1e-6)
+    assert BM25([]).search("red", 3)[0].tolist() == []
+
+
+def test_stored_lengths_are_lucenes():
+    assert BYTE_LENGTHS[:41].tolist() == list(range(41)) and BYTE_LENGTHS[41:57].tolist() == [
+        42, 44, 46, 48, 50, 52, 54, 56, 60, 64, 68, 72, 76, 80, 84, 88]
+    assert BYTE_LENGTHS[255] == 2013265944  # SmallFloat.byte4ToInt((byte) 255)
+
+
+def test_skipping_documents_changes_no_result():
+    rng = np.random.default_rng(0)
+    names = np.array([f"w{i}" for i in range(400)])
+    texts = [" ".join(row) for row in names[np.minimum(rng.zipf(1.25, (9000, 10)), 399)].tolist()]
+    index, every = BM25(texts), BM25(texts)
+    index.CHUNK, every.CHUNK = 500, 10**9  # lists longer than this are skipped through: many, none
+    for query in ("w300 w1 w2 w3", "w200 w250 w1 w2 w4 w5 w3", "w1 w2", "w100 w1", "w399 w1 w2 w3 w4 w5 w6 w7"):
+        for k in (1, 10, 50):
+            got, expected = index.search(query, k), every.search(query, k)
+            assert got[0].tolist() == expected[0].tolist() and got[1].tolist() == expected[1].tolist()
+
+
+def test_index_on_disk(tmp_path):
+    index = BM25(["red shoes", "green shoes", "red \u4e2d"])
+    index.save(tmp_path / "index.npz")
+    again = BM25.load(tmp_path / "index.npz")
+    for query in ("red", "shoes green", "\u4e2d"):
+        assert [part.tolist() for part in again.search(query, 2)] == [part.tolist() for part in index.search(query, 2)]
+    (tmp_path / "broken.npz").write_bytes((tmp_path / "index.npz").read_bytes()[:300])
+    with pytest.raises(ValueError, match="build it again"):
+        BM25.load(tmp_path / "broken.npz")
+
+
+def test_same_search_results_as_lucene():
+    documents = sorted(load(real("webshop/lucene_documents.json.gz")), key=lambda document: document["id"])
+    index, same, scores = BM25(document["contents"] for document in documents), 0, 0
+    queries = load(real("webshop/lucene_bm25_top50.json"))
+    for query in queries:
+        indices, found = index.search(query["query"], 50)
+        same += [documents[i]["id"] for i in indices] == [asin for asin, _ in query["hits"]]
+        scores += np.allclose(found, [score for _, score in query["hits"]], atol=1e-4)
+    assert same == scores == len(queries)
+
+
+# ---- files ----
+
+def test_stream_json_reads_what_json_reads():
+    value = {f"k{i}": {"a": "x\u00e9\U0001f600 [}" * (i % 7), "b": [1.5, None, "\\\"", {}]} for i in range(40)}
+    for ascii_only in (True, False):
+        for whole in (value, list(value.values())):
+            data = json.dumps(whole, indent=2, ensure_ascii=ascii_only).encode()
+            for block in (7, 100, 1 << 20):
+                members = list(stream_json(data, block=block))
+                assert [member for _, member, _, _ in members] == list(value.values())
+                assert all(json.loads(data[start:end]) == member for _, member, start, end in members)
+    assert [key for key, *_ in stream_json(json.dumps(value).encode())] == list(value)
+
+
+@pytest.mark.parametrize("items, instructions", [
+    (b"<html>quota</html>", b"{}"), (b"", b"{}"), (b'[{"asin": "A1", "name": "x"', b"{}"),
+    (b'[{"name": "no asin"}]', b"{}"), (b"[1]", b"{}"),
+    (build_catalogue(1)[0], b'{"B001": 1}'), (build_catalogue(1)[0], b'{"B001": {"instruction": "x"}}'),
+    (build_catalogue(1)[0].replace(b'"query"', b'"quarry"'), b"{}"), (b"[" * 5000, b"{}"), (None, b"{}"),
+    (b"[]", None)])
+def test_broken_files_are_the_users_to_mend(tmp_path, items, instructions):
+    for name, data in (("items_shuffle_1000.json", items), ("items_ins_v2_1000.json", instructions)):
+        if data is not None:
+            (tmp_path / name).write_bytes(data)
+    with pytest.raises(UserError) as error:
+        Catalogue(tmp_path)
+    assert "\n" not in str(error.value) and "download" in str(error.value)
+
+
+def test_download_over_loopback(tmp_path):
+    items, instructions = build_catalogue(1)
+    ids = envs.WEBSHOP_FILES
+    served = {ids["items_shuffle_1000.json"]: items, ids["items_ins_v2_1000.json"]: instructions,
+              ids["items_human_ins.json"]: b"{}"}
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            body = served[self.path.strip("/")]
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        url = f"http://127.0.0.1:{server.server_port}/{{}}"
+        download_webshop(tmp_path / "a", url=url)
+        assert len(Catalogue(tmp_path / "a").goals) == len(Catalogue(build_catalogue(1)).goals) > 1000
+        served[ids["items_ins_v2_1000.json"]] = b"<!DOCTYPE html> quota exceeded"
+        with pytest.raises(UserError, match="quota"):
+            download_webshop(tmp_path / "b", url=url)
+        assert not (tmp_path / "b" / "items_ins_v2_1000.json").exists()
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+# ---- the original's recordings ----
+
+def test_goals_and_prices_as_the_original_draws_them():
+    recorded, catalogue = load(real("webshop/goals_seed42_synthetic.json.gz")), Catalogue(real("webshop"), seed=42)
+    assert dict(zip(catalogue.asins, catalogue.prices.tolist())) == recorded["prices"]
+    assert list(catalogue.goals) == recorded["goals"]
+    assert catalogue.goals[-1] == recorded["goals"][-1] and catalogue.goals[3:5] == recorded["goals"][3:5]
+
+
+@pytest.mark.parametrize("part, human", [("synthetic_goals", False), ("human_goals", True)])
+def test_recorded_sessions(part, human):
+    sessions = load(real("webshop/sessions.json.gz"))[part]["sessions"]
+    shop, rewards, won = WebShop(real("webshop"), seed=42, human_goals=human), [], []
+    for session in sessions:
+        assert shop.reset(session["session"]) == session["reset"]["observation"] and shop.goal == session["goal"]
+        assert shop.available_actions == session["reset"]["available_actions"]
+        for step in session["steps"]:
+            observation, reward, done = shop.step(step["action"])
+            assert done == step["done"]
+            if done:  # the page differs in its reward alone
+                rewards.append(abs(reward - step["reward"]) < 1e-6)
+                won.append((reward == 1) == (step["reward"] == 1))
+                observation, recorded = (re.sub(r"[\d.e-]+(?= \[SEP\] Reward Details)", "", text)
+                                         for text in (observation, step["observation"]))
+                assert observation == recorded
+                for name, value in step["purchase"]["info"].items():  # all but the parts that the noun tagger decides
+                    if name not in ("r_type", "title_score") and name[:2] != "w_":
+                        assert shop.details[name] == pytest.approx(value)
+            else:
+                assert reward == step["reward"] and observation == step["observation"]
+                assert shop.available_actions == step["available_actions"]
+    print(f"{part}: {sum(rewards)} of {len(rewards)} purchases with the same reward, {sum(won)} with the same success")
+    assert np.mean(rewards) >= 0.98 and np.mean(won) == 1
+
+
+def test_expert_on_the_real_catalogue():
+    env = WebShopEnv(real("webshop"))
+    scores = [play_shop(env, task).score for task in env.tasks("test")]
+    assert len(scores) == 128 and np.mean(scores) > 0.98
+
+
+# ---- engine and reward ----
+
+def test_parse_action_is_the_originals_pattern():
+    rng = random.Random(0)
+    texts = ["".join(rng.choice("ab[] \n") for _ in range(rng.randrange(12))) for _ in range(20000)]
+    for text in [*texts, "search[A b]", "click[[x]]"]:
+        match = re.match(r"(.+)\[(.+)\]", text)
+        name, argument = parse_shop_action(text)
+        assert (name, argument) == ((match[1], match[2].lower()) if match else (text.split("\n", 1)[0], None))
+
+
+def test_token_set_ratio_is_its_definition():
+    def common(a, b):  # longest common subsequence by dynamic programming
+        row = [0] * (len(b) + 1)
+        for x in a:
+            previous = row[:]
+            for j, y in enumerate(b):
+                row[j + 1] = previous[j] + 1 if x == y else max(previous[j + 1], row[j])
+        return row[-1]
+
+    def ratio(a, b):
+        return 200 * common(a, b) / (len(a) + len(b)) if a and b else 0
+
+    rng = random.Random(1)
+    for _ in range(2000):
+        a, b = (" ".join("".join(rng.choices("abc", k=rng.randint(1, 3))) for _ in range(rng.randint(1, 4)))
+                for _ in range(2))
+        sets = {*a.split()}, {*b.split()}
+        both, joined = " ".join(sorted(sets[0] & sets[1])), []
+        for one, other in (sets, sets[::-1]):
+            joined.append((both + " " + " ".join(sorted(one - other))).strip())
+        assert token_set_ratio(a, b) == round(max(ratio(both, joined[0]), ratio(both, joined[1]), ratio(*joined)))
+    assert token_set_ratio(("color", "Sea-Blue"), "blue sea") == 100 and token_set_ratio("", "x") == 0
+
+
+def test_title_nouns():
+    assert title_nouns("Nautica Men's Solid Crew Neck Short-Sleeve Pocket T-Shirt") == (
+        "nautica men solid crew neck short sleeve pocket t shirt".split())
+    assert title_nouns("The best 2 Lamps for your Non-Slip Desk, 60ML") == ["lamps", "desk"]
+
+
+def test_reward_counts_attributes_options_and_price():
+    product = {"title": "Birk Lamp", "query": "lamp", "product_category": "A \u203a B", "attributes": ["easy clean"],
+               "texts": ("birk lamp", "made of solid wood", "")}
+    goal = {"name": "Birk Lamp", "query": "lamp", "product_category": "A \u203a B",
+            "attributes": ["easy clean", "solid wood", "easy wash"], "price_upper": 20.0,
+            "goal_options": {"color": "red", "size": "10 inch"}}
+    dark = {"color": "dark red", "size": "10 inch"}  # its first colour word is "dark"
+    assert shop_reward(product, goal, 20.0, dark)[0] == pytest.approx(4 / 6)
+    assert shop_reward(product, goal, 20.0, {**dark, "color": "red"})[0] == pytest.approx(5 / 6)
+    assert shop_reward(product, goal, 20.1, {"color": "red", "size": "10 inch"})[0] == pytest.approx(4 / 6)
+    other = {**goal, "name": "Corvin Rug Pad", "query": "rug", "product_category": "C"}
+    assert shop_reward(product, other, 1.0, {})[0] == 0 and shop_reward(product, other, 1.0, {})[1]["r_type"] == 0
+    near = {**other, "name": "Lamp " + "word " * 8}
+    assert shop_reward(product, near, 1.0, {})[1]["r_type"] == 0.5
+
+
+def test_pages_and_special_queries(shop_env):
+    shop = WebShop(shop_env.catalogue)
+    assert shop.reset(0).startswith("WebShop [SEP] Instruction: [SEP] ") and shop.available_actions == {
+        "has_search_bar": True, "clickables": ["search"]}
+    home = shop.observation
+    assert all(shop.step(action) == (home, 0.0, False) for action in ("click[search]", "click[buy now]", "search[]"))
+    shop.step("search[lamp]")
+    assert shop.page == 1 and "< prev" not in shop.clickables
+    first = shop.observation
+    shop.step("click[next >]")
+    assert shop.page == 2 and shop.observation != first and shop.step("click[< prev]")[0] == first
+    asin = next(iter(shop.links))
+    item, _, _ = shop.step(f"click[{asin}]")
+    name, value = next((name, value) for value, name in shop.clickables.items() if name)
+    shop.step(f"click[{value}]")
+    assert shop.options == {name: value} and shop.observation == item
+    for part in ("description", "features", "reviews"):
+        assert shop.available_actions["clickables"][2:5] == ["description", "features", "reviews"]
+        shop.step(f"click[{part}]")
+        assert shop.available_actions["clickables"] == ["back to search", "< prev"]
+        assert shop.step("click[< prev]")[0] == item
+    assert shop.options == {name: value}
+    assert shop.step("click[< prev]")[0] == first and shop.options == {}
+    shop.step("search[<c> grocery]")
+    assert len(shop.found) == 35 and shop.step("search[<q> hat]") and len(shop.found) == 7
+    assert shop.step("search[<r>]") and len(set(shop.found)) == 50
+    assert "(Total results: 0)" in shop.step("search[zzzz]")[0]
+    shop.step("search[<a> tea tree]")
+    assert shop.found and all("tea tree" in shop.catalogue.product(i)["attributes"] for i in shop.found)
+    shop.step(f"click[{next(iter(shop.links))}]")
+    observation, reward, done = shop.step("click[buy now]")
+    assert done and observation.startswith("Thank you") and f"[SEP] {reward} [SEP]" in observation
+    assert reward == shop.details["reward"]
+    assert shop.step("search[lamp]") == (observation, 0.0, True)
+
+
+# ---- the environment ----
+
+def play_shop(env, task, limit=15):
+    session = env.start(task)
+    while not session.done and len(session.turns) < limit:
+        env.step([session], [session.expert()])
+        assert session.valid and session.admissible
+    return session
+
+
+def test_expert_wins_every_invented_goal(shop_env):
+    sessions = [play_shop(shop_env, task) for split in ("test500", "train") for task in shop_env.tasks(split)[:250]]
+    assert all(session.won and session.score == 1 for session in sessions)
+    assert {session.category for session in sessions} == set(shop_env.skill_names)
+
+
+def test_price_limits_are_above_the_price(shop_env):
+    ranks = Counter()
+    for i in range(300):
+        goal, price = shop_env.catalogue.goals[i], shop_env.catalogue.prices[shop_env.catalogue._goal_product[i]]
+        ranks[[10.0 * k for k in range(1, 100) if 10.0 * k > price].index(goal["price_upper"])] += 1
+    assert set(ranks) == {1, 2, 3} and ranks[3] > ranks[2] > ranks[1]  # the higher of two of the next four tens
+
+
+def test_half_right_is_no_success(shop_env):
+    for task in shop_env.tasks("test")[:20]:
+        session = shop_env.start(task)
+        while session.shop.kind != "item":
+            shop_env.step([session], [session.expert()])
+        shop_env.step([session], ["<think>now</think><action>click[buy now]</action>"])
+        assert session.done and 0 < session.score < 1 and not session.won
+        assert session.details["r_option"] == 0 and session.details["reward"] == session.score
+
+
+def test_expert_serves_human_goals(tmp_path):
+    for name, data in zip(("items_shuffle_1000.json", "items_ins_v2_1000.json"), build_catalogue(3)):
+        (tmp_path / name).write_bytes(data)
+    catalogue = Catalogue(tmp_path)
+    skipped, people = {"instruction": "skipped", "instruction_attributes": [], "instruction_options": []}, {}
+    for product in map(catalogue.product, range(40)):
+        people[product["asin"]] = [skipped, {
+            "instruction": "i want it.", "instruction_attributes": product["attributes"][:1],
+            "instruction_options": [values[-1] for values in product["options"].values()]}]
+    with pytest.raises(UserError, match="items_human_ins"):
+        WebShopEnv(tmp_path, human_goals=True)
+    (tmp_path / "items_human_ins.json").write_text(json.dumps(people))
+    env = WebShopEnv(tmp_path, human_goals=True)
+    assert not env.builtin and len(env.catalogue.goals) == 40 and len(env.tasks("test500")) == 10
+    assert all(play_shop(env, task).won for task in env.tasks("train"))
+
+
+def test_splits(shop_env):
+    train, test, test500 = (shop_env.tasks(split) for split in shop_env.splits)
+    assert all(ids == sorted(set(ids)) for ids in (train, test, test500)) and len(test) == 128
+    number = lambda ids: {int(task[-5:]) for task in ids}
+    assert number(test) < number(test500) and not number(train) & number(test500)
+    goals = shop_env.catalogue.goals
+    assert not {(goals[i]["asin"], goals[i]["instruction_text"]) for i in number(train)} & {
+        (goals[i]["asin"], goals[i]["instruction_text"]) for i in number(test500)}
+    again, other = WebShopEnv(seed=233), WebShopEnv(seed=234)
+    assert again.source == shop_env.source and list(again.catalogue.goals) == list(goals)
+    assert other.catalogue.goals[0] != goals[0]
+    for bad in ("valid", "", None):
+        with pytest.raises(UserError, match="test500"):
+            shop_env.tasks(bad)
+    foreign = train[0].replace("train", "test")
+    for bad in ("test/goal-99999", foreign, "goal-00001", "", None, "test/goal-" + "\u0661" * 5):
+        with pytest.raises(UserError):
+            shop_env.start(bad)
+
+
+def test_category_is_decided_by_whole_words_of_the_task_alone(shop_env):
+    assert shop_category("find me something that fits, and price lower than 10.00 dollars") == "other"  # that, not hat
+    assert shop_category("Find me machine wash men's dress shirts with color: wine, and size: phone case") == "apparel"
+    wrong = [task for task in shop_env.tasks("test500") if shop_env.start(task).category not in
+             shop_env.catalogue.product(shop_env.start(task).shop.sought)["product_category"]]
+    assert len(wrong) <= 0.05 * len(shop_env.tasks("test500"))
+    session = shop_env.start(shop_env.tasks("test")[0])
+    category = session.category
+    shop_env.step([session], ["<think>x</think><action>search[shoes phone shampoo lamp]</action>"])
+    assert session.category == category
+
+
+def test_skills(shop_env):
+    assert all(len(text.split()) <= 60 for text in SHOP_SKILLS.values()) and len(shop_env.skill_names) == 7
+    for name in shop_env.skill_names:
+        assert all(SHOP_SKILLS[part] in shop_env.skill(name) for part in ("general", name, "mistakes"))
+        assert SHOP_SKILLS[name] in shop_env.all_skills()
+    with pytest.raises(UserError):
+        shop_env.skill("hats")
+
+
+@pytest.mark.parametrize("response, closed, action, valid", [
+    ("<think>a</think><action>Click[X]</action>", False, "click[x]", True),
+    ("<think>a</think> <ACTION> click[x] </ACTION> more", False, "click[x]", True),
+    ("<action>click[x]</action>", False, "click[x]", False),
+    ("<action>click[x]</action>", True, "click[x]", True),
+    ("<think>\u4e2d</think><action>click[x]</action>", False, "click[x]", False),
+    ("<think>a</think>" + "b" * 30, False, "b" * 20, False),
+    ("<think>a</think></action>click[x]<action>", False, "", True),
+    ("", True, "", False)])
+def test_validity_as_the_public_code_judges(response, closed, action, valid):
+    assert parse_shop_response(response, closed) == (action, valid)
+
+
+def test_admissible_is_what_was_offered(shop_env):
+    session = shop_env.start(shop_env.tasks("test")[0])
+    offered = {"search[lamp]": True, "click[next >]": True, "click[back to search]": True}
+    for action in ("click[search]", "search[]", "click[buy now]", *offered, "hello"):
+        admissible = offered.get(action, False)
+        shop_env.step([session], [f"<think>x</think><action>{action}</action>"])
+        assert session.admissible == admissible and session.valid, action
+    assert not session.done and session.score == 0 and len(session.turns) == 7
+
+
+def test_prompt(shop_env):
+    session = shop_env.start(shop_env.tasks("test")[0])
+    text = session.prompt()
+    assert session.task in text and "'search[<your query>]'" in text and "Steps taken" not in text
+    shop_env.step([session], [session.expert()])
+    shop_env.step([session], [session.expert()])
+    shop_env.step([session], [session.expert()])
+    text, seen = session.prompt(), [observation for observation, _ in session.turns]
+    assert "Observation 1" not in text and all(f"Observation {i}: '{seen[i - 1]}'" in text for i in (2, 3))
+    assert f"'{session.turns[-1][1]}']" in text and "This is step 4" in text and session.observation in text
+    assert all(f"'click[{name}]'," in text for name in session.shop.clickables)
+    assert session.prompt(skill="SKILL TEXT") == "SKILL TEXT\n\n" + text
+    assert f"Observation 1: '{seen[0]}'" in session.prompt(history=9) and "Observation" not in session.prompt(history=0)
+    short = session.prompt(room=40)
+    assert session.observation[:15] in short and session.observation not in short and len(short) < len(text)
+    brief = session.prompt(brief=True)
+    assert session.task in brief and "[buy now]" in brief and session.turns[-1][1] in brief
+    assert len(brief) < len(text) / 3
+
+
+def test_sessions_do_not_disturb_one_another(shop_env):
+    tasks = shop_env.tasks("train")[:6]
+    alone = [play_shop(shop_env, task).turns for task in tasks]
+    sessions = [shop_env.start(task) for task in tasks]
+    for _ in range(15):
+        shop_env.step(sessions, [session.expert() if not session.done else "<action>click[back to search]</action>"
+                                 for session in sessions])
+    assert [session.turns for session in sessions] == alone and all(session.won for session in sessions)
+
+
+def test_arbitrary_responses(shop_env):
+    rng, tasks = random.Random(0), shop_env.tasks("train")
+    pieces = ["<think>", "</think>", "<action>", "</action>", "search[", "click[", "<r>", "buy now", "next >", "\x00",
+              "\u202e", "\U0001d5cc\u0435arch[", "\ud800", "\n", "\u4e2d", "%s{}", "lamp", *string.punctuation]
+    giants = ["<action>search[" + "_" * 10**6 + "]</action>", "<action>" * 10**5, "[" * 10**6,
+              "<action>search[" + "a." * 10**5 + "]</action>", "<action>click[" + "]" * 10**6 + "</action>",
+              bytes(range(256)).decode("latin-1") * 1000]
+    session = shop_env.start(tasks[0])
+    for text in giants + ["".join(rng.choice(pieces) for _ in range(rng.randrange(1, 25))) for _ in range(2000)]:
+        shop_env.step([session], [text])
+        assert len(session.action) <= 300 and len(session.prompt().encode()) < 100_000
+        assert session.prompt(brief=True, room=100)
+        session = shop_env.start(rng.choice(tasks)) if session.done or len(session.turns) > 14 else session
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Search-QA
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def write(path, rows):
+    text = "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
+    with (gzip.open if path.suffix == ".gz" else open)(path, "wt", encoding="utf-8") as file:
+        file.write(text)
+    return path
+
+
+def passages(*pairs):
+    return [{"id": str(i), "contents": f'"{title}"\n{text}'} for i, (title, text) in enumerate(pairs)]
+
+
+ANIMALS = passages(("Otter", "The otter lives in rivers and eats fish."), ("Lynx", "The lynx is a cat of the northern woods."),
+                   ("Heron", "The heron is a bird that fishes in rivers."), ("Badger", "The badger digs setts in the woods."))
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path / "home"))
+    monkeypatch.delenv("SEARCH_DATA", raising=False)
+    for name in ("http_proxy", "HTTP_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path / "home"
+
+
+def small_env(tmp_path, rows=None, **options):
+    rows = rows or [{"id": f"q{i}", "question": f"Which animal number {i} eats fish?", "golden_answers": ["otter"],
+                     "data_source": "nq"} for i in range(30)]
+    return SearchQA(data=write(tmp_path / "questions.jsonl", rows),
+                    **({"corpus": write(tmp_path / "corpus.jsonl", ANIMALS)} | options))
+
+
+# ---- scoring, parsing
+
+def test_scores_as_the_benchmark_does():
+    assert normalize_answer("  The  Beatles' (band)! ") == "beatles band"
+    assert score_answer("the U.S.A.", ["usa", "United States"]) == (1.0, 1.0)
+    assert score_answer("Barack Hussein Obama", ["Barack Obama"]) == (0.0, pytest.approx(0.8))
+    assert score_answer("yes it is", ["yes"]) == (0.0, 0.0)
+    assert score_answer("in May 1990", ["April", "May 1990"])[1] == pytest.approx(0.8)
+
+
+def test_agrees_with_5375_recorded_scores():
+    with gzip.open(real("searchqa/em_f1_scored_predictions.jsonl.gz"), "rt", encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    wrong = [row for row in rows if score_answer(row["pred"], row["golden_answers"]) != (row["em"], pytest.approx(row["f1"]))]
+    assert len(rows) == 5375 and not wrong
+
+
+@pytest.mark.parametrize("response, parsed", [
+    ("<think>a</think><search> otters </search>", ("search", "otters", True)),
+    ("<answer>Paris</answer>", ("answer", "Paris", True)),
+    ("<SEARCH>q</Search>", ("search", "q", True)),                                  # tags in any case
+    ("<search>a</search><search>b</search>", ("search", "a", False)),                # more than one
+    ("<search>a</search><answer>b</answer>", ("search", "a", False)),                # both
+    ("<answer>b</answer><search>a</search>", ("search", "a", False)),                # the search block goes first
+    ("<answer>b</answer> </search>", ("answer", "b", True)),
+    ("</search><answer>b</answer>", ("", "", False)),                                # all behind the first closing tag is cut
+    ("<search>open <answer>b</answer>", ("answer", "b", False)),
+    ("<think>no action</think>", ("", "", False)),
+    ("<search>never closed", ("", "", False)),
+    ("", ("", "", False))])
+def test_parses_as_the_public_code(response, parsed):
+    assert parse_search(response) == parsed
+
+
+def hostile_texts(n, seed=0):
+    rng = random.Random(seed)
+    parts = ["<search>", "</search>", "<answer>", "</answer>", "<think>", "</think>", "<information>", "</SEARCH>", "\x00",
+             "\ud800", "\u202e", "\u017fearch", "Doc 1: ", "{}", "%s", "\\", "\n", "'\"", "a" * 50, "\U0001f600", "<", ">", "\u0130"]
+    for _ in range(n):
+        yield "".join(rng.choice(parts) if rng.random() < 0.7 else chr(rng.randrange(0x110000)) for _ in range(rng.randrange(12)))
+
+
+def test_survives_arbitrary_responses():
+    env = SearchQA()
+    task = env.tasks("test")[0]
+    for chunk in (list(hostile_texts(2000)), ["<search>" * 150_000, "<search>" * 90_000 + "</SEARCH>", "<answer>" + "a " * 500_000,
+                                              "<search>" + "x y" * 400_000 + "</search>", "<answer>" + "z" * 10 ** 6 + "</answer>"]):
+        sessions = [env.start(task) for _ in chunk]
+        for _ in range(2):
+            env.step(sessions, chunk)
+        for session in sessions:
+            for text in (session.prompt(), session.prompt(brief=True), session.action):
+                assert len(text) < 10_000
+                text.encode("utf-8")
+            assert not session.won
+
+
+def test_a_long_answer_that_starts_right_does_not_win():
+    env = SearchQA()
+    session = env.start(env.tasks("test")[0])
+    env.step([session], [f"<answer>{session.question.answers[0]}{' ' * 2000}or something else</answer>"])
+    assert session.done and not session.won and session.score == 0.0
+
+
+# ---- categories and skills
+
+@pytest.mark.parametrize("text, group, category", [
+    ("who wrote the origin of species", "NQ", "direct_retrieval"),
+    ("Which city is it, Rome or Bonn?", "TriviaQA", "direct_retrieval"),            # the data set decides where it tells
+    ("What is the religion of someone?", "PopQA", "entity_attribute_lookup"),
+    ("Which film came out first, Alpha or Beta?", "2Wiki", "compare"),
+    ("Which opera for children was written first, Alpha or Beta?", "2Wiki", "compare"),   # "for" must not switch it off
+    ("Are Alpha and Beta both operas?", "HotpotQA", "compare"),
+    ("Who is the mother of the director of the horror film?", "2Wiki", "multi_hop_reasoning"),  # "or" inside words
+    ("When did the maker of the Legend open its plant?", "MuSiQue", "multi_hop_reasoning"),
+    ("Who was born earlier, Ann or Bob?", "mine", "compare"),
+    ("In which town was the author of Dune born?", "mine", "multi_hop_reasoning"),
+    ("What is the capital of Peru?", "mine", "entity_attribute_lookup"),
+    ("who sang lead in the storm", "mine", "direct_retrieval")])
+def test_category_on_whole_words(text, group, category):
+    assert search_category(text, group) == category
+
+
+def test_category_is_fixed_for_the_episode_and_blind_rule_fits_the_world():
+    env = SearchQA()
+    for task in env.tasks("test"):
+        session = env.start(task)
+        assert session.category == session.group == search_category(session.task, "unknown source")
+
+
+def test_skills_are_short_and_composed():
+    env = SearchQA()
+    assert list(env.skill_names) == list(SEARCH_CATEGORIES) and len(SEARCH_CATEGORIES) == 4
+    assert all(len(text.split()) <= 60 for text in SEARCH_SKILLS.values())
+    for category in SEARCH_CATEGORIES:
+        for key in ("general", category, "mistakes"):
+            assert SEARCH_SKILLS[key] in env.skill(category)
+        assert all(SEARCH_SKILLS[other] not in env.skill(category) for other in SEARCH_CATEGORIES if other != category)
+        assert SEARCH_SKILLS[category] in env.all_skills()
+
+
+# ---- question files
+
+def test_reads_every_known_layout_and_names_the_data_set(tmp_path):
+    rows = [{"id": "a", "question": "Q1?", "golden_answers": ["x", "y"], "data_source": "searchR1_nq"},
+            {"id": "b", "question": "Q2?", "reward_model": {"ground_truth": {"target": ["z"]}}, "data_source": "2wikimultihopqa"},
+            {"id": "c", "question": "Q3?", "answers": ["w"], "dataset": "bamboogle"},
+            {"id": 7, "question": "Q4?", "answer": "v", "dataset": "own-set"},
+            {"extra_info": {"question": "Q5?", "index": 4}, "reward_model": {"ground_truth": {"target": "u"}}, "data_source": "popqa"}]
+    splits, _ = load_questions(write(tmp_path / "test.jsonl.gz", rows))
+    assert {q.id: (q.text, q.answers, q.group) for q in splits["test"].values()} == {
+        "NQ/a": ("Q1?", ("x", "y"), "NQ"), "2Wiki/b": ("Q2?", ("z",), "2Wiki"), "Bamboogle/c": ("Q3?", ("w",), "Bamboogle"),
+        "own-set/7": ("Q4?", ("v",), "own-set"), "PopQA/4": ("Q5?", ("u",), "PopQA")}
+    splits, _ = load_questions(write(tmp_path / "test_musique_500.jsonl", [{"idx": 1, "question": "Q?", "answer": "a"}]))
+    assert [q.group for q in splits["test"].values()] == ["MuSiQue"]
+
+
+def test_splits_from_names_are_disjoint_in_wording(tmp_path):
+    def row(text):
+        return {"question": text, "golden_answers": ["x"], "data_source": "nq"}
+    write(tmp_path / "train.jsonl", [row("only train?"), row("In both?")])
+    write(tmp_path / "test.jsonl.gz", [row("in both"), row("only test?")])
+    write(tmp_path / "dev_small.jsonl", [row("only dev?")])
+    write(tmp_path / "validation.jsonl", [row("valid?")])
+    write(tmp_path / "corpus.jsonl", ANIMALS)
+    write(tmp_path / "predictions.jsonl", [{"pred": "x"}])
+    env = SearchQA(data=tmp_path)
+    assert env.splits == ("train", "dev", "test")
+    assert {split: sorted(env.start(task).task for task in env.tasks(split)) for split in env.splits} == {
+        "train": ["only train?"], "dev": ["only dev?", "valid?"], "test": ["in both", "only test?"]}
+    assert "4 passages" in env.source
+
+
+def test_hash_split_is_disjoint_deterministic_and_independent_of_order(tmp_path):
+    rows = [{"id": i, "question": f"Question {i}?", "golden_answers": ["x"], "data_source": "nq"} for i in range(1000)]
+    one, _ = load_questions(write(tmp_path / "a.jsonl", rows))
+    two, _ = load_questions(write(tmp_path / "b.jsonl", rows[::-1]))
+    assert {split: set(part) for split, part in one.items()} == {split: set(part) for split, part in two.items()}
+    assert not set(one["train"]) & set(one["test"]) and len(one["train"]) + len(one["test"]) == 1000
+    assert 150 < len(one["test"]) < 250
+
+
+@pytest.mark.parametrize("bad, line", [("{not json", 2), ('["a list"]', 2), ('{"question": "no answer?"}', 2), ('{"answer": "x"}', 2)])
+def test_corrupt_questions_name_file_and_line(tmp_path, bad, line):
+    path = write(tmp_path / "test.jsonl", [{"question": "fine?", "answer": "x"}, bad])
+    with pytest.raises(UserError, match=rf"test\.jsonl, line {line}\b"):
+        load_questions(path)
+
+
+def test_unreadable_files_are_user_errors(tmp_path, home, monkeypatch):
+    good = write(tmp_path / "x.jsonl.gz", [{"question": f"{i}?", "answer": "x"} for i in range(500)]).read_bytes()
+    (tmp_path / "test.jsonl.gz").write_bytes(good[:len(good) // 2])
+    (tmp_path / "bytes.jsonl").write_bytes(b'{"question": "\xff\xfe", "answer": "x"}\n')
+    (tmp_path / "train.parquet").write_bytes(b"PAR1 not really")
+    (tmp_path / "empty").mkdir()
+    for name in ("test.jsonl.gz", "bytes.jsonl", "train.parquet"):
+        with pytest.raises(UserError, match=name):
+            load_questions(tmp_path / name)
+    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
+    with pytest.raises(UserError, match="pyarrow"):
+        load_questions(tmp_path / "train.parquet")
+    with pytest.raises(UserError, match="no questions"):
+        SearchQA(data=tmp_path / "empty")
+    questions = write(tmp_path / "q.jsonl", [{"question": "a?", "answer": "x"}])
+    with pytest.raises(UserError, match="corpus="):
+        SearchQA(data=questions)
+    with pytest.raises(UserError, match="--data"):
+        SearchQA(corpus=tmp_path / "c.jsonl")
+    env = small_env(tmp_path)
+    for split in ("dev", "nonsense"):
+        with pytest.raises(UserError, match="choose one of train, test"):
+            env.tasks(split)
+    with pytest.raises(UserError):
+        env.start("no such task")
+
+
+def test_reads_parquet_as_search_r1_prepares_it(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow", reason="parquet needs pyarrow")
+    from pyarrow import parquet
+    rows = [{"id": "test_0", "question": "Q?", "golden_answers": ["x"], "data_source": "nq", "reward_model": {
+        "ground_truth": {"target": ["x"]}, "style": "rule"}, "extra_info": {"index": 0, "split": "test"}}]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "test.parquet")
+    splits, _ = load_questions(tmp_path / "test.parquet")
+    assert [tuple(q[:4]) for q in splits["test"].values()] == [("NQ/test_0", "Q?", ("x",), "NQ")]
+
+
+# ---- corpus
+
+def test_corpus_search_plain_and_gz_and_cache(tmp_path, home):
+    for name in ("plain.jsonl", "packed.jsonl.gz"):
+        path = write(tmp_path / name, ANIMALS)
+        retrieve, n = corpus_search(path)
+        assert n == 4 and retrieve(["northern cat", "digging setts"], 1) == [[ANIMALS[1]["contents"]], [ANIMALS[3]["contents"]]]
+        assert len(list(tmp_path.glob(name + ".*.bm25.npz"))) == 1 and not list(tmp_path.glob("*.part"))
+
+
+def test_index_cache_is_used_and_renewed(tmp_path, home, monkeypatch):
+    path, built = write(tmp_path / "c.jsonl", ANIMALS), []
+    original = envs.BM25
+
+    class Counting(original):
+        def __init__(self, texts):
+            built.append(1)
+            super().__init__(texts)
+    monkeypatch.setattr(envs, "BM25", Counting)
+    first = corpus_search(path)[0](["cat"], 3)
+    assert corpus_search(path)[0](["cat"], 3) == first and len(built) == 1
+    stat = path.stat()
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 10 ** 9))
+    corpus_search(path)
+    assert len(built) == 2
+    write(path, ANIMALS[2:])
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 10 ** 9))               # same time, other size
+    assert corpus_search(path)[0](["setts"], 3) == [[ANIMALS[3]["contents"]]] and len(built) == 3
+    (cache,) = tmp_path.glob("c.jsonl.*.bm25.npz")                                   # the older ones are gone
+    cache.write_bytes(cache.read_bytes()[:100])
+    assert corpus_search(path)[0](["setts"], 3) == [[ANIMALS[3]["contents"]]] and len(built) == 4
+
+
+def test_read_only_folder_uses_the_users_cache_or_none(tmp_path, home, monkeypatch):
+    path, original = write(tmp_path / "c.jsonl", ANIMALS), envs.BM25.save
+    forbidden = [str(tmp_path)]
+
+    def save(index, file):
+        if str(Path(file).parent) in forbidden:
+            raise PermissionError("read-only")
+        original(index, file)
+    monkeypatch.setattr(envs.BM25, "save", save)
+    expected = [[ANIMALS[0]["contents"]]]
+    assert corpus_search(path)[0](["otter"], 3) == expected
+    (cache,) = (home / ".cache" / "search-index").glob("*.npz")
+    cache.unlink()
+    forbidden.append(str(cache.parent))
+    assert corpus_search(path)[0](["otter"], 3) == expected and not list(tmp_path.glob("*.npz"))
+
+
+@pytest.mark.parametrize("bad", ["{not json", '{"id": "1"}', '{"id": "1", "contents": 5}', '["contents"]'])
+def test_corrupt_corpus_names_file_and_line(tmp_path, home, bad):
+    path = write(tmp_path / "c.jsonl", [ANIMALS[0], "", bad])
+    with pytest.raises(UserError, match=r"c\.jsonl, line 3\b"):
+        corpus_search(path)
+    (tmp_path / "empty.jsonl").touch()
+    for name in ("empty.jsonl", "missing.jsonl"):
+        with pytest.raises(UserError, match=name):
+            corpus_search(tmp_path / name)
+
+
+# ---- search server
+
+@pytest.fixture
+def server(home):
+    """A loopback server: .script holds what to do per request ("ok", a status, "slow", "drip", bytes); .requests what came."""
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            self.server.requests.append((self.path, body))
+            what = self.server.script.pop(0) if self.server.script else "ok"
+            found = [[{"document": {"contents": f'"T{i}"\nabout {query}'}, "score": 1.0} for i in range(body["topk"])]
+                     for query in body["queries"]]
+            reply = what if isinstance(what, bytes) else json.dumps({"result": found}).encode()
+            if what == "slow":
+                self.server.released.wait(20)
+            try:
+                self.send_response(what if isinstance(what, int) else 200)
+                self.send_header("Content-Length", str(10 ** 6 if what == "drip" else len(reply)))
+                self.end_headers()
+                for _ in range(100 if what == "drip" else 0):
+                    self.server.released.wait(0.02)
+                    self.wfile.write(b" ")
+                self.wfile.write(reply)
+            except OSError:
+                pass  # the client has given up, as it should
+
+        def log_message(self, *_):
+            pass
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads, server.script, server.requests, server.released = True, [], [], threading.Event()
+    server.url = f"http://127.0.0.1:{server.server_port}"
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    yield server
+    server.released.set()
+    server.shutdown()
+    server.server_close()
+
+
+def test_all_queries_of_a_turn_go_in_one_request(tmp_path, server):
+    env = small_env(tmp_path, corpus=None, search_url=server.url)
+    sessions = [env.start(task) for task in env.tasks("train")[:6]]
+    env.step(sessions, ["<search>a</search>", "<search> b\x00\n c </search>", "<answer>otter</answer>", "nothing", "<search></search>",
+                        "<search>" + "long " * 1000 + "</search>"])
+    ((path, body),) = server.requests
+    assert path == "/retrieve" and body["topk"] == 3 and body["return_scores"] is True
+    assert body["queries"][:2] == ["a", "b c"] and len(body["queries"]) == 3 and len(body["queries"][2]) <= 400
+    assert sessions[0].observation.startswith('<information>Doc 1: "T0"\nabout a\nDoc 2: ')
+    assert sessions[1].observation.count("Doc ") == 3 and sessions[2].won and not sessions[3].valid
+    env.step(sessions, ["<answer>otter</answer>"] * 6)
+    assert len(server.requests) == 1 and all(session.won for session in sessions)
+
+
+MALFORMED = [b"not json", b'{"result": 5}', b'{"result": []}', b'{"result": [[{"document": {}}]]}', b'[]', b"[" * 100_000,
+             b'{"result": [[{"document": {"contents": 7}}]]}']
+
+
+@pytest.mark.parametrize("trouble", [503, 500, 429, "slow", "drip"] + MALFORMED, ids=lambda trouble: str(trouble)[:30])
+def test_a_passing_trouble_is_retried(server, trouble):
+    server.script = [trouble]
+    patience = 1.0 if trouble in ("slow", "drip") else 20.0                           # enough on a busy machine
+    assert search_server(server.url, patience, retries=4, delay=0.01)(["otters"], 1) == [['"T0"\nabout otters']]
+    assert len(server.requests) == 2 or (patience == 1.0 and len(server.requests) > 2)
+
+
+@pytest.mark.parametrize("trouble, tries", [(503, 3), (404, 1), (b"not json", 3), ("slow", 3)])
+def test_a_lasting_trouble_names_the_server_and_loses_nothing(tmp_path, server, monkeypatch, trouble, tries):
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    env = small_env(tmp_path, corpus=None, search_url=server.url + "/retrieve", timeout=1.0 if trouble == "slow" else 20.0, retries=2)
+    sessions = [env.start(task) for task in env.tasks("train")[:3]]
+    env.step(sessions, ["<search>first</search>"] * 3)
+    before = [(session.prompt(), dict(vars(session)), list(session.turns), list(session.found)) for session in sessions]
+    server.script = [trouble] * tries
+    responses = ["<search>second</search>", "<answer>otter</answer>", "broken"]
+    with pytest.raises(ServerError, match=server.url) as caught:
+        env.step(sessions, responses)
+    assert "\n" not in str(caught.value) and f"failed {tries} times" in str(caught.value)
+    server.script.clear()
+    assert [(s.prompt(), dict(vars(s)), list(s.turns), list(s.found)) for s in sessions] == before
+    env.step(sessions, responses)                                                      # the server is back: the same step again
+    assert [len(session.turns) for session in sessions] == [2, 2, 2] and "about second" in sessions[0].observation
+
+
+def test_no_server_and_no_address(home):
+    closed = ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)
+    port = closed.server_port
+    closed.server_close()
+    with pytest.raises(ServerError, match=f":{port}/retrieve failed 2 times"):
+        search_server(f"http://127.0.0.1:{port}", timeout=0.5, retries=1, delay=0.01)(["q"], 3)
+    for address in ("file:///etc/passwd", "localhost:8000", ""):
+        with pytest.raises(UserError, match="http"):
+            search_server(address)
+
+
+# ---- episodes, prompts, the generated world
+
+def test_world_is_solved_by_its_expert_through_what_was_shown(home):
+    env = SearchQA()
+    assert env.builtin and "BUILT-IN" in env.source and "--data" in env.source and env.splits == ("train", "test")
+    for split in env.splits:
+        sessions = [env.start(task) for task in env.tasks(split)]
+        for _ in range(4):
+            open_ones = [session for session in sessions if not session.done]
+            responses = [session.expert() for session in open_ones]
+            assert all(len(response.split("</think>")[0].split()) <= 15 for response in responses)
+            env.step(open_ones, responses)
+            assert all(session.valid and session.admissible for session in open_ones)
+        for session in sessions:
+            assert session.won and session.score == 1.0 and session.details == {"em": 1.0, "f1": 1.0}
+            assert session.question.answers[0] in " ".join(text for found in session.found for text in found)
+
+
+def test_world_cannot_be_answered_without_searching(home):
+    env, other = SearchQA(seed=1), SearchQA(seed=2)
+    rows = {split: list(env.questions[split].values()) for split in env.splits}
+    assert not {q.text for q in rows["train"]} & {q.text for q in rows["test"]}
+    train_words = {word for q in rows["train"] for word in (q.text + " " + " ".join(q.answers)).split()}
+    for question in rows["test"]:
+        assert question.answers[0] not in question.text
+        if not question.answers[0].isdigit():
+            assert question.answers[0].split()[-1] not in train_words                  # nothing learnt in training answers it
+    assert {q.text for q in rows["test"]} != {q.text for q in other.questions["test"].values()}
+    again = SearchQA(seed=1)
+    assert again.questions == env.questions and again.source == env.source
+
+
+def test_prompt_has_the_papers_parts(tmp_path, home):
+    env = small_env(tmp_path)
+    session = env.start(env.tasks("train")[0])
+    first = session.prompt(skill="SKILL TEXT")
+    assert first.startswith("SKILL TEXT") and session.task in first and "<information>" not in first
+    assert all(tag in first for tag in ("<think>", "<search>", "<answer>")) and "SKILL" not in session.prompt()
+    for query in ("otter", "lynx", "heron", "badger", "woods"):
+        env.step([session], [f"<think>t</think><search>{query}</search>"])
+    text = session.prompt(history=4)
+    assert "Step 2: <search>lynx</search> <information>Doc 1: \"Lynx\"\nThe lynx is" in text
+    assert "Step 1:" not in text and "Step 5: <search>woods</search>" in text and "5 step(s)" in text
+    assert session.observation in session.prompt(history=0)
+    brief = session.prompt(brief=True, skill="SKILL TEXT")
+    assert len(brief) < len(text) / 2 and "SKILL TEXT" in brief and session.task in brief and "The lynx is" in brief
+
+
+def test_room_bounds_the_passages(tmp_path, home):
+    long = passages(*((f"Otter {i}", "otter " + "middle " * 300 + "END") for i in range(5)))
+    env = small_env(tmp_path, corpus=write(tmp_path / "long.jsonl", long))
+    session = env.start(env.tasks("train")[0])
+    bare = len(session.prompt())
+    for query in ("otter 1", "otter 2"):
+        env.step([session], [f"<search>{query}</search>"])
+    full, cut = session.prompt(), session.prompt(room=900)
+    assert len(full) > 12_000 and cut.count("END") == 6 and cut.count("Doc ") == 6     # each cut in its middle
+    assert len(cut) - bare < 900 + 400
+    assert len(session.prompt(room=0)) - bare < 500 and session.task in session.prompt(room=0)
+    assert len(session.prompt(room=300, brief=True)) < 600
+
+
+def test_expert_on_questions_with_a_corpus(tmp_path, home):
+    rows = [{"id": 1, "question": "Which animal eats fish?", "golden_answers": ["OTTER!", "sea otter"], "data_source": "nq"},
+            {"id": 2, "question": "Which animal eats grass?", "golden_answers": ["cow"], "data_source": "nq"}]
+    env = SearchQA(data=write(tmp_path / "test.jsonl", rows), corpus=write(tmp_path / "c.jsonl", ANIMALS))
+    turns = {}
+    for task in env.tasks("test"):
+        session = env.start(task)
+        while not session.done and len(session.turns) < 5:
+            assert "cow" not in session.expert() or len(session.turns) == 3             # golden answers never leak into a query
+            env.step([session], [session.expert()])
+        turns[task] = len(session.turns)
+        assert session.won
+    assert turns == {"NQ/1": 2, "NQ/2": 4}
+    with pytest.raises(UserError, match="train"):
+        env.tasks("train")
+
+
+def test_finished_sessions_stay_as_they_are(home):
+    env = SearchQA()
+    session = env.start(env.tasks("test")[0])
+    env.step([session], ["<answer>wrong</answer>"])
+    env.step([session], ["<search>more</search>"])
+    assert session.done and not session.won and len(session.turns) == 1
+
+
+# ---- real data
+
+def recall(env, questions, k=3):
+    """Share of the questions with a golden answer inside one of the top-k passages for the plain question."""
+    found = env.retrieve([question.text for question in questions], k)
+    hits = [any(f" {normalize_answer(answer)} " in f" {normalize_answer(text)} " for text in texts for answer in question.answers)
+            for question, texts in zip(questions, found)]
+    return sum(hits) / len(hits)
+
+
+def test_real_questions_with_real_passages(home, tmp_path):
+    corpus = tmp_path / "wiki.jsonl.gz"
+    corpus.write_bytes(real("searchqa/wiki18_passages_search_r1_runs.jsonl.gz").read_bytes())
+    env = SearchQA(data=real("searchqa/questions_nq_triviaqa_popqa_bamboogle.jsonl"), corpus=corpus)
+    rows = [question for split in env.splits for question in env.questions[split].values()]
+    by_group = {group: [q for q in rows if q.group == group] for group in ("NQ", "TriviaQA", "PopQA", "Bamboogle")}
+    assert 3100 <= sum(map(len, by_group.values())) == len(rows) <= 3125 and len(by_group["Bamboogle"]) == 125
+    assert recall(env, by_group["NQ"][:300]) > 0.55 and recall(env, by_group["PopQA"][:300]) > 0.4
+    sessions = [env.start(task) for task in env.tasks("test")[:40]]
+    for _ in range(4):
+        env.step(sessions, [session.expert() for session in sessions])
+    assert all(session.won for session in sessions)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# eval.py
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def result_file(path, wins, groups=None, env="alfworld", algo="sdar", step=5, ids=None, world=("", 233), **more):
+    """A file such as `python eval.py` writes."""
+    ids = ids or [f"t{i:03d}" for i in range(len(wins))]
+    groups = groups or ["Pick"] * len(wins)
+    rows = [{"id": i, "group": g, "won": bool(w), "score": float(w), "f1": float(w), "done": True, "turns": 2,
+             "valid": 2, "admissible": 1} for i, g, w in zip(ids, groups, wins)]
+    settings = {**{k: 0 for k in ev.KEPT}, "env_args": world[0], "seed": world[1]}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({
+        "format": ev.FORMAT, "env": env, "source": "", "builtin": True, "split": "valid_seen", "model": "m",
+        "step": step, "panel": {"name": "all", "hash": envs.panel_hash(ids)}, "warm_step": 0, "algo": algo,
+        "base_model": "tiny", "skills": None, "temperature": 0, "seed": 1, "settings": settings, "finished": 1.0,
+        "results": rows, **more}))
+    return str(path)
+
+
+def refused(capsys, *argv):
+    """The one line on stderr of a command that exits with 2."""
+    with pytest.raises(SystemExit) as stop:
+        ev.main([str(a) for a in argv])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and error.startswith("error: ")
+    return error
+
+
+# ---- statistics ----
+
+
+def test_mcnemar_is_the_exact_binomial_test():
+    for b, c in itertools.product(range(12), repeat=2):
+        n = b + c
+        outcomes = [math.comb(n, k) / 2 ** n for k in range(n + 1)]
+        assert ev.mcnemar_exact(b, c) == pytest.approx(sum(p for p in outcomes if p <= outcomes[b] * (1 + 1e-9)))
+    assert ev.mcnemar_exact(0, 6) == pytest.approx(0.03125)       # 2 / 64
+    assert ev.mcnemar_exact(1, 9) == pytest.approx(22 / 1024)     # binomial table, n = 10: P(X <= 1) = 0.0107
+    assert ev.mcnemar_exact(0, 0) == 1
+    assert ev.mcnemar_exact(9500, 10500) == pytest.approx(1.6e-12, rel=0.1)  # z = 7.06 with continuity correction
+
+
+def lists(both, only_a, only_b, neither):
+    return ([1] * (both + only_a) + [0] * (only_b + neither), [1] * both + [0] * only_a + [1] * only_b + [0] * neither)
+
+
+def newcombe_by_hand(both, only_a, only_b, neither):
+    """Method 10 written out from the paper's formulas, for a minus b; z = 1.96."""
+    n, z = both + only_a + only_b + neither, 1.959964
+
+    def limits(r):
+        middle, root = 2 * r + z * z, z * math.sqrt(z * z + 4 * r * (1 - r / n))
+        return (middle - root) / (2 * (n + z * z)), (middle + root) / (2 * (n + z * z))
+    p1, p2 = (both + only_a) / n, (both + only_b) / n
+    (l1, u1), (l2, u2) = limits(both + only_a), limits(both + only_b)
+    product = (both + only_a) * (only_b + neither) * (both + only_b) * (only_a + neither)
+    a = both * neither - only_a * only_b
+    phi = 0 if product == 0 else (a - n / 2 if a > n / 2 else 0 if a >= 0 else a) / math.sqrt(product)
+    low = p1 - p2 - math.sqrt((p1 - l1) ** 2 - 2 * phi * (p1 - l1) * (u2 - p2) + (u2 - p2) ** 2)
+    return p1 - p2, low, p1 - p2 + math.sqrt((p2 - l2) ** 2 - 2 * phi * (p2 - l2) * (u1 - p1) + (u1 - p1) ** 2)
+
+
+@pytest.mark.parametrize("cells", [(36, 12, 2, 0), (20, 12, 2, 16), (53, 0, 0, 1), (1, 97, 1, 1), (30, 0, 0, 0),
+                                   (5, 3, 9, 40)])
+def test_paired_difference_is_newcombes_method_10(cells):
+    b, a = lists(*cells)
+    assert ev.paired_difference(a, b) == pytest.approx(newcombe_by_hand(*cells), abs=1e-9)
+    difference, low, high = ev.paired_difference(b, a)
+    assert (-difference, -high, -low) == pytest.approx(ev.paired_difference(a, b))
+
+
+def test_paired_difference_needs_pairs():
+    with pytest.raises(ValueError):
+        ev.paired_difference([1, 0], [1])
+    with pytest.raises(ValueError):
+        ev.paired_difference([], [])
+
+
+def test_paired_interval_covers_its_difference():
+    generator, hits, count = torch.Generator().manual_seed(0), 0, 400
+    for _ in range(count):
+        skill = torch.rand(120, generator=generator)                                 # tasks differ in difficulty
+        a, b = (torch.rand(120, generator=generator) < p for p in (skill, (skill + 0.1).clamp(max=1)))
+        truth = float((skill + 0.1).clamp(max=1).mean() - skill.mean())
+        _, low, high = ev.paired_difference(a.tolist(), b.tolist())
+        hits += low <= truth <= high
+    assert hits >= 0.93 * count
+
+
+def test_macro_of_one_part_is_that_part_and_of_equal_parts_shrinks_by_the_root():
+    p, limits = 0.3, sdar.wilson(30, 100)
+    assert ev.macro([(p, limits)]) == (p, pytest.approx(limits))
+    mean, (low, high) = ev.macro([(p, limits)] * 4)
+    assert mean == pytest.approx(p) and (p - low, high - p) == pytest.approx(((p - limits[0]) / 2, (limits[1] - p) / 2))
+    assert ev.macro([(0.0, sdar.wilson(0, 50))] * 2)[1][1] > 0.03                     # nothing won is no certainty
+
+
+def test_mean_interval_is_students():
+    assert ev.mean_interval([0.5]) == (0.5, (-math.inf, math.inf))
+    mean, (low, high) = ev.mean_interval([80.0, 84.0, 88.0])                          # sd 4, t(2) = 4.303
+    assert (mean, low, high) == pytest.approx((84, 84 - 4.303 * 4 / 3 ** 0.5, 84 + 4.303 * 4 / 3 ** 0.5))
+    for n, t in ((11, 2.228), (21, 2.086), (61, 2.000), (121, 1.980)):
+        values = [0.0, 1.0] * (n // 2) + [0.5]
+        mean, (low, high) = ev.mean_interval(values)
+        sd = math.sqrt(sum((v - 0.5) ** 2 for v in values) / (n - 1))
+        assert (high - mean) * n ** 0.5 / sd == pytest.approx(t, abs=0.02)
+
+
+def rows(group, wins, turns=2):
+    return [{"group": group, "won": bool(w), "score": float(w), "f1": float(w), "turns": turns, "valid": 1,
+             "admissible": 0} for w in wins]
+
+
+def test_averages_are_over_episodes_and_for_search_over_data_sets():
+    uneven = rows("NQ", [1] * 124 + [0] * 0) + rows("Bamboogle", [0]) + rows("Bamboogle", [1] * 3)
+    summary = {g["group"]: g for g in ev.summarize("search", uneven)}
+    assert list(summary) == ["NQ", "Bamboogle", "Avg"]                                # the paper's order
+    assert summary["Bamboogle"]["success"] == 0.75 and summary["Avg"]["success"] == pytest.approx((1 + 0.75) / 2)
+    assert summary["Avg"]["f1"] == pytest.approx((1 + 0.75) / 2) and summary["Avg"]["n"] == 128
+    low, high = summary["Avg"]["success_95"]
+    assert low < 0.875 < high and (low, high) != sdar.wilson(127, 128)
+    pooled = ev.summarize("alfworld", rows("Pick", [1] * 9, turns=1) + rows("Cool", [0], turns=9))
+    assert [g["group"] for g in pooled] == ["Pick", "Cool", "Avg"]
+    assert pooled[-1]["success"] == 0.9 and pooled[-1]["success_95"] == sdar.wilson(9, 10)  # not weighed by turns
+    assert pooled[-1]["turns"] == 1.8 and pooled[-1]["valid"] == pytest.approx(10 / 18)
+
+
+def test_published_rows_are_whole():
+    for method in ev.PAPER:
+        for env, columns in ev.COLUMNS.items():
+            assert list(ev.published(env, method)) == [*(columns or ("Score",)), "Avg"]
+    assert ev.published("webshop", "SDAR") == {"Score": "85.0", "Avg": "68.0"}
+    assert ev.published("search", "GRPO")["Bamboogle"] == "26.4" and ev.published("alfworld", "SDAR")["Avg"] == "84.4"
+
+
+# ---- panels ----
+
+
+def test_panels_are_sorted_nested_and_hashed():
+    env = envs.open_env("alfworld")
+    split = env.splits[1]
+    everything, digest = envs.panel(env, split)
+    assert everything == sorted(env.tasks(split)) and digest == envs.panel_hash(everything)
+    panels = [envs.panel(env, split, n)[0] for n in (1, 8, 16, 10 ** 6)]
+    assert [len(p) for p in panels] == [1, 8, 16, len(everything)]
+    assert all(p == sorted(p) and len(set(p)) == len(p) for p in panels)
+    assert all(set(small) <= set(large) for small, large in zip(panels, panels[1:]))
+    assert envs.panel(env, split, 8) == envs.panel(env, split, 8) != envs.panel(env, split, 8, seed=1)
+    assert panels[2] != everything[:16]                                               # not one end of the alphabet
+    for count in (0, -3):
+        with pytest.raises(envs.UserError):
+            envs.panel(env, split, count)
+
+
+# ---- compare, table ----
+
+
+def test_compare_pairs_task_by_task(tmp_path, capsys):
+    a = result_file(tmp_path / "a.json", [1] * 10 + [0] * 10, ["Pick"] * 10 + ["Cool"] * 10)
+    b = result_file(tmp_path / "b.json", [0] + [1] * 16 + [0] * 3, ["Pick"] * 10 + ["Cool"] * 10, temperature=1)
+    ev.main(["compare", a, b])
+    text = capsys.readouterr().out
+    line = {row.split(" ")[0]: row.split() for row in text.splitlines()}
+    assert line["All"][:5] == ["All", "20", "50.0", "80.0", "+30.0"] and line["All"][-3:] == ["1", "7", "0.0703"]
+    assert line["Cool"][-3:] == ["0", "7", "0.0156"]
+    assert "temperature differs, 0 and 1" in text
+
+
+def test_compare_refuses_other_panels_worlds_and_files(tmp_path, capsys):
+    a = result_file(tmp_path / "a.json", [1, 0, 1])
+    other = result_file(tmp_path / "b.json", [1, 0, 1], ids=["t000", "t001", "t009"])
+    error = refused(capsys, "compare", a, other)
+    assert all(envs.panel_hash(ids) in error for ids in (["t000", "t001", "t002"], ["t000", "t001", "t009"]))
+    refused(capsys, "compare", a, result_file(tmp_path / "c.json", [1, 0, 1], world=("house=9", 233)))
+    refused(capsys, "compare", a, result_file(tmp_path / "d.json", [1, 0, 1], env="search"))
+    changed = json.loads((tmp_path / "a.json").read_text())
+    changed["results"][0]["id"] = "t0"
+    broken = {"changed": json.dumps(changed), "list": "[]", "torn": "{",
+              "empty": json.dumps({**changed, "results": []})}
+    for name, text in broken.items():
+        (tmp_path / name).write_text(text)
+        assert name in refused(capsys, "compare", a, tmp_path / name)
+    refused(capsys, "compare", a, tmp_path / "missing.json")
+    refused(capsys, "compare", a)
+
+
+def make_run(path, step=5, steps=5):
+    folder = path / "checkpoints" / f"step-{step:06d}"
+    folder.mkdir(parents=True)
+    state = {"step": step, "warm_step": 0, "settings": {"steps": steps}, "files": {}}
+    (folder / "state.json").write_text(json.dumps(state))
+    return path
+
+
+def test_table_shows_runs_beside_the_paper_and_says_what_is_missing(tmp_path, capsys):
+    groups = ["Pick"] * 5 + ["Cool"] * 5
+    for name, wins in (("a", 9), ("b", 7), ("c", 8)):
+        result_file(make_run(tmp_path / name) / "eval-x.json", [1] * wins + [0] * (10 - wins), groups)
+    result_file(make_run(tmp_path / "g") / "eval-x.json", [1] * 5 + [0] * 5, groups, algo="grpo")
+    result_file(make_run(tmp_path / "old") / "eval-x.json", [1] * 10, groups, step=3)
+    make_run(tmp_path / "late", 2)
+    vanilla = result_file(tmp_path / "v.json", [0] * 10, groups, algo=None, step=None)
+    ev.main(["table", *(str(tmp_path / n) for n in ("a", "b", "c", "g", "old", "late")), vanilla])
+    text = capsys.readouterr().out
+    line = {row.split("  ")[0]: row.split() for row in text.splitlines() if "  " in row}
+    assert line["SDAR"][1:] == ["3", "100.0", "60.0", "[10-100]", "80.0", "[55-100]"]   # Avg: sd 10, t(2) 4.303: 24.8
+    assert line["GRPO"][1:] == ["1", "100.0", "[57-100]", "0.0", "[0-43]", "50.0", "[24-76]"]
+    assert line["Vanilla"][1:3] == ["1", "0.0"] and line["SDAR, published"][-1] == "84.4"
+    assert "Pick (5)" in text and "Avg (10)" in text and "BUILT-IN" in text
+    assert "old: missing" in text and "earlier checkpoint" in text and "late: missing" in text and "step 2 of 5" in text
+    ev.main(["table", "--markdown", vanilla])
+    marked = [row for row in capsys.readouterr().out.splitlines() if row.startswith("|")]
+    assert len({row.count("|") for row in marked}) == 1 and set(marked[1]) <= set("|-: ")
+    assert "nothing" in refused(capsys, "table", tmp_path / "nothing")
+
+
+# ---- evaluating ----
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished run of no steps: its checkpoint, and settings of its own."""
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("runs") / "run"
+    argv = ("--env alfworld --env-args house=4 --model tiny --tiny-width 32 --tiny-layers 1 --tiny-vocab 400 "
+            "--max-turns 2 --max-response 6 --warm-start 0 --steps 2 --out")
+    s, _ = sdar.read_settings([*argv.split(), str(out)])
+    env = sdar.open_env(s)
+    state = sdar.make_state(sdar.load_policy("tiny", "cpu", sdar.tiny_texts(env, s, 3), s), s)
+    state.step = 2
+    sdar.save_checkpoint(state, s)
+    return out
+
+
+def test_evaluating_end_to_end(run, tmp_path, capsys):
+    ev.main(["--model", str(run), "--device", "cpu", "--rollout-rows", "200"])
+    text, file = capsys.readouterr().out, run / "eval-alfworld-valid_seen.json"
+    result = ev.load_result(file)
+    env = envs.open_env("alfworld", None, 233, house=4)
+    assert [r["id"] for r in result["results"]] == sorted(env.tasks("valid_seen"))    # every task once
+    assert result["settings"]["max_turns"] == 2 and result["settings"]["env_args"] == "house=4"  # the checkpoint's own
+    assert result["settings"]["prompt_style"] == "brief" and result["temperature"] == 0.4 and result["step"] == 2
+    assert result["panel"]["hash"] in text and f"all {len(result['results'])} tasks" in text and result["weights"]
+    assert all(r["turns"] == 2 and not r["won"] for r in result["results"] if not r["done"])
+    ev.main(["--model", str(run), "--device", "cpu", "--skills", "--episodes", "5", "--temperature", "0",
+             "--max-turns", "1"])
+    assert "5 of" in capsys.readouterr().out
+    part = ev.load_result(run / "eval-alfworld-valid_seen-skills-5.json")
+    assert part["skills"] == "built-in" and ev.method_name(part) == "SDAR*" and part["settings"]["max_turns"] == 1
+    assert {r["id"] for r in part["results"]} < {r["id"] for r in result["results"]}
+    ev.main(["table", str(run)])
+    assert "SDAR*" in capsys.readouterr().out
+
+
+def test_the_skill_reaches_the_agents_prompt_only_when_asked(run, monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr(sdar, "generate", lambda policy, prompts, *_: seen.extend(prompts) or [[5] for _ in prompts])
+    for flags in ([], ["--skills"]):
+        ev.main(["--model", str(run), "--device", "cpu", "--episodes", "1", "--max-turns", "1",
+                 "--out", str(tmp_path / "x"), *flags])
+    assert len(seen) == 2 and len(seen[1]) > len(seen[0]) + 20
+
+
+def test_chunks_do_not_lose_or_reorder_tasks(run, monkeypatch, tmp_path):
+    monkeypatch.setattr(ev, "CHUNK", 3)
+    out = str(tmp_path / "x")
+    ev.main(["--model", str(run), "--device", "cpu", "--episodes", "8", "--max-turns", "1", "--out", out])
+    ids = [r["id"] for r in ev.load_result(tmp_path / "x")["results"]]
+    assert ids == sorted(ids) and len(ids) == 8
+
+
+def test_users_mistakes_are_one_line(run, tmp_path, capsys):
+    refused(capsys)
+    refused(capsys, "--model", tmp_path / "nothing-here")
+    refused(capsys, "--model", run, "--split", "nonsense")
+    refused(capsys, "--model", run, "--episodes", "0")
+    refused(capsys, "--model", run, "--temperature", "-1")
+    refused(capsys, "--model", run, "--max-turns", "0")
+    refused(capsys, "--model", run, "--no-such-flag")
+    refused(capsys, "--model", run, "--skills", tmp_path)
+    refused(capsys, "--model", run, "--out", tmp_path / "no" / "folder" / "x.json")
+    refused(capsys, "gates", tmp_path)
+    refused(capsys, "bench", "--pairs", "0")
+    fresh = tmp_path / "fresh"
+    fresh.mkdir()
+    (fresh / "config.json").write_text(json.dumps(dataclasses.asdict(sdar.Settings())))
+    assert "without a checkpoint" in refused(capsys, "--model", fresh)
+
+
+def test_damaged_weights_are_refused(run, tmp_path, capsys):
+    import shutil
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    weights = next(copy.glob("checkpoints/*/model.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    assert "damaged" in refused(capsys, "--model", copy)
+    weights.unlink()
+    assert "damaged" in refused(capsys, "--model", copy)
+
+
+def test_gates_prints_tokens_with_their_gates(tmp_path, capsys):
+    turns = [{"observation": "a room", "response": "go", "gates": "go[0.52]"}]
+    lines = [{"step": n, "task_id": "t", "skill": "s", "won": True, "turns": turns} for n in (1, 2)]
+    (tmp_path / "episodes.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    ev.main(["gates", str(tmp_path)])
+    text = capsys.readouterr().out
+    assert "step 2, task t" in text and "> a room\ngo[0.52]" in text
+
+
+def test_bench_prints_every_line(run, monkeypatch, capsys):
+    monkeypatch.setattr(ev, "bench_memory", lambda device: [["memory", "1", "MiB"]])  # measured in processes of its own
+    argv = "bench --device cpu --tiny-width 32 --tiny-layers 1 --max-response 4 --max-turns 1 --pairs 1 --peak-tflops 1"
+    ev.main(argv.split())
+    text = capsys.readouterr().out
+    for part in ("sdar.generate", "model.generate", "ratio", "environment", "rollout", "teacher", "update", "MFU"):
+        assert part in text
+    assert "nan" not in text.lower()
+
+
+def test_chunked_log_probabilities_need_less_memory():
+    with ev.multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:  # a fresh process each
+        full, chunked = (pool.apply(ev.head_memory, (kind, torch.device("cpu"), 512, 8, 64))
+                         for kind in ("full", "chunked"))
+    if math.isnan(full):
+        pytest.skip("this system does not tell a process its peak memory")
+    assert full > 2 * chunked
