@@ -457,7 +457,9 @@ def bench_step(policy, env, s, peak_tflops):
     """Table rows on one training step, the second of two. MFU: 2 FLOPs per token and weight forward, 6 forward and
     backward; embedding, head, attention and recomputation are not counted."""
     state, reference = sdar.make_state(policy, s), copy.deepcopy(policy.model).eval() if s.kl else None
-    episodes, m = [sdar.train_step(state, env, reference, s) for _ in range(2)][1]
+    for _ in range(2):
+        episodes, *rest = sdar.play_step(state, env, reference, s)
+        m = sdar.learn_step(state, episodes, *rest, s)
     trunk = policy.model.base_model
     weights = sum(p.numel() for p in trunk.parameters()) - trunk.get_input_embeddings().weight.numel()
     rows = [[f"one step of {s.algo}: {len(episodes)} episodes, {sum(len(e.turns) for e in episodes)} turns",

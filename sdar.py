@@ -63,13 +63,16 @@ def opt(default, help, choices=None):
     return field(default=default, metadata={"help": help, "choices": choices})
 
 
+METHODS = ("grpo", "sdar", "opsd", "grpo+opsd", "skill-grpo", "skill-sd", "rlsd")
+
+
 @dataclass
 class Settings:
     """Every setting of a run, as saved in config.json; `python sdar.py --help` prints the same list."""
 
     env: str = opt("alfworld", "benchmark", ("alfworld", "webshop", "search"))
-    model: str = opt("tiny", "Hugging Face name, local folder, GGUF file, or `tiny` (a million parameters, no download)")
-    algo: str = opt("sdar", "training objective", ("grpo", "sdar", "opsd", "grpo+opsd", "skill-grpo", "skill-sd", "rlsd"))
+    model: str = opt("tiny", "Hugging Face name, folder, GGUF file, or `tiny` (a million parameters, no download)")
+    algo: str = opt("sdar", "training objective", METHODS)
     as_released: bool = opt(False, "where the public code differs from the paper's pseudo-code, do as the code")
     out: str = opt("", "run folder (default: runs/ENV-ALGO-MODEL)")
     seed: int = opt(233, "seed of task order, sampling and initial weights; the world itself never depends on it")
@@ -121,6 +124,7 @@ class Settings:
     mini_batch: int = opt(256, "turns per optimizer step; 0: one optimizer step per rollout")
     micro_tokens: int = opt(16384, "tokens per forward-backward; changes memory, not the gradient; lower it if the "
                             "update runs out of memory")
+    recompute: bool = opt(False, "recompute activations in the backward pass: a third slower, a fraction of the memory")
     head_chunk: int = opt(1024, "response positions per chunk of the output head")
     grad_clip: float = opt(1.0, "largest gradient norm")
     # behaviour cloning before RL
@@ -162,11 +166,12 @@ def make_parser():
     parser.error = lambda message: fail(f"{message}; see python sdar.py --help")
     parser.add_argument("--resume", metavar="RUN", help="continue the run in this folder with its own settings")
     for f in dataclasses.fields(Settings):
-        shown = "" if f.default == "" else f" (default: {f.default})"
+        shown = "" if f.default == "" or f.default is False else f" (default: {f.default})"
         kind = {"action": "store_true"} if isinstance(f.default, bool) else {
             "type": type(f.default), "choices": f.metadata["choices"],
             "metavar": None if f.metadata["choices"] else f.name.upper()}
-        parser.add_argument("--" + f.name.replace("_", "-"), help=(f.metadata["help"] + shown).replace("%", "%%"), **kind)
+        text = (f.metadata["help"] + shown).replace("%", "%%")
+        parser.add_argument("--" + f.name.replace("_", "-"), help=text, **kind)
     return parser
 
 
@@ -181,7 +186,11 @@ def read_settings(argv):
                                         "micro_tokens", "log_episodes", "data"})
         if fixed:
             raise UserError(f"--{fixed[0].replace('_', '-')} cannot change within a run; start a new one with --out")
-        settings = Settings(**read_json(Path(resume) / "config.json", f"{resume} holds no run (no config.json)"))
+        saved = read_json(Path(resume) / "config.json", f"{resume} holds no run (no config.json)")
+        try:
+            settings = Settings(**saved)
+        except TypeError as error:
+            raise UserError(f"{resume}/config.json is another version's ({first_line(error)}); start a new run") from None
         settings = dataclasses.replace(settings, **explicit, out=str(resume))
     else:
         name = explicit.get("env", Settings.env)
@@ -283,7 +292,7 @@ def load_policy(name, device="auto", texts=(), settings=None):
         if path.suffix == ".gguf":
             folder, kwargs = str(path.parent), {"gguf_file": path.name}
         try:
-            # AutoTokenizer would give a saved `tiny` the pre-tokenizer of Qwen2, which is not the one it was trained with
+            # AutoTokenizer would give a saved `tiny` Qwen2's pre-tokenizer, which is not the one it was trained with
             ours = (Path(folder) / "state.json").exists() and Path(folder, "tokenizer_config.json").read_text()
             kind = PreTrainedTokenizerFast if ours and "TokenizersBackend" in ours else AutoTokenizer
             tokenizer = kind.from_pretrained(folder, **kwargs)
@@ -339,8 +348,9 @@ def build_tiny(texts, s):
     bpe.add_tokens([AddedToken(f"<{slash}{tag}>", normalized=False) for tag in ("think", "action", "search", "answer")
                     for slash in ("", "/")])
     roles = ["user", "assistant"] * 500  # frequent enough to become a token each
-    bpe.train_from_iterator(itertools.chain(roles, texts), trainers.BpeTrainer(vocab_size=s.tiny_vocab, special_tokens=special,
-                            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    trainer = trainers.BpeTrainer(vocab_size=s.tiny_vocab, special_tokens=special, show_progress=False,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    bpe.train_from_iterator(itertools.chain(roles, texts), trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>",
                                         additional_special_tokens=["<|im_start|>"], chat_template=TINY_TEMPLATE)
     config = Qwen2Config(vocab_size=len(tokenizer), hidden_size=s.tiny_width, intermediate_size=3 * s.tiny_width,
@@ -436,7 +446,7 @@ class Episode:
 
     task_id: str
     group: str                          # the column it is reported under: task type or dataset
-    group_id: int                       # which of the step's tasks: the G episodes of GRPO share it
+    group_id: int                       # which of the step's tasks: GRPO's G episodes share it (play_step sets it)
     skill_name: str = ""
     turns: list = field(default_factory=list)
     done: bool = False
@@ -521,9 +531,8 @@ def rollout(policy, env, task_ids, s, generator, temperature, skills=None, teach
     prompt of every turn, otherwise into the agent's own. Returns a list of Episodes in the order of task_ids.
     """
     sessions = [env.start(task_id) for task_id in task_ids]
-    numbers = {task_id: i for i, task_id in enumerate(dict.fromkeys(task_ids))}
     skills = skills or [("", "")] * len(sessions)
-    episodes = [Episode(t, x.group, numbers[t], name) for t, x, (name, _) in zip(task_ids, sessions, skills)]
+    episodes = [Episode(t, x.group, i, name) for i, (t, x, (name, _)) in enumerate(zip(task_ids, sessions, skills))]
     with tqdm(total=len(sessions), desc=label, unit="ep", leave=False, dynamic_ncols=True) as bar:
         for number in range(s.max_turns):
             live = [i for i, x in enumerate(sessions) if not x.done]
@@ -553,7 +562,6 @@ def rollout(policy, env, task_ids, s, generator, temperature, skills=None, teach
 # token_weights() computed ONCE for the whole mini-batch: slicing them into micro-batches cannot change the gradient.
 
 AGGREGATIONS = ("token-mean", "trajectory", "seq-mean-token-mean", "seq-mean-token-sum")
-METHODS = ("grpo", "sdar", "opsd", "grpo+opsd", "skill-grpo", "skill-sd", "rlsd")
 
 
 def group_normalized_advantages(rewards, group_ids, eps=1e-6):
@@ -823,11 +831,6 @@ def unflatten(flat, mask):
     return flat.new_zeros(mask.shape).masked_scatter(mask, flat)
 
 
-def pad_rows(rows, mask):
-    """B vectors of the lengths of mask (B, T) -> (B, T) with zeros elsewhere, on the mask's device."""
-    return unflatten(torch.cat(rows).to(mask.device), mask)
-
-
 def micro_batches(lengths, budget):
     """Indices 0..n-1 in batches whose padded size (rows times longest) stays within `budget` tokens; longest first,
     so that memory fails at once or never."""
@@ -842,7 +845,7 @@ def micro_batches(lengths, budget):
 
 @torch.no_grad()
 def score_turns(model, turns, prompt_field, result_field, s, label):
-    """Store log-probabilities of each turn's response under turn.<prompt_field> in turn.<result_field>, (T,) on the CPU."""
+    """Store each turn's response log-probabilities under turn.<prompt_field> in turn.<result_field>, (T,) on the CPU."""
     model.eval()
     lengths = [len(getattr(t, prompt_field)) + len(t.response_ids) for t in turns]
     for rows in tqdm(micro_batches(lengths, s.micro_tokens), desc=label, leave=False, dynamic_ncols=True):
@@ -883,6 +886,8 @@ def generator_for(policy, s, *where):
 
 def make_state(policy, s, beta2=0.999):
     """AdamW over fp32 masters: a step of 1e-6 is lost in bf16, whose neighbours of 0.01 lie 6e-5 apart."""
+    if s.recompute:
+        policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     params = list(policy.model.parameters())
     masters = [p if p.dtype == torch.float32 else p.detach().float().requires_grad_() for p in params]
     return State(policy, torch.optim.AdamW(masters, lr=s.lr, betas=(0.9, beta2), weight_decay=s.weight_decay), masters)
@@ -971,7 +976,8 @@ def step_loss(policy, turns, s, step=0, baseline=0.0):
     prompts, responses = [t.prompt_ids for t in turns], [t.response_ids for t in turns]
     hidden, targets, mask = response_hidden(policy.model, prompts, responses)
     logp, entropy = head_logps(policy.model, hidden, targets, mask, s, s.gate in ("entropy", "soft-or"))  # (B, T)
-    column = lambda name: None if getattr(turns[0], name) is None else pad_rows([getattr(t, name) for t in turns], mask)
+    column = lambda name: None if getattr(turns[0], name) is None else unflatten(
+        torch.cat([getattr(t, name) for t in turns]).to(mask.device), mask)
     old, teacher, ref = column("old_logp"), column("teacher_logp"), column("ref_logp")                  # (B, T)
     old = logp.detach() if old is None else old  # one update per rollout: the policy that sampled is this one
     advantages = torch.tensor([[t.advantage] for t in turns], device=mask.device)                       # (B, 1)
@@ -1055,8 +1061,9 @@ def update(state, episodes, s, lr):
             norms, skipped = norms + [norm] * applied, skipped + (not applied)
     state.policy.model.eval()
     tokens, loss = totals.pop("tokens"), totals.pop("loss") / len(minis)
-    return {"loss": loss, **{k: v / tokens for k, v in totals.items()}, **apart, "grad_norm": sum(norms) / max(len(norms), 1),
-            "updates": len(minis), "updates_skipped": skipped, "lr": lr, "update_tokens": int(tokens)}
+    means = {name: value / tokens for name, value in totals.items()}
+    return {"loss": loss, **means, **apart, "grad_norm": sum(norms) / max(len(norms), 1), "updates": len(minis),
+            "updates_skipped": skipped, "lr": lr, "update_tokens": int(tokens)}
 
 
 def choose_skills(env, categories, s, bandit, step):
@@ -1068,13 +1075,16 @@ def choose_skills(env, categories, s, bandit, step):
     """
     lot, chosen = random.Random(stream(s, "retrieval", step)), []
     for category in categories:
-        name = {"km": category, "full": "full", "ucb": ""}.get(s.retrieval) if s.retrieval != "random" else lot.choice(
-            env.skill_names)
-        if s.retrieval == "ucb":
+        name = category
+        if s.retrieval == "full":
+            name = "full"
+        elif s.retrieval == "random":
+            name = lot.choice(env.skill_names)
+        elif s.retrieval == "ucb":
             arms = bandit.setdefault(category, {k: [0, 0.0] for k in env.skill_names})
             total = sum(n for n, _ in arms.values())
-            name = max(arms, key=lambda k: arms[k][1] / arms[k][0] + s.ucb_c * math.sqrt(math.log(total) / arms[k][0])
-                       if arms[k][0] else math.inf)
+            bound = lambda n, won: won / n + s.ucb_c * math.sqrt(math.log(total) / n) if n else math.inf
+            name = max(arms, key=lambda k: bound(*arms[k]))
             arms[name][0] += 1
         chosen.append((name, env.all_skills() if name == "full" else env.skill(name, s.prompt_style == "brief")))
     return chosen
@@ -1094,36 +1104,40 @@ def score_step(state, reference, turns, s, lap):
         lap("old_policy", scored)
 
 
-def train_step(state, env, reference, s):
-    """One step of Algorithm 1: rollout, scoring, advantages, update. Returns (episodes, metrics). Only the last block
-    changes the state, and it holds Ctrl-C back until it is whole."""
-    policy, phases, lap = state.policy, {}, None
+def play_step(state, env, reference, s):
+    """The first half of a step of Algorithm 1: rollout, scoring, advantages. It changes nothing in `state`, so that it
+    may be interrupted. Returns (episodes, the bandit after them, seconds and tokens per second by phase)."""
+    policy, phases, bandit = state.policy, {}, copy.deepcopy(state.bandit)
     lap = stopwatch(phases, policy.device)
-    tasks, bandit = draw_tasks(env, s.split or env.splits[0], s, state.cursor, s.groups), copy.deepcopy(state.bandit)
-    repeat = lambda rows: [row for row in rows for _ in range(s.group_size)]
-    skills = None
+    tasks, skills = draw_tasks(env, s.split or env.splits[0], s, state.cursor, s.groups), None
+    categories = [env.start(task).category for task in tasks]
     if uses_teacher(s) or s.algo == "skill-grpo":
-        skills = choose_skills(env, [env.start(t).category for t in tasks], s, bandit, state.step)
+        skills = choose_skills(env, categories, s, bandit, state.step)
+    repeat = lambda rows: rows and [row for row in rows for _ in range(s.group_size)]
     episodes = rollout(policy, env, repeat(tasks), s, generator_for(policy, s, "rollout", state.step), s.temperature,
-                       skills and repeat(skills), uses_teacher(s), f"step {state.step + 1} rollout")
-    turns = [t for e in episodes for t in e.turns]
-    lap("rollout", sum(len(t.response_ids) for t in turns))
-    score_step(state, reference, turns, s, lap)
+                       repeat(skills), uses_teacher(s), f"step {state.step + 1} rollout")
+    for i, episode in enumerate(episodes):
+        episode.group_id = i // s.group_size
+        if s.retrieval == "ucb" and skills:
+            bandit[categories[episode.group_id]][episode.skill_name][1] += episode.won / s.group_size
+    lap("rollout", sum(len(t.response_ids) for e in episodes for t in e.turns))
+    score_step(state, reference, [t for e in episodes for t in e.turns], s, lap)
     assign_advantages(episodes, s)
-    if s.retrieval == "ucb" and skills:
-        for i, (task, (name, _)) in enumerate(zip(tasks, skills)):
-            group = episodes[i * s.group_size:(i + 1) * s.group_size]
-            bandit[env.start(task).category][name][1] += sum(e.won for e in group) / s.group_size
-    with uninterrupted():
-        warmup = s.lr_warmup * s.steps
-        metrics = update(state, episodes, s, s.lr * min(1.0, (state.step + 1) / warmup) if warmup else s.lr)
-        lap("update", sum(len(t.prompt_ids) + len(t.response_ids) for t in turns))
-        if uses_teacher(s):
-            metrics |= gap_profile(episodes)
-        state.step, state.cursor, state.bandit = state.step + 1, state.cursor + s.groups, bandit
-    seconds = {"seconds": sum(phases[k] for k in phases if k.startswith("seconds")), **phases}
-    return episodes, {"step": state.step, **episode_metrics(episodes, turns), **metrics, **seconds,
-                      "peak_memory_mib": peak_memory(policy.device)}
+    return episodes, bandit, phases
+
+
+def learn_step(state, episodes, bandit, phases, s):
+    """The second half: the update. All that a step changes in `state` is changed here. Returns the step's metrics."""
+    turns, lap = [t for e in episodes for t in e.turns], stopwatch(phases, state.policy.device)
+    rise = min(1.0, (state.step + 1) / (s.lr_warmup * s.steps)) if s.lr_warmup else 1.0
+    metrics = update(state, episodes, s, s.lr * rise)
+    if uses_teacher(s):
+        metrics |= gap_profile(episodes)
+    lap("update", sum(len(t.prompt_ids) + len(t.response_ids) for t in turns))
+    state.step, state.cursor, state.bandit = state.step + 1, state.cursor + s.groups, bandit
+    seconds = sum(value for name, value in phases.items() if name.startswith("seconds_"))
+    return {"step": state.step, **episode_metrics(episodes, turns), **metrics, "seconds": seconds, **phases,
+            "peak_memory_mib": peak_memory(state.policy.device)}
 
 
 def stopwatch(phases, device):
@@ -1170,7 +1184,7 @@ def peak_memory(device):
 
 @contextlib.contextmanager
 def uninterrupted():
-    """Hold Ctrl-C back until the block is done: weights must not stop halfway through an update."""
+    """Hold Ctrl-C back until the block is done."""
     held = []
     try:
         previous = signal.signal(signal.SIGINT, lambda *_: held.append(True))
@@ -1218,30 +1232,27 @@ def warm_start_step(state, env, s):
     policy, turns = state.policy, []
     for i, task in enumerate(draw_tasks(env, s.split or env.splits[0], s, state.warm_step * s.warm_tasks, s.warm_tasks)):
         turns += expert_turns(policy, env, task, s, stream(s, "expert", state.warm_step, i))
-    count = sum(len(response) for _, response in turns)
-    total = 0.0
-    with uninterrupted():
-        policy.model.train()
-        for rows in micro_batches([len(p) + len(r) for p, r in turns], s.micro_tokens):
-            prompts, responses = zip(*(turns[i] for i in rows))
-            if s.warm_prompt_loss:
-                lengths = [len(p) for p in prompts]
-                responses, prompts = [p[1:] + r for p, r in zip(prompts, responses)], [p[:1] for p in prompts]
-                logp, mask = response_logps(policy.model, prompts, responses, s)
-                steps = torch.arange(mask.shape[1], device=mask.device)
-                prompt = (steps < torch.tensor(lengths, device=mask.device)[:, None] - 1) & mask            # (B, T)
-                weights = (mask.float() - (1 - s.warm_prompt_loss) * prompt.float()) / count
-            else:
-                logp, mask = response_logps(policy.model, prompts, responses, s)
-                prompt, weights = torch.zeros_like(mask), mask / count
-            (-logp * weights).sum().backward()
-            collect_gradients(state)
-            total += float((-logp.detach() * (mask & ~prompt)).sum())
-        progress = state.warm_step / s.warm_start
-        lr = s.warm_lr * min(1.0, (state.warm_step + 1) / 20) * (0.55 + 0.45 * math.cos(math.pi * progress))
-        apply_update(state, lr, s.grad_clip)
-        policy.model.eval()
-        state.warm_step += 1
+    count, total = sum(len(response) for _, response in turns), 0.0
+    policy.model.train()
+    for rows in micro_batches([len(p) + len(r) for p, r in turns], s.micro_tokens):
+        prompts, responses = zip(*(turns[i] for i in rows))
+        if s.warm_prompt_loss:  # score the whole sequence after its first token
+            lengths = torch.tensor([[len(p) - 1] for p in prompts], device=policy.device)
+            prompts, responses = [p[:1] for p in prompts], [p[1:] + r for p, r in zip(prompts, responses)]
+            logp, mask = response_logps(policy.model, prompts, responses, s)
+            prompt = (torch.arange(mask.shape[1], device=policy.device) < lengths) & mask                   # (B, T)
+        else:
+            logp, mask = response_logps(policy.model, prompts, responses, s)
+            prompt = torch.zeros_like(mask)
+        weights = (mask.float() - (1 - s.warm_prompt_loss) * prompt.float()) / count
+        (-logp * weights).sum().backward()
+        collect_gradients(state)
+        total -= float(logp.detach()[mask & ~prompt].sum())
+    progress = state.warm_step / s.warm_start
+    lr = s.warm_lr * min(1.0, (state.warm_step + 1) / 20) * (0.55 + 0.45 * math.cos(math.pi * progress))
+    apply_update(state, lr, s.grad_clip)
+    policy.model.eval()
+    state.warm_step += 1
     return total / count
 
 
@@ -1274,10 +1285,17 @@ def file_digest(path):
     return digest.hexdigest()
 
 
+def checkpoints(run):
+    """The checkpoint folders of a run, oldest first; within step 0 those of the warm start come before its end."""
+    def age(path):
+        step, *warm = map(int, re.findall(r"\d+", path.name))
+        return step, warm or [math.inf]
+    return sorted(Path(run).glob("checkpoints/step-*"), key=age)
+
+
 def last_checkpoint(path):
     """The newest checkpoint of a run folder, the folder itself if it is a checkpoint or model, None if neither."""
-    found = sorted(Path(path).glob("checkpoints/step-*"), key=lambda p: [int(n) for n in re.findall(r"\d+", p.name)])
-    return found[-1] if found else path if Path(path).is_dir() else None
+    return ([path, *checkpoints(path)] if Path(path).is_dir() else [None])[-1]
 
 
 def save_checkpoint(state, s):
@@ -1307,8 +1325,7 @@ def save_checkpoint(state, s):
         shutil.rmtree(part, ignore_errors=True)
         raise UserError(f"cannot save to {folder}: {first_line(error)}; the previous checkpoint is whole: make room, "
                         f"then python sdar.py --resume {s.out}") from None
-    kept = sorted(folder.glob("step-*"), key=lambda p: p.stat().st_mtime)
-    for old in kept[:-s.keep]:
+    for old in checkpoints(s.out)[:-s.keep]:
         shutil.rmtree(old)
 
 
@@ -1448,7 +1465,12 @@ def reference_policy(state, s):
         reference.save_pretrained(path)
     else:
         from transformers import AutoModelForCausalLM
-        reference = AutoModelForCausalLM.from_pretrained(path, dtype=state.policy.model.dtype).to(state.policy.device)
+        try:
+            reference = AutoModelForCausalLM.from_pretrained(path, dtype=state.policy.model.dtype)
+        except Exception as error:  # any damage to the folder
+            raise UserError(f"the reference policy in {path} cannot be read ({first_line(error)}); the run cannot be "
+                            "continued without it") from None
+        reference = reference.to(state.policy.device)
     return reference.requires_grad_(False).eval()
 
 
@@ -1458,18 +1480,20 @@ def train(s, resume=None):
     print(env.source, flush=True)
     state, out = begin(s, env, resume), Path(s.out)
     parameters = sum(p.numel() for p in state.policy.model.parameters())
-    print(f"{s.model}: {parameters / 1e6:.2f}M parameters in {str(state.policy.model.dtype)[6:]} on {state.policy.device}; "
-          f"{s.algo}, {s.groups} x {s.group_size} episodes a step; log in {out}", flush=True)
+    print(f"{s.model}: {parameters / 1e6:.2f}M parameters, {state.policy.model.dtype}, {state.policy.device}; {s.algo}, "
+          f"{s.groups} x {s.group_size} episodes a step; log in {out}", flush=True)
     try:
         run_warm_start(state, env, s)
         reference = reference_policy(state, s)
         if s.val_every and state.step == 0 and not (out / "validation.jsonl").exists():
             append_lines(out / "validation.jsonl", [validate(state, env, s)])
         while state.step < s.steps:
-            episodes, metrics = train_step(state, env, reference, s)
-            append_lines(out / "metrics.jsonl", [metrics])
-            append_lines(out / "episodes.jsonl", [episode_text(state.policy, e, state.step, s)
-                                                  for e in episodes[::s.group_size][:s.log_episodes]])
+            episodes, bandit, phases = play_step(state, env, reference, s)
+            with uninterrupted():  # weights must not stop halfway through an update, nor the log before its line
+                metrics = learn_step(state, episodes, bandit, phases, s)
+                append_lines(out / "metrics.jsonl", [metrics])
+                append_lines(out / "episodes.jsonl", [episode_text(state.policy, e, state.step, s)
+                                                      for e in episodes[::s.group_size][:s.log_episodes]])
             print(step_line(metrics, s), flush=True)
             if s.val_every and (state.step % s.val_every == 0 or state.step == s.steps):
                 append_lines(out / "validation.jsonl", [validate(state, env, s)])
@@ -1489,10 +1513,12 @@ def run_warm_start(state, env, s):
         return
     with tqdm(total=s.warm_start, initial=state.warm_step, desc="warm start", unit="step", dynamic_ncols=True) as bar:
         while state.warm_step < s.warm_start:
-            loss = warm_start_step(state, env, s)
+            with uninterrupted():
+                loss = warm_start_step(state, env, s)
+                row = {"step": 0, "warm_step": state.warm_step, "warm_loss": loss}
+                append_lines(Path(s.out) / "metrics.jsonl", [row])
             bar.set_postfix_str(f"{loss:.3f} nats a token")
             bar.update()
-            append_lines(Path(s.out) / "metrics.jsonl", [{"step": 0, "warm_step": state.warm_step, "warm_loss": loss}])
             if state.warm_step % (10 * s.save_every) == 0 and state.warm_step < s.warm_start:
                 save_checkpoint(state, s)
     fresh = make_state(state.policy, s)

@@ -91,7 +91,7 @@ def played(policy, env, s):
     skills = [("skill", env.skill(env.start(t).category)) for t in ids]
     out = sdar.rollout(policy, env, ids, s, torch.Generator().manual_seed(0), 1.0, skills, teacher=True)
     for i, e in enumerate(out):
-        e.reward = [10.0, 0.0, 0.0, 0.0, 10.0, 10.0][i]
+        e.reward, e.group_id = [10.0, 0.0, 0.0, 0.0, 10.0, 10.0][i], i // 3
     turns = [t for e in out for t in e.turns]
     sdar.score_turns(policy.model, turns, "teacher_ids", "teacher_logp", s, "teacher")
     sdar.assign_advantages(out, s)
@@ -531,6 +531,110 @@ def test_training_tasks_run_through_every_epoch(env):
     drawn = [t for cursor in range(0, len(ids), 50) for t in sdar.draw_tasks(env, "train", s, cursor, min(50, len(ids) - cursor))]
     assert sorted(drawn) == ids and drawn != ids
     assert not set(ids) & set(env.tasks("valid_seen") + env.tasks("valid_unseen"))
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Every method on every benchmark
+# ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["alfworld", "webshop", "search"])
+def benchmark_(request):
+    """A benchmark's built-in tasks and a tiny policy for them."""
+    s = settings(env=request.param, env_args="", group_size=2, max_turns=2, max_response=8, mini_batch=3, prompt_style="brief")
+    environment = sdar.open_env(s)
+    return s, environment, sdar.load_policy("tiny", "cpu", sdar.tiny_texts(environment, s, 10), s)
+
+
+def two_steps(benchmark_, **changes):
+    """Two training steps; returns the metrics of both and whether the weights moved."""
+    s, environment, p = benchmark_
+    s = dataclasses.replace(s, **changes)
+    sdar.check_settings(s)
+    state = sdar.make_state(dataclasses.replace(p, model=copy.deepcopy(p.model)), s)
+    reference = copy.deepcopy(p.model) if sdar.uses_reference(s) else None
+    rows = [sdar.learn_step(state, *sdar.play_step(state, environment, reference, s), s) for _ in range(2)]
+    moved = any(not torch.equal(a, b) for a, b in zip(p.model.parameters(), state.policy.model.parameters()))
+    assert all(math.isfinite(v) for row in rows for v in row.values() if isinstance(v, float)) and moved
+    assert [row["step"] for row in rows] == [1, 2] and state.cursor == 2 * s.groups
+    return rows, state
+
+
+@pytest.mark.parametrize("as_released", [False, True])
+@pytest.mark.parametrize("algo", sdar.METHODS)
+def test_every_method_trains_on_every_benchmark(benchmark_, algo, as_released):
+    s = dataclasses.replace(benchmark_[0], algo=algo, as_released=as_released)
+    rows, _ = two_steps(benchmark_, algo=algo, as_released=as_released, kl=0.01)
+    assert ("gap" in rows[0]) == sdar.uses_teacher(s) and "kl" in rows[0]
+    assert ("seconds_teacher" in rows[0]) == sdar.uses_teacher(s)
+
+
+@pytest.mark.parametrize("changes", [
+    dict(gate="entropy"), dict(gate="soft-or"), dict(gate="none"), dict(divergence="reverse-kl"), dict(divergence="jsd"),
+    dict(divergence="forward-kl", gate="none"), dict(gate_baseline=True), dict(retrieval="full"), dict(retrieval="random"),
+    dict(advantage_over="turns", loss_agg="token"), dict(diagnose_every=1), dict(mini_batch=0, recompute=True)])
+def test_every_variant_trains(benchmark_, changes):
+    rows, _ = two_steps(benchmark_, algo="sdar", lam=1.0, max_teacher_prompt=4096, **changes)
+    assert len(rows[1]["gap_by_turn"]) == 2 and 0 <= rows[1]["negative_gap"] <= 1
+    if changes.get("diagnose_every"):
+        assert -1 <= rows[0]["grad_cosine"] <= 1 and rows[0]["grad_norm_distill"] > 0
+    if changes.get("gate") == "none":
+        assert rows[0]["gate"] == 1
+
+
+def test_the_bandit_tries_every_skill_and_then_exploits(env, tmp_path):
+    """UCB: each skill once, then the one that wins; its counts go through a checkpoint; km never uses it."""
+    s, bandit, chosen = settings(retrieval="ucb"), {}, []
+    good = env.skill_names[2]
+    for step in range(60):
+        (name, text), = sdar.choose_skills(env, ["pick_and_place"], s, bandit, step)
+        assert text == env.skill(name, True)
+        bandit["pick_and_place"][name][1] += name == good
+        chosen.append(name)
+    assert sorted(chosen[:6]) == sorted(env.skill_names) and chosen[-20:].count(good) > 12
+    assert sum(n for n, _ in bandit["pick_and_place"].values()) == 60
+    assert sdar.choose_skills(env, ["pick_and_place"], settings(), {}, 0)[0][0] == "pick_and_place"
+
+
+def test_the_bandit_is_in_the_checkpoint(tmp_path):
+    out = str(tmp_path / "ucb")
+    sdar.main([*RUN, "--retrieval", "ucb", "--steps", "2", "--out", out])
+    saved = json.loads((sdar.last_checkpoint(out) / "state.json").read_text())["bandit"]
+    assert sum(n for arms in saved.values() for n, _ in arms.values()) == 2 * 2  # two steps of two tasks
+    assert sdar.load_checkpoint(sdar.last_checkpoint(out), settings(out=out)).bandit == saved
+
+
+def test_random_retrieval_is_the_same_after_a_restart(env):
+    s = settings(retrieval="random")
+    draw = lambda step: [name for name, _ in sdar.choose_skills(env, ["pick_and_place"] * 20, s, {}, step)]
+    assert draw(3) == draw(3) != draw(4) and len(set(draw(3))) > 3
+
+
+def test_recomputing_activations_changes_no_gradient(policy, episodes):
+    turns = [t for e in episodes for t in e.turns]
+    sdar.assign_weights(episodes, [turns], settings())
+    plain = gradient(policy, turns, settings(), 2000)
+    again = dataclasses.replace(policy, model=copy.deepcopy(policy.model))
+    sdar.make_state(again, settings(recompute=True))
+    again.model.train()
+    assert torch.allclose(plain, gradient(again, turns, settings(), 2000), atol=1e-6)
+
+
+def test_a_group_is_a_draw_of_a_task_not_the_task(policy, env):
+    """A task drawn twice in one step makes two groups, each normalised for itself."""
+    s = settings(algo="grpo", groups=3, max_turns=1)
+    state = sdar.make_state(dataclasses.replace(policy, model=copy.deepcopy(policy.model)), s)
+    few = type("Few", (), {"splits": env.splits, "stop": env.stop, "start": staticmethod(env.start),
+                           "step": staticmethod(env.step), "tasks": staticmethod(lambda split: env.tasks(split)[:2])})
+    episodes, _, _ = sdar.play_step(state, few, None, s)
+    assert [e.group_id for e in episodes] == [0, 0, 0, 1, 1, 1, 2, 2, 2] and len({e.task_id for e in episodes}) == 2
+
+
+def test_checkpoints_are_ordered_by_age(tmp_path):
+    names = ["step-000000-warm-000100", "step-000000-warm-000200", "step-000000", "step-000009", "step-000010"]
+    for name in sorted(names):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    assert [p.name for p in sdar.checkpoints(tmp_path)] == names
 
 
 # ==== pasted ====
