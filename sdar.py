@@ -345,12 +345,12 @@ def build_tiny(texts, s):
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    bpe.add_tokens([AddedToken(f"<{slash}{tag}>", normalized=False) for tag in ("think", "action", "search", "answer")
-                    for slash in ("", "/")])
     roles = ["user", "assistant"] * 500  # frequent enough to become a token each
     trainer = trainers.BpeTrainer(vocab_size=s.tiny_vocab, special_tokens=special, show_progress=False,
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     bpe.train_from_iterator(itertools.chain(roles, texts), trainer)
+    bpe.add_tokens([AddedToken(f"<{slash}{tag}>", normalized=False) for tag in ("think", "action", "search", "answer")
+                    for slash in ("", "/")])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>",
                                         additional_special_tokens=["<|im_start|>"], chat_template=TINY_TEMPLATE)
     config = Qwen2Config(vocab_size=len(tokenizer), hidden_size=s.tiny_width, intermediate_size=3 * s.tiny_width,

@@ -166,6 +166,16 @@ def test_generation_stops_at_the_closing_tag_and_at_eos(policy):
     assert sdar.response_ended(policy, [tok.eos_token_id], ())
 
 
+def test_the_tags_of_tiny_are_tokens(policy):
+    """One token a tag, also after saving, and text comes back from its tokens as it was."""
+    for tag in ("think", "action", "search", "answer"):
+        for text in (f"<{tag}>", f"</{tag}>"):
+            assert len(policy.tokenizer(text, add_special_tokens=False)["input_ids"]) == 1
+    text = "<think>no mug here; look in shelf 2 next</think><action>go to shelf 2</action>"
+    ids = policy.tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert policy.tokenizer.decode(ids, skip_special_tokens=True) == text
+
+
 def test_finished_episodes_leave_the_batch(policy, env, monkeypatch):
     """Once an episode is over nothing more is generated or scored for it."""
     sizes, step = [], env.step
