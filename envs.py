@@ -116,8 +116,8 @@ def _read_cards(text):
 
 def read_skills(folder, categories, aliases=None):
     """{"general", "mistakes" and each of the `categories`: text} from a public skill directory: skill_mapping.json with
-    its .md files, or claude_style_skills*.json. `aliases`: category -> further names it may have there. Raises UserError
-    if a file is missing or broken, or a category has no text of its own (general skills alone are no library)."""
+    its .md files, or claude_style_skills*.json. `aliases`: category -> further names it may have there. UserError if a
+    file is missing or broken, or a category has no text of its own (general skills alone are no library)."""
     folder, found = Path(os.path.expanduser(str(folder))), {}
     mapping_file, card_files = folder / "skill_mapping.json", sorted(folder.glob("claude_style_skills*.json"))
     if not mapping_file.is_file() and not card_files:
@@ -481,10 +481,11 @@ def _parse_goal(text):
     def condition():  # from after its opening to its closing bracket
         return tuple(condition() if token == "(" else token for token in iter(lambda: next(tokens), ")"))
 
-    tokens = iter(re.findall(r"[()]|[^\s()]+", text[text.index("(:goal") + 1:]))
-    if odd := re.search(r"\((or|forall|imply|when)\b", text[text.index("(:goal"):]):
+    text = text[text.index("(:goal"):]
+    if odd := re.search(r"\((or|forall|imply|when)\b", text):
         raise ValueError(f"its goal uses {odd[1]}, which ALFWorld's do not")
-    return condition()[1]
+    tokens = iter(re.findall(r"[()]|[^\s()]+", text))
+    return condition()[0][1]
 
 
 def _conjuncts(goal):
@@ -495,8 +496,8 @@ def _conjuncts(goal):
 
 
 def _holds(goal, facts, bound):
-    """Whether a PDDL condition holds. facts: predicate -> set of argument tuples; bound: variable -> its value.
-    A variable runs over the values that all its atoms allow: exact (each has an atom in ALFWorld's goals), and quick."""
+    """Whether a PDDL condition holds. facts: predicate -> set of argument tuples; bound: variable -> value.
+    A variable takes the values that all its atoms allow: exact, as in ALFWorld's goals each has an atom, and quick."""
     operator, *parts = goal
     if operator == "and":
         return all(_holds(part, facts, bound) for part in parts)
@@ -506,7 +507,7 @@ def _holds(goal, facts, bound):
         return bound.get(parts[0], parts[0]) == bound.get(parts[1], parts[1])
     if operator != "exists":
         return tuple([bound.get(name, name) for name in parts]) in facts.get(operator, ())
-    variable, *others = (name for name in parts[0] if name[0] == "?")  # and no type: the facts are well typed
+    variable, *others = [name for name in parts[0] if name[0] == "?"]  # types are redundant: so are the facts typed
     values = None
     for predicate, *names in _conjuncts(parts[1]):
         if variable in names and predicate != "=":
@@ -524,16 +525,18 @@ def _read_game(source, where):
         data = json.loads(source.read_text(encoding="utf-8") if isinstance(source, Path) else source)
         grammar, problem = data["grammar"], data["pddl_problem"].lower()
         actions = set(re.findall(r"\(:action\s+(\w+)", re.sub(";.*", "", data["pddl_domain"])))
-        if odd := sorted((actions - {"help"}) ^ _ALFRED_ACTIONS):
-            raise ValueError("its pddl_domain is not ALFRED's: " + ", ".join(odd))
+        if actions - {"help"} != _ALFRED_ACTIONS:
+            raise ValueError("its pddl_domain is not ALFRED's: " + ", ".join(sorted((actions ^ _ALFRED_ACTIONS) - {"help"})))
         moves = "move {o} to {r}" in grammar  # games from before November 2024 say "put X in/on Y"
         if not moves and "put {o} in/on {r}" not in grammar:
             raise ValueError('its grammar has neither "move X to Y" nor "put X in/on Y"')
         put, other = ("move {} to {}", "put (.+) in/on (.+)") if moves else ("put {} in/on {}", "move (.+) to (.+)")
         walkthrough = [re.sub(other, put.format(r"\1", r"\2"), command)  # one release mixes the two wordings
                        for command in data.get("walkthrough") or ()]
-        return dict(facts=_parse_facts(problem[problem.index("(:init"):problem.index("(:goal")]), put=put,
-                    goal=_parse_goal(problem), help="help" in actions, walkthrough=walkthrough,
+        facts = _parse_facts(problem[problem.index("(:init"):problem.index("(:goal")])
+        if missing := {"atlocation", "objecttype", "receptacletype", "receptacleatlocation"} - set(facts):
+            raise ValueError("its pddl_problem lacks " + ", ".join(sorted(missing)))
+        return dict(facts=facts, goal=_parse_goal(problem), help="help" in actions, put=put, walkthrough=walkthrough,
                     arrives_at_name="You arrive at {r.name}" in grammar,  # older games: "You arrive at loc 7"
                     task=re.search(r'Your task is to: (.*?)"', grammar)[1].strip())
     except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
@@ -561,7 +564,7 @@ def _player_names(facts):
 class AlfworldGame:
     """One game of ALFWorld, played to the letter as the original does (alfworld 0.4.2 on textworld 1.7.0).
 
-    source: path of a game.tw-pddl, its JSON text, or its parts (see _read_game); where: what messages call it. Has task,
+    source: path of a game.tw-pddl, its JSON text, or its parts (_read_game); where: what messages call it. Has task,
     task_type, walkthrough; after reset() admissible_commands (sorted), won, held (name of the object in hand or None).
     A copy.copy() plays on its own after reset(). Raises UserError for an unplayable file.
     """
@@ -573,7 +576,7 @@ class AlfworldGame:
         self._game, facts, self.task, self.walkthrough = source, source["facts"], source["task"], source["walkthrough"]
         predicates = {atom[0] for atom in _conjuncts(source["goal"])} | {"inreceptacle"}
         self.task_type = next(kind for kind, (_, sign) in ALFWORLD_TYPES.items() if sign in predicates)
-        self._name, self._kind = _player_names(facts), dict(facts.get("objecttype", set()) | facts["receptacletype"])
+        self._name, self._kind = _player_names(facts), dict(facts["objecttype"] | facts["receptacletype"])
         self._place, self._near, self._routes = dict(sorted(facts["receptacleatlocation"])), {}, []
         for receptacle, place in self._place.items():
             self._near.setdefault(place, []).append(receptacle)
@@ -667,7 +670,7 @@ class AlfworldGame:
                   add=[("inreceptacle", hand, spot), ("objectatlocation", hand, here)],
                   delete=[("holds", agent, hand), ("not_inreceptacle", hand, spot)])
         for verb, (effect, undone, tools) in _TREATMENTS.items():
-            if hand and self._is(verb + "able", hand) and self._kind[spot].removesuffix("type") in tools:
+            if hand and self._is(verb + "able", hand) and self._kind.get(spot, "").removesuffix("type") in tools:
                 offer(verb + " {} with {}", f"You {verb} the {{}} using the {{}}.", hand, spot,
                       add=[(effect, hand)], delete=[(undone, hand)])
 
@@ -721,16 +724,17 @@ _THINGS = {  # object: (room, the two kinds of receptacle where it usually is, w
             creditcard drawer dresser, keychain drawer safe, laptop desk bed, pen desk drawer, pencil desk drawer,
             pillow bed sofa, vase shelf dresser, remotecontrol sofa sidetable, watch dresser sidetable"""}.items()
     for name, *rest in map(str.split, things.split(","))}
-_TASKS = {  # task type: (treatment, where, two wordings)
-    "pick_and_place": ("", "", "put a {o} in {r}.", "put some {o} on {r}."),
-    "look_at_obj_in_light": ("", "", "look at {o} under the desklamp.", "examine the {o} with the desklamp."),
-    "pick_two_obj_and_place": ("", "", "put two {o} in {r}.", "find two {o} and put them in {r}.")} | {
-    f"pick_{verb}_then_place_in_recep":
-        (verb, tool, f"put a {state} {{o}} in {{r}}.", f"{verb} some {{o}} and put it in {{r}}.")
-    for verb, tool, state in (("clean", "sinkbasin", "clean"), ("heat", "microwave", "hot"), ("cool", "fridge", "cool"))}
+_TASKS = {kind: parts.split(", ") for kind, parts in {  # task type: (treatment, where, two wordings)
+    "pick_and_place": ", , put a {o} in {r}., put some {o} on {r}.",
+    "look_at_obj_in_light": ", , look at {o} under the desklamp., examine the {o} with the desklamp.",
+    "pick_two_obj_and_place": ", , put two {o} in {r}., find two {o} and put them in {r}.",
+    "pick_clean_then_place_in_recep": "clean, sinkbasin, put a clean {o} in {r}., clean some {o} and put it in {r}.",
+    "pick_heat_then_place_in_recep": "heat, microwave, put a hot {o} in {r}., heat some {o} and put it in {r}.",
+    "pick_cool_then_place_in_recep": "cool, fridge, put a cool {o} in {r}., cool some {o} and put it in {r}."}.items()}
 _BUILT_IN_SIZES = {"train": 2000, "valid_seen": 140, "valid_unseen": 134}  # the last two as in the release
 
 
+@lru_cache(maxsize=None)
 def _hosts(thing):
     """Kinds of receptacle that can hold the object."""
     room, *usual = _THINGS[thing][:3]
@@ -766,7 +770,7 @@ def _draw_house(rng, task_type, house):
 
 
 def _build_game(rng, task_type, house):
-    """A generated game: the parts that AlfworldGame takes (see _read_game), and the pair of its object and target."""
+    """A generated game: the parts that AlfworldGame takes (see _read_game), and `pair`, its object and target."""
     thing, target, kinds, inside, at, goal = _draw_house(rng, task_type, house)
     (treatment, tool, *wordings), look = _TASKS[task_type], task_type == "look_at_obj_in_light"
     init = "(atlocation agent1 loc_bar_99)" + ""
@@ -789,7 +793,8 @@ def _build_game(rng, task_type, house):
             "(receptacleatlocation ?r ?l) (atlocation agent1 ?l)")
     facts = _parse_facts(init) | {"cancontain": {(kind, name) for name in _THINGS for kind in _hosts(name)}}
     name, walkthrough, here, opened = _player_names(facts), [], None, set()
-    for it, source in zip([name[f"{thing}_bar_{i:02d}_{at[:k].count(i)}"] for k, i in enumerate(at)], at):
+    for k, source in enumerate(at):
+        it = name[f"{thing}_bar_{source:02d}_{at[:k].count(source)}"]
         acts = [(source, f"take {it} from {{}}"), (goal, "use desklamp 1" if look else f"move {it} to {{}}")]
         if tool:
             acts.insert(1, (kinds.index(tool), f"{treatment} {it} with {{}}"))
@@ -943,8 +948,8 @@ class AlfworldSession:
         before = f"You are now at step {count + 1} and y" if count else "Y"
         if past:
             turns = "\n".join(f"[Observation {i}: '{text}', Action {i}: '{action}']" for i, text, action in past)
-            before = (f"Before this step you have already taken {count} step(s). The most recent {len(past)} observations "
-                      f"and the actions you took on them:\n{turns}\n{before}")
+            before = (f"Before this step you have already taken {count} step(s). The most recent {len(past)} "
+                      f"observations and the actions you took on them:\n{turns}\n{before}")
         named = not count and seen == self.observation  # the opening text itself names the task
         return _ALFWORLD_PROMPT.format(
             task="" if named else f"Your task is to: {self.task}\n", before=before, o=seen,
@@ -1007,8 +1012,9 @@ class Alfworld:
         if self.builtin and (data or os.environ.get("ALFWORLD_DATA")):
             raise UserError(f"no game.tw-pddl in {path}; it lacks json_2.1.1/train: python envs.py download alfworld")
         sizes = ", ".join(f"{split} {size}" for split, size in _BUILT_IN_SIZES.items())
-        self.source = (f"built-in games (seed {seed}): {house} receptacles, {sizes}; for the real benchmark: "
-                       "python envs.py download alfworld" if self.builtin else f"ALFWorld in {path}: {self._files.counts()}")
+        self.source = f"ALFWorld in {path}: {self._files.counts()}" if not self.builtin else (
+            f"built-in games (seed {seed}): {house} receptacles, {sizes}; for the real benchmark: "
+            "python envs.py download alfworld")
 
     def tasks(self, split):
         """Sorted ids "split/task folder/trial folder" (built-in: "split/task type/number") of the solvable games."""
@@ -1065,13 +1071,13 @@ class GameFiles:
             except (zipfile.BadZipFile, OSError) as error:
                 raise UserError(f"cannot read {self.path} as a zip archive ({error}); download it again") from None
             files = [name for name in self._zip.namelist() if name.endswith("/game.tw-pddl")]
-        ids = {"/".join(Path(file).parts[-4:-1]): file for file in files}
-        self.files = {x: ids[x] for x in sorted(ids) if x.split("/")[0] in Alfworld.splits
-                      and not re.search("movable|Sliced", x)}  # as the original leaves out
+        found = sorted(("/".join(Path(file).parts[-4:-1]), file) for file in files)
+        self.files = {task_id: file for task_id, file in found if task_id.split("/")[0] in Alfworld.splits
+                      and not re.search("movable|Sliced", task_id)}  # the original leaves these out
 
     def counts(self):
         """The splits with their numbers of games, as text."""
-        return ", ".join(f"{split} {n}" for split, n in Counter(x.split("/")[0] for x in self.files).items())
+        return ", ".join(f"{split} {n}" for split, n in Counter(name.split("/")[0] for name in self.files).items())
 
     def read(self, task_id):
         """The text of a game file. Raises UserError naming it."""
@@ -1085,8 +1091,8 @@ class GameFiles:
 
     def solvable(self, split, kinds):
         """Sorted ids of a split's games of these task types, without those that the release marks as unsolvable."""
-        ids = [x for x in self.files if x.startswith(split + "/") and any(kind in x for kind in kinds)]
-        return [x for x in ids if not re.search(r'"solvable":\s*false', self.read(x)[-10_000:])]
+        ids = [name for name in self.files if name.startswith(split + "/") and any(kind in name for kind in kinds)]
+        return [name for name in ids if not re.search(r'"solvable":\s*false', self.read(name)[-10_000:])]
 
 
 def download_alfworld(folder, url=ALFWORLD_URL):
