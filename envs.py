@@ -526,7 +526,8 @@ def _read_game(source, where):
         grammar, problem = data["grammar"], data["pddl_problem"].lower()
         actions = set(re.findall(r"\(:action\s+(\w+)", re.sub(";.*", "", data["pddl_domain"])))
         if actions - {"help"} != _ALFRED_ACTIONS:
-            raise ValueError("its pddl_domain is not ALFRED's: " + ", ".join(sorted((actions ^ _ALFRED_ACTIONS) - {"help"})))
+            odd = sorted((actions ^ _ALFRED_ACTIONS) - {"help"})
+            raise ValueError(f"its pddl_domain is not ALFRED's: {', '.join(odd)}")
         moves = "move {o} to {r}" in grammar  # games from before November 2024 say "put X in/on Y"
         if not moves and "put {o} in/on {r}" not in grammar:
             raise ValueError('its grammar has neither "move X to Y" nor "put X in/on Y"')
@@ -987,11 +988,9 @@ class AlfworldSession:
 
 
 class Alfworld:
-    """ALFWorld's games, or games built from `seed` where there are none.
-
-    data: folder or zip of the release; skills: a public skill directory; task_types: those to keep, as "Pick,Heat";
-    house: receptacles of a built-in game, 4 to 12; detours: see expert_script. Raises UserError for bad values.
-    """
+    """ALFWorld's games, or games built from `seed` where there are none. data: folder or zip of the release; skills: a
+    public skill directory; task_types: those to keep, as "Pick,Heat"; house: receptacles of a built-in game, 4 to 12;
+    detours: see expert_script. Raises UserError for bad values."""
     name, stop, splits = "alfworld", ("</action>",), ("train", "valid_seen", "valid_unseen")
 
     def __init__(self, data=None, seed=233, skills=None, house=6, task_types="", detours=0):
@@ -1002,7 +1001,7 @@ class Alfworld:
             if value not in range(least, most + 1):
                 raise UserError(f"{option}={value} must be a whole number from {least} to {most}")
         known = {alias: kind for kind, (group, _) in ALFWORLD_TYPES.items() for alias in (kind, group.lower())}
-        wanted = task_types.lower().replace(" ", "").split(",") if task_types else list(known)
+        wanted = str(task_types).lower().replace(" ", "").split(",") if task_types else list(known)
         if not set(wanted) <= set(known):
             raise UserError(f"task_types={task_types}: choose from {', '.join(ALFWORLD_TYPES)}, separated by commas")
         self.task_types = sorted({known[name] for name in wanted})
