@@ -56,29 +56,28 @@ class UserError(Exception):
 
 
 def open_env(name, data=None, seed=233, skills=None, **options):
-    """The environment called `name` ("alfworld", "webshop" or "search"); `options` go to its class. Raises UserError."""
-    classes = {"alfworld": "Alfworld", "webshop": "WebShopEnv", "search": "SearchQA"}
+    """The environment called `name` (alfworld, webshop or search); `options` go to its class. Raises UserError."""
+    classes = {"alfworld": Alfworld, "webshop": WebShopEnv, "search": SearchQA}
     if name not in classes:
         raise UserError(f"unknown environment {name!r}; choose one of {', '.join(classes)}")
-    cls = globals()[classes[name]]
-    known = [p for p in inspect.signature(cls).parameters if p not in ("data", "seed", "skills")]
+    known = sorted(set(inspect.signature(classes[name]).parameters) - {"data", "seed", "skills"})
     if unknown := sorted(set(options) - set(known)):
         raise UserError(f"{name} has no option {unknown[0]!r}; it takes {', '.join(known)}")
-    return cls(data=data, seed=seed, skills=skills, **options)
+    return classes[name](data=data, seed=seed, skills=skills, **options)
 
 
 def find_data(name, data=None):
     """Path of a benchmark's data: `data` if given, else $<NAME>_DATA, else ~/.cache/<name>; None if there is none.
     Raises UserError for a path the user named that does not exist."""
     variable = name.upper() + "_DATA"
-    for source, value in (("--data", data), ("$" + variable, os.environ.get(variable))):
-        if value:
-            path = Path(os.path.expandvars(os.path.expanduser(str(value))))
-            if not path.exists():
-                raise UserError(f"{source} names {path}, which does not exist; mend the path or leave it out")
-            return path
-    path = Path.home() / ".cache" / name
-    return path if path.exists() else None
+    if not (named := data or os.environ.get(variable)):
+        cache = Path.home() / ".cache" / name
+        return cache if cache.exists() else None
+    path = Path(os.path.expandvars(os.path.expanduser(str(named))))
+    if not path.exists():
+        source = "--data" if data else "$" + variable
+        raise UserError(f"{source} names {path}, which does not exist; mend the path or leave it out")
+    return path
 
 
 def panel_hash(ids):
@@ -91,66 +90,56 @@ def shorten_middle(text, room):
     if room is None or len(text) <= room:
         return text
     keep = max(room - 5, 0)
-    head = (keep + 1) // 2
-    return (text[:head] + " ... " + (text[len(text) - (keep - head):] if keep > head else ""))[:max(room, 0)]
+    return (text[:(keep + 1) // 2] + " ... " + text[len(text) - keep // 2:])[:max(room, 0)]
 
 
 def one_line(text, limit=200):
-    """A model's text made fit to be quoted in a prompt: one line, no control or unencodable characters, cut at `limit`."""
+    """A model's text made fit to be quoted: one line, no control or unencodable characters, cut at `limit`."""
     text = text[:4 * limit].encode("utf-8", "replace").decode()
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:limit]
 
 
 # ---- skills in the form of the public skill directories ----
 
-def _skill_item(item):
-    """One entry of claude_style_skills.json as a line of text."""
-    if isinstance(item, str):
-        return item
-    parts = (item.get("title"), item.get("principle") or item.get("description"), item.get("when_to_apply"),
-             item.get("how_to_avoid"))
-    labels = ("{}:", "{}", "When: {}", "Instead: {}")
-    return " ".join(label.format(str(part).strip()) for label, part in zip(labels, parts) if part)
+def _read_cards(text):
+    """{"general", "mistakes" and every category: text} of a claude_style_skills.json."""
+    def line(card):
+        fields = (("{}:", card.get("title")), ("{}", card.get("principle") or card.get("description")),
+                  ("When: {}", card.get("when_to_apply")), ("Instead: {}", card.get("how_to_avoid")))
+        return "- " + " ".join(wording.format(str(field).strip()) for wording, field in fields if field)
+
+    data = json.loads(text)
+    cards = {"general": data.get("general_skills", []), "mistakes": data.get("common_mistakes", []),
+             **data.get("task_specific_skills", {}), **data.get("query_type_skills", {})}
+    return {name: "\n".join(map(line, items)) for name, items in cards.items()}
 
 
 def read_skills(folder, categories, aliases=None):
-    """Reads a public skill directory: skill_mapping.json with its .md files, or claude_style_skills*.json.
-
-    `categories` are the names wanted, `aliases` maps a category to further names it may have there. Returns a dict with
-    the keys "general", "mistakes" and every category (texts; "mistakes" may be empty). Raises UserError if a file is
-    missing or broken, or if a category has no text of its own (general skills alone are no library).
-    """
-    folder = Path(os.path.expanduser(str(folder)))
-    mapping_file, cards = folder / "skill_mapping.json", sorted(folder.glob("claude_style_skills*.json"))
-    if not mapping_file.is_file() and not cards:
+    """{"general", "mistakes" and each of the `categories`: text} from a public skill directory: skill_mapping.json with
+    its .md files, or claude_style_skills*.json. `aliases`: category -> further names it may have there. UserError if a
+    file is missing or broken, or a category has no text of its own (general skills alone are no library)."""
+    folder, found = Path(os.path.expanduser(str(folder))), {}
+    mapping_file, card_files = folder / "skill_mapping.json", sorted(folder.glob("claude_style_skills*.json"))
+    if not mapping_file.is_file() and not card_files:
         raise UserError(f"no skills in {folder}: neither skill_mapping.json nor claude_style_skills.json is there")
-    file, found = mapping_file, {"general": "", "mistakes": ""}
     try:
-        if cards:
-            file = cards[0]
-            card = json.loads(file.read_text(encoding="utf-8"))
-            special = {**card.get("task_specific_skills", {}), **card.get("query_type_skills", {})}
-            for name, items in {"general": card.get("general_skills", []), "mistakes": card.get("common_mistakes", []),
-                                **special}.items():
-                found[name] = "\n".join("- " + _skill_item(item) for item in items)
-        if mapping_file.is_file():  # the .md files go before the cards; the cards still give the common mistakes
-            file = mapping_file
+        for file in card_files[:1]:
+            found = _read_cards(file.read_text(encoding="utf-8"))
+        if mapping_file.is_file():  # the .md files go before the cards, which still give the common mistakes
+            file, texts = mapping_file, {}
             mapping = json.loads(file.read_text(encoding="utf-8"))
-            texts = {}
             for name, filename in mapping["skill_files"].items():
                 file = folder / filename
-                texts[name] = file.read_text(encoding="utf-8").strip()
-            found["general"] = texts.pop("general_skills", "") or found["general"]
-            found.update(texts)
-            found.update({task: texts[name] for task, name in mapping.get("task_to_skill", {}).items() if name in texts})
+                texts["general" if name == "general_skills" else name] = file.read_text(encoding="utf-8").strip()
+            tasks = mapping.get("task_to_skill", {}).items()
+            found.update(texts, **{task: texts[name] for task, name in tasks if name in texts})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"cannot read skills from {file}: {error!r}") from None
-    library = {"general": found["general"], "mistakes": found["mistakes"]}
+        raise UserError(f"cannot read skills from {file} ({type(error).__name__}: {error})") from None
+    library = {"general": found.get("general", ""), "mistakes": found.get("mistakes", "")}
     for category in categories:
         names = (category, *(aliases or {}).get(category, ()))
         library[category] = next((found[name] for name in names if found.get(name)), "")
-    missing = [category for category in categories if not library[category]]
-    if missing:
+    if missing := [category for category in categories if not library[category]]:
         only = "only general skills" if len(missing) == len(categories) else "no skills for " + ", ".join(missing)
         raise UserError(f"{folder} holds {only}; it needs a text for each of {', '.join(categories)}")
     return library
@@ -160,10 +149,10 @@ def skill_text(library, category=None, brief=False):
     """The text of a category: general skills, its own, common mistakes; brief: its own alone; without a category the
     whole library. Raises UserError for an unknown category."""
     categories = [name for name in library if name not in ("general", "mistakes")]
-    if category is not None and category not in categories:
+    if category not in (None, *categories):
         raise UserError(f"no skill {category!r}; there are {', '.join(categories)}")
-    names = ["general", *(categories if category is None else [category]), "mistakes"]
-    return "\n".join(library[name] for name in ([category] if brief else names) if library[name])
+    chosen = categories if category is None else [category]
+    return "\n".join(library[name] for name in (chosen if brief else ["general", *chosen, "mistakes"]) if library[name])
 
 
 # ---- downloads ----
@@ -175,60 +164,42 @@ def download(url, path, sha256=None, size=None, tries=5):
     path = Path(path)
     part = path.with_name(path.name + ".part")
     path.parent.mkdir(parents=True, exist_ok=True)
-    total, trouble = size, ""
     for attempt in range(tries):
-        have = part.stat().st_size if part.exists() else 0
-        if total is not None and have == total and have:
-            break
-        request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
         try:
-            with urllib.request.urlopen(request, timeout=60) as reply:
-                resumed = reply.status == 206
-                length = reply.headers.get("Content-Length")
-                total = (have if resumed else 0) + int(length) if length else size
-                bar = tqdm(desc=path.name, total=total, initial=have if resumed else 0, unit="B", unit_scale=True)
-                with bar, open(part, "ab" if resumed else "wb") as file:
-                    for block in iter(lambda: reply.read(1 << 16), b""):
-                        file.write(block)
-                        bar.update(len(block))
-            trouble = "the connection closed early"
-            if total is None or part.stat().st_size == total:
+            total, have = _transfer(url, part)
+            if have and total in (None, have):
                 break
+            trouble = f"got {have} of {total} bytes: the connection closed early"
         except urllib.error.HTTPError as error:
             if error.code != 416:
                 raise UserError(f"{url} answers {error.code} {error.reason}; check the address or try later") from None
-            part.unlink()  # what is there is longer than the file on the server: begin again
+            part.unlink()  # the file on the server is not longer than what was here: begin again
+            trouble = str(error)
         except (OSError, http.client.HTTPException) as error:
             trouble = str(error) or type(error).__name__
             time.sleep(min(0.2 * 2 ** attempt, 5))
-    have = part.stat().st_size if part.exists() else 0
-    if not have or (total is not None and have != total):
-        raise UserError(f"{url}: got {have} of {total or '?'} bytes ({trouble}); run the same command again to resume")
-    if (size and have != size) or (sha256 and _sha256(part) != sha256):
+    else:
+        raise UserError(f"{url}: {trouble}; run the same command again to resume")
+    if size not in (None, have) or sha256 not in (None, hashlib.sha256(part.read_bytes()).hexdigest()):
         part.unlink()
         raise UserError(f"{url} is not the expected file (size or sha256 differ); it was removed, download it again")
     part.replace(path)
     return path
 
 
-def _sha256(path):
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        for block in iter(lambda: file.read(1 << 20), b""):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def check_zip(path):
-    """Raises UserError (and removes the file) unless `path` is a whole zip archive with sound checksums."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            broken = archive.testzip()
-    except (zipfile.BadZipFile, OSError, EOFError) as error:
-        broken = str(error)
-    if broken:
-        Path(path).unlink()
-        raise UserError(f"{path} is damaged ({broken}); it was removed, download it again")
+def _transfer(url, part):
+    """Appends to the file `part` what is missing of `url`. Returns (full length in bytes or None, bytes there now)."""
+    have = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    with urllib.request.urlopen(request, timeout=60) as reply:
+        have = have if reply.status == 206 else 0  # else the server sends the whole file
+        length = reply.headers.get("Content-Length")
+        total = have + int(length) if length else None
+        bar = tqdm(desc=part.stem, total=total, initial=have, unit="B", unit_scale=True)
+        with bar, open(part, "ab" if have else "wb") as file:
+            for block in iter(lambda: reply.read(1 << 16), b""):
+                bar.update(file.write(block))
+    return total, part.stat().st_size
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -475,10 +446,11 @@ ALFWORLD_TYPES = {  # task type, as in a game's path: (column of the paper's tab
 
 _ALFRED_ACTIONS = set("look inventory examineReceptacle examineObject GotoLocation OpenObject CloseObject PickupObject "
                       "PutObject CleanObject HeatObject CoolObject ToggleObject SliceObject".split())
-_TREATMENTS = {"clean": ("cleanable", "isclean", "isdirty"), "heat": ("heatable", "ishot", "iscool"),
-               "cool": ("coolable", "iscool", "ishot")}  # verb: (precondition, effect, effect it undoes)
+_TREATMENTS = {  # verb: (effect, effect it undoes, receptacles it needs); the object must be cleanable and so on
+    "clean": ("isclean", "isdirty", ("sink", "sinkbasin")), "heat": ("ishot", "iscool", ("microwave",)),
+    "cool": ("iscool", "ishot", ("fridge",))}
 _CHANGING = ("atlocation objectatlocation inreceptacle not_inreceptacle holds opened isclean isdirty ishot iscool "
-             "istoggled issliced").split()
+             "istoggled issliced").split()  # predicates that an action adds or deletes
 _HELP = """Available commands:
   look:                             look around your current location
   inventory:                        check your current inventory
@@ -496,100 +468,83 @@ _HELP = """Available commands:
 """
 
 
-@functools.lru_cache(maxsize=8)
-def _read_domain(domain):
-    """(has a help action, {verb: types of receptacle it needs}) of a pddl_domain. UserError unless it is ALFRED's."""
-    blocks = {block.split(None, 1)[0]: block for block in re.sub(r";.*", "", domain).split("(:action")[1:]}
-    if set(blocks) - {"help"} != _ALFRED_ACTIONS:
-        raise UserError("its pddl_domain is not ALFRED's: " + ", ".join(sorted(set(blocks) ^ _ALFRED_ACTIONS)))
-    return "help" in blocks, {verb: {kind.lower() for kind in re.findall(r"receptacleType \?r (\w+)", blocks[
-        verb.title() + "Object"])} for verb in _TREATMENTS}
+def _parse_facts(text):
+    """{predicate: set of argument tuples} of the facts in a PDDL text."""
+    facts = {}
+    for predicate, arguments in re.findall(r"\((?!distance)([\w-]+)([^()]*)\)", text):  # distances are costs
+        facts.setdefault(predicate, set()).add(tuple(arguments.split()))
+    return facts
 
 
 def _parse_goal(text):
     """The PDDL condition after "(:goal" as nested tuples."""
-    stack = [[]]
-    for token in re.findall(r"[()]|[^\s()]+", text[text.index("(:goal") + len("(:goal"):]):
-        if token == "(":
-            stack.append([])
-        elif token != ")":
-            stack[-1].append(token)
-        elif len(stack) == 2:
-            return tuple(stack[1])
-        else:
-            stack[-2].append(tuple(stack.pop()))
-    raise ValueError("the goal is not closed")
+    def condition():  # from after its opening to its closing bracket
+        return tuple(condition() if token == "(" else token for token in iter(lambda: next(tokens), ")"))
+
+    text = text[text.index("(:goal"):]
+    if odd := re.search(r"\((or|forall|imply|when)\b", text):
+        raise ValueError(f"its goal uses {odd[1]}, which ALFWorld's do not")
+    tokens = iter(re.findall(r"[()]|[^\s()]+", text))
+    return condition()[0][1]
 
 
-def _goal_atoms(goal):
+def _conjuncts(goal):
     """All that must hold together for `goal`, through nested conjunctions and existential quantifiers."""
     if goal[0] == "and":
-        return [atom for part in goal[1:] for atom in _goal_atoms(part)]
-    return _goal_atoms(goal[2]) if goal[0] == "exists" else [goal]
+        return [atom for part in goal[1:] for atom in _conjuncts(part)]
+    return _conjuncts(goal[2]) if goal[0] == "exists" else [goal]
 
 
-def _true(goal, facts, objects, bound):
-    """Whether a PDDL condition holds. facts: predicate -> set of argument tuples; objects: type -> names; bound:
-    variable -> name. A variable runs over the arguments of facts that its atoms allow: exact, and quick."""
+def _holds(goal, facts, bound):
+    """Whether a PDDL condition holds. facts: predicate -> set of argument tuples; bound: variable -> value.
+    A variable takes the values that all its atoms allow: exact, as in ALFWorld's goals each has an atom, and quick."""
     operator, *parts = goal
-    if operator in ("and", "or"):
-        return (all if operator == "and" else any)(_true(part, facts, objects, bound) for part in parts)
+    if operator == "and":
+        return all(_holds(part, facts, bound) for part in parts)
     if operator == "not":
-        return not _true(parts[0], facts, objects, bound)
-    if operator == "forall":
-        return not _true(("exists", parts[0], ("not", parts[1])), facts, objects, bound)
+        return not _holds(parts[0], facts, bound)
     if operator == "=":
         return bound.get(parts[0], parts[0]) == bound.get(parts[1], parts[1])
     if operator != "exists":
         return tuple([bound.get(name, name) for name in parts]) in facts.get(operator, ())
-    if not parts[0]:
-        return _true(parts[1], facts, objects, bound)
-    variable, *rest = parts[0]
-    candidates = set(objects.get(rest[rest.index("-") + 1] if "-" in rest else "object", ()))
-    rest = rest[2:] if rest[:1] == ["-"] else rest
-    for predicate, *names in _goal_atoms(parts[1]):
-        if candidates and variable in names and predicate not in ("not", "or", "forall", "="):
-            at, known = names.index(variable), [(i, bound.get(name, name)) for i, name in enumerate(names)]
-            known = [(i, name) for i, name in known if name[0] != "?"]
-            fits = [fact for fact in facts.get(predicate, ()) if fact[at] in candidates]
-            candidates &= {fact[at] for fact in fits if all(fact[i] == name for i, name in known)}
-    return any(_true(("exists", rest, parts[1]), facts, objects, {**bound, variable: name}) for name in candidates)
+    variable, *others = [name for name in parts[0] if name[0] == "?"]  # types are redundant: so are the facts typed
+    values = None
+    for predicate, *names in _conjuncts(parts[1]):
+        if variable in names and predicate != "=":
+            at = names.index(variable)
+            known = [(i, bound.get(name, name)) for i, name in enumerate(names) if name in bound or name[0] != "?"]
+            fits = [fact for fact in facts.get(predicate, ()) if values is None or fact[at] in values]
+            values = {fact[at] for fact in fits if all([fact[i] == name for i, name in known])}
+    rest = ("exists", others, parts[1]) if others else parts[1]
+    return any(_holds(rest, facts, {**bound, variable: value}) for value in values or ())
 
 
-def _in_grammar(command, moves):
-    """A walkthrough's command in the wording of the game's own grammar (one release mixed the two)."""
-    found = re.fullmatch(r"put (.+) in/on (.+)" if moves else r"move (.+) to (.+)", command)
-    return ("move {} to {}" if moves else "put {} in/on {}").format(*found.groups()) if found else command
-
-
-def _read_game(text, where):
-    """The parts of a game.tw-pddl that AlfworldGame needs. Raises UserError naming the file `where`."""
+def _read_game(source, where):
+    """The parts that AlfworldGame needs of a game.tw-pddl, a Path or its text. Raises UserError naming it `where`."""
     try:
-        data = json.loads(text)
+        data = json.loads(source.read_text(encoding="utf-8") if isinstance(source, Path) else source)
         grammar, problem = data["grammar"], data["pddl_problem"].lower()
-        has_help, tools = _read_domain(data["pddl_domain"])
-        head, init = problem[:problem.index("(:goal")].split("(:init", 1)
-        facts, objects = {}, {}
-        for predicate, arguments in re.findall(r"\(([\w-]+)([^()]*)\)", init):
-            if predicate != "distance":  # a cost, no fact
-                facts.setdefault(predicate, set()).add(tuple(arguments.split()))
-        for name, kind in re.findall(r"([\w-]+)\s+-\s+([\w-]+)", head):
-            objects.setdefault(kind, []).append(name)
+        actions = set(re.findall(r"\(:action\s+(\w+)", re.sub(";.*", "", data["pddl_domain"])))
+        if actions - {"help"} != _ALFRED_ACTIONS:
+            odd = sorted((actions ^ _ALFRED_ACTIONS) - {"help"})
+            raise ValueError(f"its pddl_domain is not ALFRED's: {', '.join(odd)}")
         moves = "move {o} to {r}" in grammar  # games from before November 2024 say "put X in/on Y"
         if not moves and "put {o} in/on {r}" not in grammar:
-            raise UserError('its grammar has neither "move X to Y" nor "put X in/on Y"')
-        return dict(facts=facts, objects=objects, goal=_parse_goal(problem), help=has_help, tools=tools, moves=moves,
-                    task=re.search(r'Your task is to: (.*?)"', grammar)[1].strip(),
-                    arrives_at_name="You arrive at {r.name}" in grammar,
-                    walkthrough=[_in_grammar(command, moves) for command in data.get("walkthrough") or ()])
-    except UserError as error:
-        raise UserError(f"{where} cannot be played: {error}") from None
-    except (ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
-        raise UserError(f"{where} is not a readable game.tw-pddl ({error!r}); fetch it again") from None
+            raise ValueError('its grammar has neither "move X to Y" nor "put X in/on Y"')
+        put, other = ("move {} to {}", "put (.+) in/on (.+)") if moves else ("put {} in/on {}", "move (.+) to (.+)")
+        walkthrough = [re.sub(other, put.format(r"\1", r"\2"), command)  # one release mixes the two wordings
+                       for command in data.get("walkthrough") or ()]
+        facts = _parse_facts(problem[problem.index("(:init"):problem.index("(:goal")])
+        if missing := {"atlocation", "objecttype", "receptacletype", "receptacleatlocation"} - set(facts):
+            raise ValueError("its pddl_problem lacks " + ", ".join(sorted(missing)))
+        return dict(facts=facts, goal=_parse_goal(problem), help="help" in actions, put=put, walkthrough=walkthrough,
+                    arrives_at_name="You arrive at {r.name}" in grammar,  # older games: "You arrive at loc 7"
+                    task=re.search(r'Your task is to: (.*?)"', grammar)[1].strip())
+    except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
+        raise UserError(f"cannot play {where} ({type(error).__name__}: {error}); is it a whole game.tw-pddl?") from None
 
 
 # ---- the engine ----
-
 
 def _series(names):
     """A list as the original prints it: "a mug 1, and a pen 2", or "nothing"."""
@@ -610,50 +565,41 @@ def _player_names(facts):
 class AlfworldGame:
     """One game of ALFWorld, played to the letter as the original does (alfworld 0.4.2 on textworld 1.7.0).
 
-    source: path of a game.tw-pddl, its JSON text, or its parts (see _read_game); where: the path that names the task
-    type if `source` is none. Has task, task_type, walkthrough; after reset() admissible_commands (sorted), won, held
-    (name of the object in hand or None). A copy.copy() plays on its own after reset(). UserError for unplayable files.
+    source: path of a game.tw-pddl, its JSON text, or its parts (_read_game); where: what messages call it. Has task,
+    task_type, walkthrough; after reset() admissible_commands (sorted), won, held (name of the object in hand or None).
+    A copy.copy() plays on its own after reset(). Raises UserError for an unplayable file.
     """
 
-    def __init__(self, source, where=""):
+    def __init__(self, source, where=None):
         if isinstance(source, (str, os.PathLike)):
-            text = str(source)
-            if not text.lstrip().startswith("{"):
-                where = where or text
-                try:
-                    text = Path(text).read_text(encoding="utf-8")
-                except (OSError, ValueError) as error:
-                    raise UserError(f"cannot read the game {where}: {error}") from None
-            source = _read_game(text, where or "the game")
-        self._game, static, self.task, self.walkthrough = source, source["facts"], source["task"], source["walkthrough"]
-        predicates = {atom[0] for atom in _goal_atoms(source["goal"])}
-        folders, kinds = "/".join(Path(where).parts[-3:]), ALFWORLD_TYPES.items()
-        self.task_type = next((kind for kind, _ in kinds if kind in folders), None) or next(
-            kind for kind, (_, sign) in kinds if sign in predicates or sign == "inreceptacle")
-        self._name, self._place, self._near, self._kinds = _player_names(static), {}, {}, {}
-        for receptacle, place in sorted(static.get("receptacleatlocation", ())):
-            self._place[receptacle] = place
+            is_text = str(source).lstrip().startswith("{")
+            source = _read_game(source if is_text else Path(source), where or ("the game" if is_text else source))
+        self._game, facts, self.task, self.walkthrough = source, source["facts"], source["task"], source["walkthrough"]
+        predicates = {atom[0] for atom in _conjuncts(source["goal"])} | {"inreceptacle"}
+        self.task_type = next(kind for kind, (_, sign) in ALFWORLD_TYPES.items() if sign in predicates)
+        self._name, self._kind = _player_names(facts), dict(facts["objecttype"] | facts["receptacletype"])
+        self._place, self._near, self._routes = dict(sorted(facts["receptacleatlocation"])), {}, []
+        for receptacle, place in self._place.items():
             self._near.setdefault(place, []).append(receptacle)
-        for thing, kind in static.get("objecttype", set()) | static.get("receptacletype", set()):
-            self._kinds.setdefault(thing, set()).add(kind)
-        self._options, self._commands, self.won, self.held = {}, [], False, None
+            there = self._name[receptacle if source["arrives_at_name"] else place]
+            self._routes.append(("go to " + self._name[receptacle], f"You arrive at {there}. ", receptacle, place))
 
     def reset(self):
         """Starts the game anew; returns the opening text."""
         self._facts = {**self._game["facts"], **{name: set(self._game["facts"].get(name, ())) for name in _CHANGING}}
         self._refresh()
-        return f"-= Welcome to TextWorld, ALFRED! =-\n\n{self._look(list(self._place))}\n\nYour task is to: {self.task}"
+        return f"-= Welcome to TextWorld, ALFRED! =-\n\n{self._look(self._place)}\n\nYour task is to: {self.task}"
 
     def step(self, command):
         """Plays a command; returns what the player reads: "Nothing happens." unless it is admissible to the letter."""
-        text, subject, adds, deletes = self._options.get(command.strip(), ("Nothing happens.", None, (), ()))
+        text, shown, adds, deletes = self._options.get(command.strip(), ("Nothing happens.", None, (), ()))
         for predicate, *arguments in deletes:
             self._facts[predicate].discard(tuple(arguments))
         for predicate, *arguments in adds:
             self._facts[predicate].add(tuple(arguments))
         if adds or deletes:
             self._refresh()
-        return text + (self._look() if subject == "look" else self._describe(subject) if subject else "")
+        return text + (self._look() if shown == "look" else self._describe(shown) if shown else "")
 
     @property
     def admissible_commands(self):
@@ -663,70 +609,71 @@ class AlfworldGame:
 
     def beside(self, name):
         """Names of all receptacles where the one called `name` stands (one "go to" reaches them all)."""
-        place = next((self._place[receptacle] for receptacle in self._place if self._name[receptacle] == name), None)
+        place = next((place for receptacle, place in self._place.items() if self._name[receptacle] == name), None)
         return [self._name[receptacle] for receptacle in self._near.get(place, ())]
 
     def fits(self, thing, receptacle):
         """Whether objects of that id's type may be put into the receptacle (id)."""
-        kinds, allowed = self._kinds, self._game["facts"].get("cancontain", ())
-        return any((kind, what) in allowed for kind in kinds.get(receptacle, ()) for what in kinds.get(thing, ()))
+        return (self._kind.get(receptacle), self._kind.get(thing)) in self._game["facts"].get("cancontain", ())
 
     def _is(self, predicate, thing):
         return (thing,) in self._facts.get(predicate, ())
 
     def _refresh(self):
-        self._agent, self._here = next(iter(self._facts["atlocation"]))
+        """After a change: judges the goal and lists what can be done now."""
+        (self._agent, self._here), = self._facts["atlocation"]
         hand = next((thing for _, thing in self._facts["holds"]), None)
         self._options, self._commands, self.held = {}, None, self._name.get(hand)
-        self._offer_actions(self._name, hand, self._here, self._agent)
-        self.won = _true(self._game["goal"], self._facts, self._game["objects"], {})
-
-    def _offer(self, command, text, describe=None, add=(), delete=()):
-        self._options[command] = (text, describe, add, delete)
-
-    def _offer_actions(self, name, hand, here, agent):
-        """Offers all actions that are possible: command, text, id to describe then, facts to add, facts to delete."""
-        self._offer("look", "", "look")
-        self._offer("inventory", f"You are carrying: a {name[hand]}." if hand else "You are not carrying anything.")
+        self._offer("look", "", shown="look")
+        self._offer("inventory", "You are carrying: a {}." if hand else "You are not carrying anything.", hand)
         if self._game["help"]:
             self._offer("help", _HELP)
-        for spot, place in self._place.items():
-            if place != here:
-                there = name[spot if self._game["arrives_at_name"] else place]  # older games say "loc 7"
-                self._offer("go to " + name[spot], f"You arrive at {there}. ", spot,
-                            [("atlocation", agent, place)], [("atlocation", agent, here)])
-        put, done = ("move {} to {}", "You move the {} to the {}.") if self._game["moves"] else \
-            ("put {} in/on {}", "You put the {} in/on the {}.")
-        for spot in self._near.get(here, ()):
-            at, lid, shut = name[spot], self._is("openable", spot), False
-            self._offer("examine " + at, "", spot)
-            if lid and self._is("opened", spot):
-                self._offer("close " + at, f"You close the {at}.", None, (), [("opened", spot)])
-            elif lid:
-                shut = True
-                self._offer("open " + at, f"You open the {at}. ", spot, [("opened", spot)])
-            for thing in [thing for thing, where in self._facts["inreceptacle"] if where == spot]:
-                if self._is("toggleable", thing):  # isToggled is never taken back, so it always "turns on"
-                    self._offer("use " + name[thing], f"You turn on the {name[thing]}.", None, [("istoggled", thing)])
-                if hand is None and not shut and self._is("pickupable", thing):
-                    self._offer(f"take {name[thing]} from {at}", f"You pick up the {name[thing]} from the {at}.", None,
-                                [("holds", agent, thing), ("not_inreceptacle", thing, spot)],
-                                [("inreceptacle", thing, spot), ("objectatlocation", thing, here)])
-            if hand and not shut and self.fits(hand, spot):
-                self._offer(put.format(name[hand], at), done.format(name[hand], at), None,
-                            [("inreceptacle", hand, spot), ("objectatlocation", hand, here)],
-                            [("holds", agent, hand), ("not_inreceptacle", hand, spot)])
-            for verb, (able, effect, undone) in _TREATMENTS.items():
-                if hand and self._is(able, hand) and self._kinds.get(spot, set()) & self._game["tools"][verb]:
-                    self._offer(f"{verb} {name[hand]} with {at}", f"You {verb} the {name[hand]} using the {at}.", None,
-                                [(effect, hand)], [(undone, hand)])
+        leave = [("atlocation", self._agent, self._here)]
+        for command, text, spot, place in self._routes:
+            if place != self._here:
+                self._options[command] = text, spot, [("atlocation", self._agent, place)], leave
+        for spot in self._near.get(self._here, ()):
+            self._offer_at(spot, hand)
         if hand:
-            self._offer("examine " + name[hand], "", hand)
-            knife = self._kinds.get(hand, set()) & {"knifetype", "butterknifetype"}
-            for thing in [thing for thing, place in self._facts["objectatlocation"] if knife and place == here]:
-                if self._is("sliceable", thing):
-                    self._offer(f"slice {name[thing]} with {name[hand]}",
-                                f"You sliced the {name[thing]} with the {name[hand]}.", None, [("issliced", thing)])
+            self._offer("examine {}", "", hand, shown=hand)
+        if self._kind.get(hand) in ("knifetype", "butterknifetype"):
+            for thing, place in self._facts["objectatlocation"]:
+                if place == self._here and self._is("sliceable", thing):
+                    self._offer("slice {} with {}", "You sliced the {} with the {}.", thing, hand,
+                                add=[("issliced", thing)])
+        self.won = _holds(self._game["goal"], self._facts, {})
+
+    def _offer(self, command, text, *things, shown=None, add=(), delete=()):
+        """Makes a command admissible. text: what it answers, then the description of `shown` (id, or "look"); the {} of
+        both stand for the names of `things`; add, delete: facts."""
+        names = [self._name.get(thing) for thing in things]
+        self._options[command.format(*names)] = text.format(*names), shown, add, delete
+
+    def _offer_at(self, spot, hand):
+        """Offers what can be done with a receptacle within reach, with what is in it, and with what is in hand."""
+        agent, here, offer = self._agent, self._here, self._offer
+        shut = self._is("openable", spot) and not self._is("opened", spot)
+        offer("examine {}", "", spot, shown=spot)
+        if shut:
+            offer("open {}", "You open the {}. ", spot, shown=spot, add=[("opened", spot)])
+        elif self._is("openable", spot):
+            offer("close {}", "You close the {}.", spot, delete=[("opened", spot)])
+        for thing in [thing for thing, where in self._facts["inreceptacle"] if where == spot]:
+            if self._is("toggleable", thing):  # isToggled is never taken back, so it always "turns on"
+                offer("use {}", "You turn on the {}.", thing, add=[("istoggled", thing)])
+            if not hand and not shut and self._is("pickupable", thing):
+                offer("take {} from {}", "You pick up the {} from the {}.", thing, spot,
+                      add=[("holds", agent, thing), ("not_inreceptacle", thing, spot)],
+                      delete=[("inreceptacle", thing, spot), ("objectatlocation", thing, here)])
+        if hand and not shut and self.fits(hand, spot):
+            put = self._game["put"]
+            offer(put, "You " + put.replace("{}", "the {}") + ".", hand, spot,
+                  add=[("inreceptacle", hand, spot), ("objectatlocation", hand, here)],
+                  delete=[("holds", agent, hand), ("not_inreceptacle", hand, spot)])
+        for verb, (effect, undone, tools) in _TREATMENTS.items():
+            if hand and self._is(verb + "able", hand) and self._kind.get(spot, "").removesuffix("type") in tools:
+                offer(verb + " {} with {}", f"You {verb} the {{}} using the {{}}.", hand, spot,
+                      add=[(effect, hand)], delete=[(undone, hand)])
 
     def _look(self, room=()):  # room: all receptacles, which the original lists in the opening text only
         near = self._near.get(self._here)
@@ -742,11 +689,10 @@ class AlfworldGame:
         """The text of "examine" for a receptacle or an object (id)."""
         name, inner = self._name[thing], "inreceptacle" if thing in self._place else "inreceptacleobject"
         inside = _series(["a " + self._name[x] for x, outer in sorted(self._facts.get(inner, ())) if outer == thing])
-        if thing in self._place:
-            if self._is("openable", thing):
-                return f"The {name} is open. In it, you see {inside}." if self._is("opened", thing) else \
-                    f"The {name} is closed."
+        if thing in self._place and not self._is("openable", thing):
             return f"On the {name}, you see {inside}."
+        if thing in self._place:
+            return f"The {name} is " + (f"open. In it, you see {inside}." if self._is("opened", thing) else "closed.")
         if self._is("isreceptacleobject", thing):
             return f"This is a normal {name}. In it, you see {inside}."
         clean, hot, cool, cut = (self._is(state, thing) for state in ("isclean", "ishot", "iscool", "issliced"))
@@ -766,30 +712,30 @@ _ROOMS = {  # room: kinds of receptacle, repeated where several are usual
     "bedroom": "drawer drawer desk bed dresser shelf sidetable sofa safe garbagecan"}
 _OPENABLE, _NARROW = set("cabinet drawer fridge microwave safe".split()), {"microwave", "stoveburner", "toilet"}
 _THINGS = {  # object: (room, the two kinds of receptacle where it usually is, what can be done to it)
-    name: line.split() for name, line in (line.strip().split(": ") for line in """
-    apple: kitchen fridge diningtable clean heat cool; potato: kitchen fridge countertop clean heat cool
-    tomato: kitchen fridge countertop clean heat cool; egg: kitchen fridge garbagecan clean heat cool
-    bread: kitchen countertop diningtable heat cool; lettuce: kitchen fridge diningtable clean cool
-    mug: kitchen cabinet countertop clean heat cool; cup: kitchen cabinet shelf clean heat cool
-    plate: kitchen cabinet countertop clean heat cool; bowl: kitchen cabinet shelf clean cool
-    pan: kitchen stoveburner cabinet clean cool; fork: kitchen drawer diningtable clean
-    spoon: kitchen drawer sinkbasin clean; saltshaker: kitchen shelf cabinet; candle: bathroom countertop shelf
-    soapbar: bathroom sinkbasin bathtubbasin clean; cloth: bathroom bathtubbasin drawer clean
-    toiletpaper: bathroom toilet cabinet; spraybottle: bathroom cabinet toilet; alarmclock: bedroom desk sidetable
-    book: bedroom bed desk; cd: bedroom drawer shelf; cellphone: bedroom bed sidetable
-    creditcard: bedroom drawer dresser; keychain: bedroom drawer safe; laptop: bedroom desk bed
-    pen: bedroom desk drawer; pencil: bedroom desk drawer; pillow: bedroom bed sofa; vase: bedroom shelf dresser
-    remotecontrol: bedroom sofa sidetable; watch: bedroom dresser sidetable""".strip().replace("\n", ";").split(";"))}
-_TASKS = {  # task type: (treatment, where, two wordings)
-    "pick_and_place": ("", "", "put a {o} in {r}.", "put some {o} on {r}."),
-    "look_at_obj_in_light": ("", "", "look at {o} under the desklamp.", "examine the {o} with the desklamp."),
-    "pick_two_obj_and_place": ("", "", "put two {o} in {r}.", "find two {o} and put them in {r}.")} | {
-    f"pick_{verb}_then_place_in_recep":
-        (verb, tool, f"put a {state} {{o}} in {{r}}.", f"{verb} some {{o}} and put it in {{r}}.")
-    for verb, tool, state in (("clean", "sinkbasin", "clean"), ("heat", "microwave", "hot"), ("cool", "fridge", "cool"))
-}
+    name: [room, *rest] for room, things in {
+        "kitchen": """apple fridge diningtable clean heat cool, potato fridge countertop clean heat cool,
+            tomato fridge countertop clean heat cool, egg fridge garbagecan clean heat cool,
+            bread countertop diningtable heat cool, lettuce fridge diningtable clean cool,
+            mug cabinet countertop clean heat cool, cup cabinet shelf clean heat cool,
+            plate cabinet countertop clean heat cool, bowl cabinet shelf clean cool, pan stoveburner cabinet clean cool,
+            fork drawer diningtable clean, spoon drawer sinkbasin clean, saltshaker shelf cabinet""",
+        "bathroom": """candle countertop shelf, soapbar sinkbasin bathtubbasin clean, cloth bathtubbasin drawer clean,
+            toiletpaper toilet cabinet, spraybottle cabinet toilet""",
+        "bedroom": """alarmclock desk sidetable, book bed desk, cd drawer shelf, cellphone bed sidetable,
+            creditcard drawer dresser, keychain drawer safe, laptop desk bed, pen desk drawer, pencil desk drawer,
+            pillow bed sofa, vase shelf dresser, remotecontrol sofa sidetable, watch dresser sidetable"""}.items()
+    for name, *rest in map(str.split, things.split(","))}
+_TASKS = {kind: parts.split(", ") for kind, parts in {  # task type: (treatment, where, two wordings)
+    "pick_and_place": ", , put a {o} in {r}., put some {o} on {r}.",
+    "look_at_obj_in_light": ", , look at {o} under the desklamp., examine the {o} with the desklamp.",
+    "pick_two_obj_and_place": ", , put two {o} in {r}., find two {o} and put them in {r}.",
+    "pick_clean_then_place_in_recep": "clean, sinkbasin, put a clean {o} in {r}., clean some {o} and put it in {r}.",
+    "pick_heat_then_place_in_recep": "heat, microwave, put a hot {o} in {r}., heat some {o} and put it in {r}.",
+    "pick_cool_then_place_in_recep": "cool, fridge, put a cool {o} in {r}., cool some {o} and put it in {r}."}.items()}
+_BUILT_IN_SIZES = {"train": 2000, "valid_seen": 140, "valid_unseen": 134}  # the last two as in the release
 
 
+@lru_cache(maxsize=None)
 def _hosts(thing):
     """Kinds of receptacle that can hold the object."""
     room, *usual = _THINGS[thing][:3]
@@ -825,49 +771,41 @@ def _draw_house(rng, task_type, house):
 
 
 def _build_game(rng, task_type, house):
-    """A generated game: the parts that AlfworldGame takes (see _read_game), its walkthrough among them."""
+    """A generated game: the parts that AlfworldGame takes (see _read_game), and `pair`, its object and target."""
     thing, target, kinds, inside, at, goal = _draw_house(rng, task_type, house)
-    treatment, tool, *wordings = _TASKS[task_type]
-    facts = {"atlocation": {("agent1", "loc_bar_99")}, "cancontain": {(kind, x) for x in _THINGS for kind in _hosts(x)}}
-
-    def fact(predicate, *arguments):
-        facts.setdefault(predicate, set()).add(arguments)
-
-    spots = [re.sub("(.*?)(basin)?$", rf"\1_bar_{i:02d}\2", kind, count=1) for i, kind in enumerate(kinds)]
+    (treatment, tool, *wordings), look = _TASKS[task_type], task_type == "look_at_obj_in_light"
+    init = "(atlocation agent1 loc_bar_99)" + ""
+    spots = [re.sub("(basin)?$", rf"_bar_{i:02d}\1", kind, count=1) for i, kind in enumerate(kinds)]
     for i, (spot, kind) in enumerate(zip(spots, kinds)):
-        fact("receptacletype", spot, kind)
-        fact("receptacleatlocation", spot, f"loc_bar_{i:02d}")
-        fact("openable" if kind in _OPENABLE else "open", spot)
+        init += (f"(receptacletype {spot} {kind})(receptacleatlocation {spot} loc_bar_{i:02d})"
+                 f"({'openable' if kind in _OPENABLE else 'open'} {spot})")
         for n, what in enumerate(inside[i]):
-            it = f"{what}_bar_{i:02d}_{n}"
-            fact("objecttype", it, what)
-            fact("inreceptacle", it, spot)
-            fact("objectatlocation", it, f"loc_bar_{i:02d}")
-            fact("toggleable" if what == "desklamp" else "pickupable", it)
-            for verb in _THINGS.get(what, ())[3:]:
-                fact(_TREATMENTS[verb][0], it)
-    wanted = f"(objecttype ?o {thing}) (receptacletype ?r {target}) (inreceptacle ?o ?r)"
+            it, can = f"{what}_bar_{i:02d}_{n}", ["toggle"] if what == "desklamp" else ["pickup", *_THINGS[what][3:]]
+            init += f"(objecttype {it} {what})(inreceptacle {it} {spot})(objectatlocation {it} loc_bar_{i:02d})"
+            init += "".join(f"({verb}able {it})" for verb in can)
+    variables, wanted = "?o ?r", f"(objecttype ?o {thing}) (receptacletype ?r {target}) (inreceptacle ?o ?r)"
     if treatment:
-        wanted += f" ({_TREATMENTS[treatment][1]} ?o)"
+        wanted += f" ({_TREATMENTS[treatment][0]} ?o)"
     elif task_type == "pick_two_obj_and_place":
-        wanted += f" (objecttype ?p {thing}) (inreceptacle ?p ?r) (not (= ?o ?p))"
-    elif task_type == "look_at_obj_in_light":
-        wanted = (f"(objecttype ?o {thing}) (holds agent1 ?o) (objecttype ?p desklamp) (istoggled ?p) "
-                  "(inreceptacle ?p ?r) (receptacleatlocation ?r ?l) (atlocation agent1 ?l)")
-    variables = " ".join(f"{v} - any" for v in "?o ?p ?r ?l".split() if v in wanted)
-    everything = [x for tuples in facts.values() for arguments in tuples for x in arguments]
+        variables, wanted = "?o ?r ?p", f"{wanted} (objecttype ?p {thing}) (inreceptacle ?p ?r) (not (= ?o ?p))"
+    elif look:
+        variables, wanted = "?o ?p ?r ?l", (
+            f"(objecttype ?o {thing}) (holds agent1 ?o) (objecttype ?p desklamp) (istoggled ?p) (inreceptacle ?p ?r) "
+            "(receptacleatlocation ?r ?l) (atlocation agent1 ?l)")
+    facts = _parse_facts(init) | {"cancontain": {(kind, name) for name in _THINGS for kind in _hosts(name)}}
     name, walkthrough, here, opened = _player_names(facts), [], None, set()
-    for it, source in zip([name[f"{thing}_bar_{i:02d}_{at[:k].count(i)}"] for k, i in enumerate(at)], at):
-        tools = [(kinds.index(tool), f"{treatment} {it} with {{}}")] if tool else []
-        last = "use desklamp 1" if task_type == "look_at_obj_in_light" else f"move {it} to {{}}"
-        for i, command in [(source, f"take {it} from {{}}"), *tools, (goal, last)]:
+    for k, source in enumerate(at):
+        it = name[f"{thing}_bar_{source:02d}_{at[:k].count(source)}"]
+        acts = [(source, f"take {it} from {{}}"), (goal, "use desklamp 1" if look else f"move {it} to {{}}")]
+        if tool:
+            acts.insert(1, (kinds.index(tool), f"{treatment} {it} with {{}}"))
+        for i, command in acts:
             spot, enter = name[spots[i]], command[:4] in ("take", "move") and kinds[i] in _OPENABLE and i not in opened
             walkthrough += ["go to " + spot] * (i != here) + ["open " + spot] * enter + [command.format(spot)]
             here, opened = i, opened | {i} if enter else opened
-    return dict(facts=facts, objects={"any": everything}, pair=f"{thing} {target}", walkthrough=walkthrough,
-                goal=_parse_goal(f"(:goal (exists ({variables}) (and {wanted})))"),
-                task=rng.choice(wordings).format(o=thing, r=target), help=True, moves=True, arrives_at_name=True,
-                tools={verb: {where} for verb, where, *_ in _TASKS.values()})
+    return dict(facts=facts, goal=_parse_goal(f"(:goal (exists ({variables}) (and {wanted})))"), help=True,
+                task=rng.choice(wordings).format(o=thing, r=target), pair=f"{thing} {target}", walkthrough=walkthrough,
+                put="move {} to {}", arrives_at_name=True)
 
 
 def built_in_game(split, index, task_type, seed, house):
@@ -877,46 +815,37 @@ def built_in_game(split, index, task_type, seed, house):
     while True:
         game = _build_game(rng, task_type, house)
         contents = sorted(map(repr, game["facts"]["inreceptacle"] | game["facts"]["receptacletype"]))
-        home = "valid_unseen" if int(panel_hash([game["pair"]]), 16) % 6 == 0 else \
-            "valid_seen" if int(panel_hash([task_type, game["pair"], *contents]), 16) % 6 == 0 else "train"
-        if home == split:
+        unseen = int(panel_hash([game["pair"]]), 16) % 6 == 0
+        seen = int(panel_hash([task_type, game["pair"], *contents]), 16) % 6 == 0
+        if split == ("valid_unseen" if unseen else "valid_seen" if seen else "train"):
             return game
 
 
 # ---- skills: what the teacher is told ----
 
-ALFWORLD_SKILLS = {
-    "general":
-        "Search likely receptacles first, each once; open what is closed before you call it empty. Take the object "
-        "as soon as you see it. Food: fridge, countertop, diningtable. Dishes: cabinet, countertop, shelf. Cutlery: "
-        "drawer. Pens, laptops, clocks: desk. Cards, keys, cds: drawer. Books, phones: bed. You can hold one object.",
-    "pick_and_place":
-        "Pick and place: 1. Find the object where its kind usually is. 2. Take it. 3. Go to the target receptacle. "
-        "4. Open it if closed. 5. Move the object to it.",
-    "look_at_obj_in_light":
-        "Look under a lamp: 1. Find the object and take it. 2. Find the desklamp: on a desk or a sidetable. 3. Still "
-        "holding the object, use the desklamp.",
-    "pick_clean_then_place_in_recep":
-        "Clean and place: 1. Find and take the object. 2. Go to the sinkbasin. 3. Clean the object with it. 4. Go to "
-        "the target, open it if closed. 5. Move the object to it.",
-    "pick_heat_then_place_in_recep":
-        "Heat and place: 1. Find and take the object. 2. Go to the microwave, leave it closed. 3. Heat the object with "
-        "it. 4. Go to the target, open it if closed. 5. Move the object to it.",
-    "pick_cool_then_place_in_recep":
-        "Cool and place: 1. Find and take the object, food often in the fridge. 2. Go to the fridge. 3. Cool the "
-        "object with it. 4. Go to the target, open it if closed. 5. Move the object to it.",
-    "pick_two_obj_and_place":
-        "Two objects: 1. Find and take the first. 2. Move it to the target. 3. Find another of the same kind, not the "
-        "one already placed. 4. Move it to the same target receptacle.",
-    "mistakes":
-        "Avoid: going back to searched places; leaving closed receptacles unopened; placing the object before it is "
-        "clean, hot or cool; naming an action that is not offered."}
+ALFWORLD_SKILLS = dict(line.split(": ", 1) for line in """
+general: Search likely receptacles first, each once; open what is closed before you call it empty. Take the object \
+as soon as you see it. Food: fridge, countertop, diningtable. Dishes: cabinet, countertop, shelf. Cutlery: drawer. \
+Pens, laptops, clocks: desk. Cards, keys, cds: drawer. Books, phones: bed. You can hold one object.
+pick_and_place: Pick and place: 1. Find the object where its kind usually is. 2. Take it. 3. Go to the target \
+receptacle. 4. Open it if closed. 5. Move the object to it.
+look_at_obj_in_light: Look under a lamp: 1. Find the object and take it. 2. Find the desklamp: on a desk or a \
+sidetable. 3. Still holding the object, use the desklamp.
+pick_clean_then_place_in_recep: Clean and place: 1. Find and take the object. 2. Go to the sinkbasin. 3. Clean the \
+object with it. 4. Go to the target, open it if closed. 5. Move the object to it.
+pick_heat_then_place_in_recep: Heat and place: 1. Find and take the object. 2. Go to the microwave, leave it closed. \
+3. Heat the object with it. 4. Go to the target, open it if closed. 5. Move the object to it.
+pick_cool_then_place_in_recep: Cool and place: 1. Find and take the object, food often in the fridge. 2. Go to the \
+fridge. 3. Cool the object with it. 4. Go to the target, open it if closed. 5. Move the object to it.
+pick_two_obj_and_place: Two objects: 1. Find and take the first. 2. Move it to the target. 3. Find another of the \
+same kind, not the one already placed. 4. Move it to the same target receptacle.
+mistakes: Avoid: going back to searched places; leaving closed receptacles unopened; placing the object before it is \
+clean, hot or cool; naming an action that is not offered.""".strip().split("\n"))
 _SKILL_ALIASES = {"look_at_obj_in_light": ("examine",), "pick_clean_then_place_in_recep": ("clean",),
                   "pick_heat_then_place_in_recep": ("heat",), "pick_cool_then_place_in_recep": ("cool",),
                   "pick_two_obj_and_place": ("pick_and_place",)}
 
 # ---- expert ----
-
 
 def expert_script(game, detours=0, seed=0):
     """[(thought, command)] that wins `game` along its walkthrough. Before each place where something is sought, up to
@@ -1004,7 +933,7 @@ class AlfworldSession:
     """One episode, from Alfworld.start. turns: [(observation, action)], actions cut to one line of 200 characters."""
 
     def __init__(self, task_id, game, seed, detours):
-        self.task_id, self._game, self._expert, self._script = task_id, game, (detours, seed), None
+        self.task_id, self._game, self._seed, self._detours, self._script = task_id, game, seed, detours, None
         self.observation, self.turns, self.details = game.reset(), [], {"invalid": 0, "inadmissible": 0}
         self.task, self.category, self.group = game.task, game.task_type, ALFWORLD_TYPES[game.task_type][0]
         self.action, self.valid, self.admissible, self.done, self.won, self.score = "", True, True, False, False, 0.0
@@ -1017,14 +946,15 @@ class AlfworldSession:
         commands = [command for command in self._game.admissible_commands if command != "help"]
         if brief:
             return self._brief_prompt(skill, past, seen, commands)
-        before = "\n".join(f"[Observation {i}: '{text}', Action {i}: '{action}']" for i, text, action in past)
-        before = (f"Before this step you have already taken {count} step(s). The most recent {len(past)} observations "
-                  f"and the actions you took on them:\n{before}\n") if past else ""
-        told = not count and seen == self.observation  # the opening text itself names the task
+        before = f"You are now at step {count + 1} and y" if count else "Y"
+        if past:
+            turns = "\n".join(f"[Observation {i}: '{text}', Action {i}: '{action}']" for i, text, action in past)
+            before = (f"Before this step you have already taken {count} step(s). The most recent {len(past)} "
+                      f"observations and the actions you took on them:\n{turns}\n{before}")
+        named = not count and seen == self.observation  # the opening text itself names the task
         return _ALFWORLD_PROMPT.format(
-            task="" if told else f"Your task is to: {self.task}\n", o=seen,
+            task="" if named else f"Your task is to: {self.task}\n", before=before, o=seen,
             skill=f"\nSkills that help with tasks of this kind:\n{skill}\n\n" if skill else "",
-            before=before + (f"You are now at step {count + 1} and y" if count else "Y"),
             actions="\n ".join(f"'{command}'" for command in commands))
 
     def _brief_prompt(self, skill, past, seen, commands):
@@ -1051,69 +981,63 @@ class AlfworldSession:
 
     def expert(self):
         """The expert's response now, if only expert responses were played before. UserError when none is left."""
-        if self._script is None:
-            self._script = expert_script(self._game, *self._expert)
+        self._script = self._script or expert_script(self._game, self._detours, self._seed)
         if len(self.turns) >= len(self._script):
             raise UserError("the expert has no step left: play its responses only, and stop when the session is done")
         return "<think>{}</think><action>{}</action>".format(*self._script[len(self.turns)])
 
 
 class Alfworld:
-    """ALFWorld's games, or games built from `seed` where there are none.
-
-    data: folder or zip of the release; skills: a public skill directory; task_types: those to keep, as a list or
-    "Pick,Heat"; house: receptacles of a built-in game, 4 to 12; detours: see expert_script. UserError for bad values.
-    """
+    """ALFWorld's games, or games built from `seed` where there are none. data: folder or zip of the release; skills: a
+    public skill directory; task_types: those to keep, as "Pick,Heat"; house: receptacles of a built-in game, 4 to 12;
+    detours: see expert_script. Raises UserError for bad values."""
     name, stop, splits = "alfworld", ("</action>",), ("train", "valid_seen", "valid_unseen")
 
-    def __init__(self, data=None, seed=233, skills=None, house=6, task_types=None, detours=0, train_games=2000):
+    def __init__(self, data=None, seed=233, skills=None, house=6, task_types="", detours=0):
         self.seed, self.house, self.detours, self.skill_names = seed, house, detours, list(ALFWORLD_TYPES)
         self._skills = read_skills(skills, self.skill_names, _SKILL_ALIASES) if skills else ALFWORLD_SKILLS
-        wanted = task_types.split(",") if isinstance(task_types, str) else task_types or ()
-        wanted = {name.strip().lower() for name in wanted}
+        self._ids, self._parsed = {}, lru_cache(maxsize=64)(self._read)
+        for option, value, least, most in (("house", house, 4, 12), ("detours", detours, 0, 100)):
+            if value not in range(least, most + 1):
+                raise UserError(f"{option}={value} must be a whole number from {least} to {most}")
         known = {alias: kind for kind, (group, _) in ALFWORLD_TYPES.items() for alias in (kind, group.lower())}
-        if not wanted <= set(known) or not 4 <= house <= 12:
-            raise UserError(f"house={house} must be 4 to 12, task_types={task_types} from {', '.join(ALFWORLD_TYPES)}")
-        self.task_types = sorted({known[x] for x in wanted} or ALFWORLD_TYPES)
-        self._sizes = {"train": train_games, "valid_seen": 140, "valid_unseen": 134}
-        self._ids, self._cache = {}, OrderedDict()
+        wanted = str(task_types).lower().replace(" ", "").split(",") if task_types else list(known)
+        if not set(wanted) <= set(known):
+            raise UserError(f"task_types={task_types}: choose from {', '.join(ALFWORLD_TYPES)}, separated by commas")
+        self.task_types = sorted({known[name] for name in wanted})
         path = find_data("alfworld", data)
         self._files = GameFiles(path) if path else None
         self.builtin = not (path and self._files.files)
         if self.builtin and (data or os.environ.get("ALFWORLD_DATA")):
             raise UserError(f"no game.tw-pddl in {path}; it lacks json_2.1.1/train: python envs.py download alfworld")
-        counts = Counter(task_id.split("/")[0] for task_id in self._files.files) if path else {}
-        self.source = f"ALFWorld in {path}: " + ", ".join(f"{split} {counts[split]}" for split in counts)
-        if self.builtin:
-            self.source = (f"built-in games (seed {seed}): {house} receptacles, train {train_games}, valid_seen 140, "
-                           "valid_unseen 134; for the real benchmark: python envs.py download alfworld")
+        sizes = ", ".join(f"{split} {size}" for split, size in _BUILT_IN_SIZES.items())
+        self.source = f"ALFWorld in {path}: {self._files.counts()}" if not self.builtin else (
+            f"built-in games (seed {seed}): {house} receptacles, {sizes}; for the real benchmark: "
+            "python envs.py download alfworld")
 
     def tasks(self, split):
         """Sorted ids "split/task folder/trial folder" (built-in: "split/task type/number") of the solvable games."""
         if split not in self.splits:
             raise UserError(f"unknown split {split!r}; ALFWorld has {', '.join(self.splits)}")
         if split not in self._ids:
-            ids = (f"{split}/{self.task_types[i % len(self.task_types)]}/{i:05d}" for i in range(self._sizes[split])) \
-                if self.builtin else self._files.solvable(split)
-            self._ids[split] = sorted(x for x in ids if any(kind in x for kind in self.task_types))
+            kinds, size = self.task_types, _BUILT_IN_SIZES[split]
+            self._ids[split] = self._files.solvable(split, kinds) if not self.builtin else sorted(
+                f"{split}/{kinds[i % len(kinds)]}/{i:05d}" for i in range(size))
         if not self._ids[split]:
             raise UserError(f"no games in split {split} ({self.source}); check --data and task_types")
         return list(self._ids[split])
 
     def game(self, task_id):
         """An AlfworldGame, to be reset(). The last 64 games stay parsed."""
-        if task_id not in self._cache:
-            if not self.builtin:
-                game = AlfworldGame(self._files.read(task_id), self._files.where(task_id))
-            elif found := re.fullmatch(rf"({'|'.join(self.splits)})/({'|'.join(ALFWORLD_TYPES)})/(\d+)", task_id):
-                game = AlfworldGame(built_in_game(found[1], int(found[3]), found[2], self.seed, self.house), task_id)
-            else:
-                raise UserError(f"no built-in game {task_id!r}; see tasks(split)")
-            self._cache[task_id] = game
-        self._cache.move_to_end(task_id)
-        if len(self._cache) > 64:
-            self._cache.popitem(last=False)
-        return copy.copy(self._cache[task_id])
+        return copy.copy(self._parsed(task_id))
+
+    def _read(self, task_id):
+        if not self.builtin:
+            return AlfworldGame(self._files.read(task_id), f"{task_id} in {self._files.path}")
+        split, kind, number = (task_id.split("/") + ["", ""])[:3]
+        if task_id not in self.tasks(split):
+            raise UserError(f"no built-in game {task_id!r}; see tasks(split)")
+        return AlfworldGame(built_in_game(split, int(number), kind, self.seed, self.house))
 
     def start(self, task_id, seed=0, detours=None):
         """A new episode. `seed` and `detours` only decide how its expert searches."""
@@ -1137,43 +1061,37 @@ class GameFiles:
     """The game files of a release, in a folder or in its zip, which is read in place. files: sorted id -> file."""
 
     def __init__(self, path):
-        self.path, self._zip, self._owner = path, None, None
-        if path.is_dir():
-            files = [*path.glob("*/*/*/game.tw-pddl"), *path.glob("json_2.1.*/*/*/*/game.tw-pddl")]
-            archives = sorted(path.glob("json_2.1.*tw-pddl*.zip"))
-            self.path = archives[-1] if archives and not files else path
-        if self.path.is_file():
-            files = self._archive().namelist()
-        found = ((re.search(r"(?:^|/)((?:train|valid_seen|valid_unseen)/[^/]+/[^/]+)/game\.tw-pddl$",
-                            str(file).replace(os.sep, "/")), file) for file in files)
-        self.files = dict(sorted((match[1], file) for match, file in found
-                                 if match and "movable" not in match[1] and "Sliced" not in match[1]))
-
-    def _archive(self):
-        if self._owner != os.getpid():  # after a fork the file position would be shared
+        self.path, self._zip = path, None
+        files = [*path.glob("*/*/*/game.tw-pddl"), *path.glob("json_2.1.*/*/*/*/game.tw-pddl")]
+        if not files and (archives := [path] if path.is_file() else sorted(path.glob("json_2.1.*tw-pddl*.zip"))):
+            self.path = archives[-1]
             try:
-                self._zip, self._owner = zipfile.ZipFile(self.path), os.getpid()
+                self._zip = zipfile.ZipFile(self.path)
             except (zipfile.BadZipFile, OSError) as error:
                 raise UserError(f"cannot read {self.path} as a zip archive ({error}); download it again") from None
-        return self._zip
+            files = [name for name in self._zip.namelist() if name.endswith("/game.tw-pddl")]
+        found = sorted(("/".join(Path(file).parts[-4:-1]), file) for file in files)
+        self.files = {task_id: file for task_id, file in found if task_id.split("/")[0] in Alfworld.splits
+                      and not re.search("movable|Sliced", task_id)}  # the original leaves these out
 
-    def where(self, task_id):
-        if task_id not in self.files:
-            raise UserError(f"no game {task_id!r} in {self.path}; see tasks(split)")
-        return f"{self.path}:{self.files[task_id]}" if self._zip else str(self.files[task_id])
+    def counts(self):
+        """The splits with their numbers of games, as text."""
+        return ", ".join(f"{split} {n}" for split, n in Counter(name.split("/")[0] for name in self.files).items())
 
     def read(self, task_id):
         """The text of a game file. Raises UserError naming it."""
-        where, file = self.where(task_id), self.files[task_id]
+        if task_id not in self.files:
+            raise UserError(f"no game {task_id!r} in {self.path}; see tasks(split)")
         try:
-            return (self._archive().read(file) if self._zip else file.read_bytes()).decode("utf-8")
+            file = self.files[task_id]
+            return (self._zip.read(file) if self._zip else file.read_bytes()).decode("utf-8")
         except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
-            raise UserError(f"cannot read {where} ({error}); fetch it again") from None
+            raise UserError(f"cannot read {task_id} in {self.path} ({error}); fetch it again") from None
 
-    def solvable(self, split):
-        """Ids of a split without the games that the release marks as unsolvable."""
-        ids = [task_id for task_id in self.files if task_id.startswith(split + "/")]
-        return [task_id for task_id in ids if not re.search(r'"solvable":\s*false', self.read(task_id)[-10_000:])]
+    def solvable(self, split, kinds):
+        """Sorted ids of a split's games of these task types, without those that the release marks as unsolvable."""
+        ids = [name for name in self.files if name.startswith(split + "/") and any(kind in name for kind in kinds)]
+        return [name for name in ids if not re.search(r'"solvable":\s*false', self.read(name)[-10_000:])]
 
 
 def download_alfworld(folder, url=ALFWORLD_URL):
@@ -1181,11 +1099,15 @@ def download_alfworld(folder, url=ALFWORLD_URL):
     path = Path(folder) / url.rsplit("/", 1)[-1]
     if not path.exists():
         download(url, path)
-    check_zip(path)
-    counts = Counter(task_id.split("/")[0] for task_id in GameFiles(path).files)
-    if not counts:
-        raise UserError(f"{path} holds no ALFWorld games; was {url} the right address?")
-    print(f"ALFWorld is in {path}: " + ", ".join(f"{split} {count}" for split, count in counts.items()))
+    try:
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+    except (zipfile.BadZipFile, zlib.error, OSError, EOFError) as error:
+        broken = error
+    if broken:
+        path.unlink()
+        raise UserError(f"{path} is damaged ({broken}); it was removed, download it again")
+    print(f"ALFWorld is in {path}: {GameFiles(path).counts()}")
     return path
 
 
