@@ -14,7 +14,8 @@ Each is one class (`Alfworld`, `WebShopEnv`, `SearchQA`; open_env) with the same
 A session has task, category, group, observation, turns, prompt(skill, history, room, brief), expert(), and after a step
 action, valid, admissible, done, won, score, details. Nothing here knows of torch or of training.
 
-    python envs.py download alfworld|webshop [DIR]
+    python envs.py download alfworld|webshop [DIR]     fetch a benchmark's data
+    python envs.py bench DATA [GAMES]                  the speed of ALFWorld, beside the original where it is installed
 """
 
 import copy
@@ -33,6 +34,7 @@ import random
 import re
 import string
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -2211,18 +2213,77 @@ def panel(env, split, episodes=None, seed=233):
     return sorted(ids), panel_hash(sorted(ids))
 
 
+# --------------------------------------------------------------------------------------------------------------------
+# Command line
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def original_alfworld():
+    """The original engine, unloaded, or None where `alfworld` and `textworld` are not installed."""
+    try:
+        import textworld
+        from alfworld.agents.environment.alfred_tw_env import AlfredDemangler
+        from textworld.envs.pddl import PddlEnv
+    except ImportError:
+        return None
+    return AlfredDemangler(PddlEnv(textworld.EnvInfos(admissible_commands=True, won=True)), shuffle=False)
+
+
+def bench_alfworld(data, games=20, wandering=10):
+    """Print the mean milliseconds of a load, a reset and a step (text and admissible commands), beside the original
+    engine's where it is installed: the same games, random commands, then the walkthrough, every text compared."""
+    env, rng, differences = Alfworld(data=data), random.Random(0), 0
+    seconds = {(what, who): [] for what in ("load", "reset", "step") for who in ("here", "original")}
+
+    def timed(what, who, function, *arguments):
+        began = time.perf_counter()
+        result = function(*arguments)
+        seconds[what, who].append(time.perf_counter() - began)
+        return result
+
+    ids = [task_id for split in env.splits for task_id in env.tasks(split)]
+    for task_id in tqdm(rng.sample(ids, min(int(games), len(ids))), desc="games"):
+        other = original_alfworld()
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "game.tw-pddl"
+            path.write_text(env._files.read(task_id), encoding="utf-8")
+            game = timed("load", "here", AlfworldGame, str(path))
+            if other:
+                timed("load", "original", other.load, str(path))
+        text = timed("reset", "here", game.reset)
+        state = timed("reset", "original", other.reset) if other else None
+        for step in range(wandering + len(game.walkthrough)):
+            if other and (state.feedback, state["admissible_commands"]) != (text, game.admissible_commands):
+                differences += 1
+            command = rng.choice(game.admissible_commands) if step < wandering else game.walkthrough[step - wandering]
+            text = timed("step", "here", lambda c: (game.step(c), game.admissible_commands)[0], command)
+            if other:
+                state = timed("step", "original", other.step, command)[0]
+    for what in ("load", "reset", "step"):
+        here, there = (1e3 * sum(v) / max(len(v), 1) for v in (seconds[what, "here"], seconds[what, "original"]))
+        beside = f"   original {there:8.1f} ms   {there / here:6.0f} x" if there else ""
+        print(f"{what:6} {here:8.3f} ms   {1e3 / here:8.0f} a second{beside}")
+    print(f"{len(seconds['step', 'here'])} steps; " + (f"{differences} differences" if seconds["step", "original"] else
+          "the original is not installed: pip install alfworld textworld"))
+
+
 def main(argv=None):
-    """Command line: python envs.py download alfworld|webshop [DIR]"""
+    """python envs.py download alfworld|webshop [DIR], or bench DATA [GAMES]; returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
     try:
-        if len(argv) not in (2, 3) or argv[0] != "download" or argv[1] not in ("alfworld", "webshop"):
-            raise UserError("usage: python envs.py download alfworld|webshop [DIR]")
-        folder = Path(argv[2] if len(argv) == 3 else os.environ.get(argv[1].upper() + "_DATA") or
-                      Path.home() / ".cache" / argv[1])
-        globals()["download_" + argv[1]](folder)
+        if len(argv) in (2, 3) and argv[0] == "download" and argv[1] in ("alfworld", "webshop"):
+            default = os.environ.get(argv[1].upper() + "_DATA") or Path.home() / ".cache" / argv[1]
+            fetch = download_alfworld if argv[1] == "alfworld" else download_webshop
+            fetch(Path(argv[2] if len(argv) == 3 else default))
+        elif len(argv) in (2, 3) and argv[0] == "bench" and argv[-1].isdigit() >= (len(argv) == 3):
+            bench_alfworld(*argv[1:])
+        else:
+            raise UserError("usage: python envs.py download alfworld|webshop [DIR], or: bench DATA [GAMES]")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 
