@@ -264,9 +264,9 @@ def print_summary(result):
     """One evaluation as a table; beside real tasks the paper's rows, for orientation."""
     env, extra = result["env"], "f1" if result["env"] == "search" else "score"
     paper = {} if result["builtin"] else {m: published(env, m) for m in ("Vanilla", "GRPO", "SDAR")}
-    rows = [[g["group"], g["n"], percent(g["success"], g["success_95"]), percent(g[extra]), f"{g['turns']:.1f}",
-             percent(g["valid"]), percent(g["admissible"]), *(row.get(g["group"], "-") for row in paper.values())]
-            for g in result["summary"]]
+    rows = [[g["group"], g["n"], percent(g["success"], g["success_95"]), percent(g[extra], g.get(f"{extra}_95")),
+             f"{g['turns']:.1f}", percent(g["valid"]), percent(g["admissible"]),
+             *(row.get(g["group"], "-") for row in paper.values())] for g in result["summary"]]
     header = ["", "n", "success % [95 %]", f"{extra} %", "turns", "valid %", "admissible %"]
     print(render(header + [f"paper's {m}" for m in paper], rows))
     if paper:

@@ -1030,6 +1030,21 @@ def test_skill_sd_as_released_clamps():
     assert torch.isfinite(torch.autograd.grad(released.sum(), far)[0]).all()
 
 
+def test_packing_changes_no_gradient():
+    """All response tokens of the batch in one packed row, with the same weights: the same loss and gradient."""
+    b = batch()
+    keep = b["mask"] > 0
+    flat = {k: v[keep][None] for k, v in b.items() if k in ("logp", "old", "teacher", "ref")}               # (1, N)
+    for mode in ("token-mean", "trajectory"):
+        w, gradients = token_weights(b["mask"], mode, b["ids"]), []
+        for rows, weights, advantages in ((b, w, b["adv"]), (flat, w[keep][None], b["adv"].expand_as(w)[keep][None])):
+            logp = rows["logp"].clone().requires_grad_()
+            tokens = method_tokens("sdar", logp, rows["old"], advantages, rows["teacher"], rows["ref"], 1.0, 0.1)
+            aggregate(tokens, weights).backward()
+            gradients.append(logp.grad[keep] if rows is b else logp.grad[0])
+        assert gradients[0].abs().sum() > 0 and torch.allclose(*gradients, atol=1e-14)
+
+
 def test_rlsd_lambda():
     assert [rlsd_lambda(s) for s in (1, 60, 150)] == [0.5, 0.5, 0.5]
     assert [rlsd_lambda(s, as_released=True) for s in (0, 50, 100, 150)] == [0.5, 0.25, 0.0, 0.0]
