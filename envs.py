@@ -235,7 +235,7 @@ _STEP2, _STEP3, _STEP4 = [sorted((tuple(rule.split(":")) for rule in rules.split
 
 
 def words(text):
-    """The tokens of a text before the filters; linear time for any input; longer than 255 characters are split."""
+    """The tokens of a text before the filters, in linear time for any input; those over 255 characters are split."""
     found = (_ASCII_WORD if text.isascii() else _WORD).findall(text)
     return [word[i:i + 255] for word in found for i in range(0, len(word), 255)] if len(text) > 255 else found
 
@@ -250,24 +250,18 @@ def _kinds(word):
 
 def _measure(word):
     """Porter's m: the number of vowel-consonant sequences."""
-    return len(re.findall("vc", _kinds(word)))
+    return _kinds(word).count("vc")
 
 
 def _ends_cvc(word):
     return _kinds(word).endswith("cvc") and word[-1] not in "wxy"
 
 
-def _ends_double(word):
-    return word[-2:-1] == word[-1:] and _kinds(word).endswith("c")
-
-
 def _replace_suffix(word, rules, least_measure):
-    for suffix, new in rules:  # only the longest suffix that matches is tried
-        if word.endswith(suffix):
-            stem = word[:-len(suffix)]
-            fits = _measure(stem) > least_measure and (suffix != "ion" or stem.endswith(("s", "t")))
-            return stem + new if fits else word
-    return word
+    suffix, new = next((rule for rule in rules if word.endswith(rule[0])), ("", ""))  # the longest, fit or not
+    stem = word.removesuffix(suffix)
+    fits = suffix and _measure(stem) > least_measure and (suffix != "ion" or stem.endswith(("s", "t")))
+    return stem + new if fits else word
 
 
 def porter_stem(word):
@@ -283,7 +277,7 @@ def porter_stem(word):
         word = word[:ending.start()]
         if word.endswith(("at", "bl", "iz")) or (_measure(word) == 1 and _ends_cvc(word)):
             word += "e"
-        elif _ends_double(word) and word[-1] not in "lsz":
+        elif word[-2:-1] == word[-1] and _kinds(word).endswith("c") and word[-1] not in "lsz":
             word = word[:-1]
     if word.endswith("y") and "v" in _kinds(word[:-1]):
         word = word[:-1] + "i"
@@ -294,6 +288,7 @@ def porter_stem(word):
     return word[:-1] if word.endswith("ll") and _measure(word) > 1 else word
 
 
+@lru_cache(1 << 18)  # nearly every word of a corpus has been seen before
 def analyse_word(word):
     """One raw token through Lucene's English filters: the index term, or "" for a stop word."""
     word = (word[:-2] if re.search("['\u2019\uff07][sS]$", word) else word).lower()
@@ -305,111 +300,72 @@ BYTE_LENGTHS = np.array([n if n < 40 else 24 + ((8 | (n - 24) & 7) << ((n - 24 >
 
 
 class BM25:
-    """An inverted index over texts (any iterable of str, read once) kept in a few arrays: 6 bytes a posting."""
+    """An inverted index over texts (any iterable of str, read once) kept in a few arrays: 6 bytes a posting.
 
-    CHUNK = 4096
+    docs[starts[t]:starts[t + 1]] are the documents with term t, rising; codes what they score by: term frequency (at
+    most 255) * 256 + length byte."""
+
+    BLOCK = 4096  # documents inverted at a time
     tie_rank = None  # an array: equal scores are ordered by it instead of by index
 
     def __init__(self, texts=(), k1=0.9, b=0.4):
-        self.k1, self.b, self.terms, self._cache = float(k1), float(b), {}, {}
-        chunks, lengths, chunk = [], [np.zeros(0, np.int64)], []
-        for text in texts:
-            chunk.append(self._term_ids(text, grow=True))
-            if len(chunk) == self.CHUNK:
-                self._add(chunk, chunks, lengths)
-                chunk = []
-        self._add(chunk, chunks, lengths)
-        lengths = np.concatenate(lengths)
-        length_byte = (np.searchsorted(BYTE_LENGTHS, lengths, "right") - 1).astype(np.uint16)
-        self._invert(chunks, length_byte, len(lengths), float(lengths.sum()))
+        self.k1, self.b, self.terms = float(k1), float(b), {}
+        ids, texts, blocks, n_docs, total_length = self.terms, iter(texts), [], 0, 0
+        while block := [[ids.setdefault(term, len(ids)) for term in map(analyse_word, words(text)) if term]
+                        for text in itertools.islice(texts, self.BLOCK)]:
+            blocks.append(self._postings(block, n_docs))
+            n_docs, total_length = n_docs + len(block), total_length + sum(map(len, block))
+        self._join(blocks)
+        self._prepare(n_docs, total_length)
 
-    def _term_ids(self, text, grow=False):
-        """Ids of the index terms of a text, in order; unknown terms are added (building) or left out (searching)."""
-        ids, cache = [], self._cache
-        for word in words(text):
-            number = cache.get(word)
-            if number is None:
-                term = analyse_word(word)
-                number = -1 if not term else self.terms.setdefault(term, len(self.terms)) if grow else \
-                    self.terms.get(term, -1)
-                if len(cache) > 2_000_000 or (not grow and len(cache) > 200_000):
-                    cache.clear()  # bounded: what a model types must not grow the memory
-                cache[word] = number
-            if number >= 0:
-                ids.append(number)
-        return ids
+    def _postings(self, block, first):
+        """(terms, documents with each, documents, codes) of a list of documents, by term, then document."""
+        size = np.array([len(ids) for ids in block])
+        keys = np.fromiter(itertools.chain.from_iterable(block), np.int64, size.sum())
+        keys, tf = np.unique(keys * self.BLOCK + np.repeat(np.arange(len(block)), size), return_counts=True)
+        term, count = np.unique(keys // self.BLOCK, return_counts=True)
+        doc, length_byte = keys % self.BLOCK, np.searchsorted(BYTE_LENGTHS, size, "right") - 1
+        codes = np.minimum(tf, 255) * 256 + length_byte[doc]
+        return term, count, (doc + first).astype(np.int32), codes.astype(np.uint16)
 
-    def _add(self, chunk, chunks, lengths):
-        """Up to CHUNK documents as postings sorted by term, then document; 3 bytes each until the end."""
-        size = np.array([len(ids) for ids in chunk], np.int64)
-        keys = np.fromiter((i for ids in chunk for i in ids), np.int64, int(size.sum()))
-        keys, tf = np.unique(keys * self.CHUNK + np.repeat(np.arange(len(chunk)), size), return_counts=True)
-        term, df = np.unique(keys // self.CHUNK, return_counts=True)
-        chunks.append((term.astype(np.int32), df.astype(np.int32), (keys % self.CHUNK).astype(np.uint16),
-                       np.minimum(tf, 255).astype(np.uint8)))
-        lengths.append(size)
-
-    def _invert(self, chunks, length_byte, n_docs, total_length):
+    def _join(self, blocks):
+        """The postings of all blocks, term after term; empties the list as it goes, for the memory."""
         df = np.zeros(len(self.terms), np.int64)
-        for term, count, _, _ in chunks:
+        for term, count, _, _ in blocks:
             df[term] += count
         self.starts = np.concatenate([[0], np.cumsum(df)])
         self.docs, self.codes = np.empty(self.starts[-1], np.int32), np.empty(self.starts[-1], np.uint16)
-        cursor, first_doc = self.starts[:-1].copy(), 0
-        for i, (term, count, doc, tf) in enumerate(chunks):
-            chunks[i] = None  # freed as we go
-            before = np.cumsum(count) - count
-            place = np.repeat(cursor[term] - before, count) + np.arange(len(doc))
-            self.docs[place] = doc.astype(np.int32) + first_doc
-            self.codes[place] = (tf.astype(np.uint16) << 8) | length_byte[self.docs[place]]
+        cursor = self.starts[:-1].copy()
+        for i, (term, count, docs, codes) in enumerate(blocks):
+            place = np.repeat(cursor[term] - (np.cumsum(count) - count), count) + np.arange(len(docs))
+            self.docs[place], self.codes[place], blocks[i] = docs, codes, None
             cursor[term] += count
-            first_doc += self.CHUNK
-        self._prepare(n_docs, total_length)
 
     def _prepare(self, n_docs, total_length):
-        self.n_docs, self.total_length, self._cache, self._peaks = n_docs, total_length, {}, {}
+        self.n_docs, self.total_length = n_docs, total_length
         mean_length = np.float32(total_length / max(n_docs, 1)) or np.float32(1)
         length, k1, b = BYTE_LENGTHS.astype(np.float32), np.float32(self.k1), np.float32(self.b)
         inverse_norm = np.float32(1) / (k1 * ((np.float32(1) - b) + b * length / mean_length))
-        tf = np.arange(256, dtype=np.float32)
-        self.saturation = (np.float32(1) + tf[:, None] * inverse_norm).reshape(-1)  # by code: tf * 256 + length byte
+        self._saturation = (np.float32(1) + np.arange(256, dtype=np.float32)[:, None] * inverse_norm).ravel()  # by code
 
     def search(self, query, k=10):
-        """(indices, scores), best first, at most k, only documents with a query term; float32 scores as Lucene's."""
-        lists = []
-        for term, count in Counter(self._term_ids(query)).items():
-            low, high = self.starts[term], self.starts[term + 1]
-            weight = np.float32(count) * np.float32(np.log(1 + (self.n_docs - (high - low) + 0.5) / (high - low + 0.5)))
-            docs, codes = self.docs[low:high], self.codes[low:high]
-            if high - low > self.CHUNK and term not in self._peaks:  # the most that this term can give any document
-                self._peaks[term] = 1 - 1 / float(self.saturation[codes].max())
-            lists.append((weight, weight * self._peaks.get(term, 1.0), docs, codes))
-        return self._top(sorted(lists, key=lambda item: len(item[2])), k)
+        """(indices, scores), best first, at most k, only documents with a query term; float32 scores as Lucene's.
 
-    def _top(self, lists, k):
-        """Exact top k. Rare terms first; once the terms left cannot lift an unseen document into the top k, they are
-        looked up for the documents still in question only (the MaxScore bound of Turtle and Flood)."""
-        scores, found, done, left = np.zeros(self.n_docs), None, 0.0, 1e-3 + float(sum(item[1] for item in lists))
-        for weight, peak, docs, codes in lists:
-            if len(docs) > self.CHUNK and (found is not None or left < 0.8 * done):
-                seen = np.flatnonzero(scores) if found is None else found
-                sums = scores[seen]
-                threshold = np.partition(sums, -k)[-k] if len(seen) >= k > 0 else 0.0
-                if left < threshold:
-                    found = seen[sums + left >= threshold]
-            if found is not None:
-                place = np.searchsorted(docs, found.astype(np.int32))
-                place = place[docs[np.minimum(place, len(docs) - 1)] == found]
-                docs, codes = docs[place], codes[place]
-            scores[docs] += weight - weight / self.saturation[codes]
-            left, done = left - float(peak), done + float(peak)
-        found = np.flatnonzero(scores) if found is None else found
-        value = scores[found].astype(np.float32)
-        if len(found) > k > 0:
-            keep = value >= np.partition(value, -k)[-k]
-            found, value = found[keep], value[keep]
-        order = np.lexsort((found if self.tie_rank is None else self.tie_rank[found], -value))[:max(k, 0)]
-        return found[order].astype(np.int64), value[order]
+        Scores every posting of every term: at about 5 ns each, that costs less than deciding which ones to skip."""
+        counts = Counter(self.terms[term] for term in map(analyse_word, words(query)) if term in self.terms)
+        scores = np.zeros(self.n_docs)
+        for term, count in counts.items():
+            low, high = self.starts[term:term + 2]
+            weight = np.float32(count) * np.float32(np.log(1 + (self.n_docs - (high - low) + 0.5) / (high - low + 0.5)))
+            gain = weight - weight / self._saturation.take(self.codes[low:high])
+            np.add.at(scores, self.docs[low:high].astype(np.intp), gain.astype(float))  # without casts 10 times slower
+        found = np.flatnonzero(scores > 0)
+        values = scores[found].astype(np.float32)
+        if len(found) > k:
+            best = values >= np.partition(values, -k)[-k]
+            found, values = found[best], values[best]
+        order = np.lexsort((found if self.tie_rank is None else self.tie_rank[found], -values))[:k]
+        return found[order], values[order]
 
     def save(self, path):
         """One .npz without pickles (np.load(..., allow_pickle=False))."""
@@ -420,17 +376,19 @@ class BM25:
 
     @classmethod
     def load(cls, path):
-        """An index written by save. Raises ValueError if the file is not one."""
+        """An index written by save. Raises ValueError if the file is missing, damaged or another kind of file."""
         index = cls.__new__(cls)
         try:
             with np.load(Path(path), allow_pickle=False) as file:
                 terms = file["terms"].tobytes().decode()
                 index.starts, index.docs, index.codes = file["starts"], file["docs"], file["codes"]
                 index.k1, index.b, n_docs, total_length = file["settings"].tolist()
-        except (KeyError, OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
+            index.terms = {term: i for i, term in enumerate(terms.split("\n"))} if terms else {}
+            if len(index.terms) + 1 != len(index.starts) or {len(index.docs), len(index.codes)} != {index.starts[-1]}:
+                raise ValueError("its parts do not fit together")
+            index._prepare(int(n_docs), total_length)
+        except Exception as error:  # what numpy and zipfile raise for damaged bytes is documented nowhere
             raise ValueError(f"{path} is not a saved BM25 index ({type(error).__name__}); build it again") from error
-        index.terms = {term: i for i, term in enumerate(terms.split("\n"))} if terms else {}
-        index._prepare(int(n_docs), total_length)
         return index
 
 
@@ -1123,6 +1081,7 @@ WEBSHOP_FILES = {  # name -> id on Google Drive, from WebShop's setup.sh
     "items_shuffle.json": "1A2whVgOO0euk5O13n2iYDM0bQRkkRduB", "items_ins_v2.json": "1s2j6NgHljiZzQNL3veZaAiyW_qDEgBNi",
     "items_human_ins.json": "14Kb5SPBk_jfdLZ_CDBNitW98QLDlKR5O"}
 WEBSHOP_URL = "https://drive.usercontent.google.com/download?id={}&export=download&confirm=t"
+PRODUCT_TEXTS = ("asin", "name", "category", "query", "product_category")
 SEARCH_RESULTS, RESULTS_PER_PAGE, TEST_GOALS, PANEL_GOALS = 50, 10, 500, 128
 
 
@@ -1131,15 +1090,16 @@ def download_webshop(folder, full=False, url=WEBSHOP_URL):
     Raises UserError: no network, Drive's quota page instead of a file, a damaged file."""
     for name, drive_id in WEBSHOP_FILES.items():
         path = Path(folder) / name
-        if name == "items_human_ins.json" or ("_1000" in name) != full:
-            if not path.exists():
-                download(url.format(drive_id), path)
-            with open(path, "rb") as file:
-                is_json = file.read(64).lstrip()[:1] in (b"[", b"{")
-            if not is_json:
-                path.unlink()
-                raise UserError(f"Google Drive sent a page instead of {name} (its quota?); try later or fetch it in a "
-                                f"browser: https://drive.google.com/uc?id={drive_id}")
+        if name != "items_human_ins.json" and ("_1000" in name) == full:
+            continue
+        if not path.exists():
+            download(url.format(drive_id), path)
+        with open(path, "rb") as file:
+            is_json = file.read(64).lstrip()[:1] in (b"[", b"{")
+        if not is_json:
+            path.unlink()
+            raise UserError(f"Google Drive sent a page instead of {name} (its quota?); try later or fetch it in a "
+                            f"browser: https://drive.google.com/uc?id={drive_id}")
     catalogue = Catalogue(folder, which="full" if full else "small")
     print(f"{folder}: {len(catalogue.asins)} products, {len(catalogue.goals)} goals")
 
@@ -1196,12 +1156,6 @@ def _bullets(raw):
     return [str(bullet) for bullet in bullets] if isinstance(bullets, list) else [str(bullets or "")]
 
 
-def _index_text(raw, options):
-    """The text of a product that is indexed (search_engine/convert_product_file_format.py)."""
-    choices = ", and ".join(f"{name}: {', '.join(values)}" for name, values in options.items())
-    return " ".join([raw["name"] or "", raw.get("full_description") or "", *_bullets(raw)[:1], choices]).lower()
-
-
 def _text_nodes(*texts):
     """What the original's HTML parser leaves of text nodes: empty ones vanish, so do blank ones that hold a newline."""
     return [text.strip() for text in texts if text.strip(" \n\t\f\r") or (text and "\n" not in text)]
@@ -1215,37 +1169,24 @@ class Catalogue:
     bytes; `which`: "small", "full" or None, the small one first. Raises UserError for missing or broken files."""
 
     def __init__(self, data, seed=233, human_goals=False, which=None):
-        self.items, self.instructions, human = self._find(data, which)
-        self.asins, self._places, bounds, combinations, numbers, wanted = [], [], [], [], {}, []
-        self.index = BM25(self._scan(numbers, bounds, combinations))
+        self.items, self.instructions, human = (*data, None) if isinstance(data, tuple) else self._find(data, which)
+        self.asins, places, price_ranges, self._variants = [], [], [], []
+        self.index = BM25(self._scan(places, price_ranges))
         self.index.tie_rank = np.argsort(np.argsort(np.array(self.asins, "U10")))  # Anserini: equal scores by id
-        self._places = np.array(self._places, np.int64).reshape(-1, 2)
+        self._places = np.array(places, np.int64).reshape(-1, 2)
         self._instruction_places, self._attribute_counts = np.full((len(self.asins), 2), -1), Counter()
-        for asin, entry, start, end in stream_json(self.instructions):
-            if asin in numbers:
-                number, attributes = numbers[asin], isinstance(entry, dict) and entry.get("instruction_attributes")
-                if not isinstance(entry, dict) or (entry.get("instruction") is not None and not attributes):
-                    raise UserError(f"{asin} has no sound entry in the file of instructions; download it again")
-                self._instruction_places[number] = start, end
-                if entry.get("instruction") is not None:
-                    wanted.append((number, combinations[number]))
-                    self._attribute_counts.update(dict.fromkeys(attributes, combinations[number]))
-        self._human = {}
+        numbers = {asin: number for number, asin in enumerate(self.asins)}
+        wanted = list(self._read_instructions(numbers))
+        self._human = self._read_human(human, numbers) if human_goals else {}
         if human_goals:
-            if not human or not human.is_file():
-                raise UserError("human goals need items_human_ins.json beside the catalogue; "
-                                "run: python envs.py download webshop")
-            self._human = {numbers[asin]: [entry for entry in entries if entry["instruction_attributes"]]
-                           for asin, entries, _, _ in stream_json(human) if asin in numbers}
             wanted = [(number, len(entries)) for number, entries in self._human.items()]
         self.product = lru_cache(8192)(self._read_product)
-        self._draw(seed, sorted(wanted), bounds)
+        self._draw(seed, sorted(wanted), price_ranges)
         self.goals = GoalList(self)
 
     @staticmethod
     def _find(data, which):
-        if isinstance(data, tuple):
-            return (*data, None)
+        """Paths of the products, their instructions and the human goals."""
         for suffix in {"small": ["_1000"], "full": [""]}.get(which, ["_1000", ""]):
             files = [Path(data) / f"{name}{suffix}.json" for name in ("items_shuffle", "items_ins_v2")]
             if all(file.is_file() for file in files):
@@ -1253,36 +1194,63 @@ class Catalogue:
         raise UserError(f"no {which or ''} WebShop catalogue (items_shuffle*.json and items_ins_v2*.json) in {data}; "
                         "run: python envs.py download webshop")
 
-    def _scan(self, numbers, bounds, combinations):
-        """Yields the text to index of every product and notes the rest."""
+    def _scan(self, places, price_ranges):
+        """Yields the text to index of every product (the original's convert_product_file_format.py); notes the rest."""
+        seen = set()
         for _, raw, start, end in stream_json(self.items):
             try:
-                asin, options, prices = raw["asin"], _options(raw), _prices(raw.get("pricing"))
-                any(raw[name].strip() for name in ("query", "category", "product_category"))  # texts, needed later
-                if asin == "nan" or len(asin) > 10 or asin in numbers:
+                if not all(isinstance(raw[name] or "", str) for name in PRODUCT_TEXTS):
+                    raise TypeError("a field is no text")
+                asin, options, price_range = raw["asin"], _options(raw), _prices(raw.get("pricing")) or [100.0]
+                if asin == "nan" or len(asin) > 10 or asin in seen:
                     continue
-                text = _index_text(raw, options)
+                choices = ", and ".join(f"{name}: {', '.join(values)}" for name, values in options.items())
+                text = " ".join([raw["name"] or "", raw.get("full_description") or "", *_bullets(raw)[:1], choices])
             except (KeyError, TypeError, AttributeError, ValueError) as error:
                 raise UserError(f"product {len(self.asins)} of the catalogue is not in WebShop's form ({error!r}); "
                                 "download it again") from None
-            numbers[asin] = len(self.asins)
+            seen.add(asin)
             self.asins.append(asin)
-            self._places.append((start, end))
-            bounds.append(prices or [100.0])
-            combinations.append(math.prod(map(len, options.values())))
-            yield text
+            places.append((start, end))
+            price_ranges.append(price_range)
+            self._variants.append(math.prod(map(len, options.values())))
+            yield text.lower()
 
-    def _draw(self, seed, wanted, bounds):
+    def _read_instructions(self, numbers):
+        """Yields (product, how many goals: one for every combination of its options) and notes the attributes."""
+        for asin, entry, *place in stream_json(self.instructions):
+            if asin not in numbers:
+                continue
+            number, attributes = numbers[asin], isinstance(entry, dict) and entry.get("instruction_attributes")
+            if not isinstance(entry, dict) or (entry.get("instruction") is not None and not attributes):
+                raise UserError(f"{asin} has no sound entry in the file of instructions; download it again")
+            self._instruction_places[number] = place
+            if entry.get("instruction") is not None:
+                yield number, self._variants[number]
+                self._attribute_counts.update(dict.fromkeys(attributes, self._variants[number]))
+
+    @staticmethod
+    def _read_human(file, numbers):
+        """{product: the goals that people wrote for it}"""
+        if not file or not file.is_file():
+            raise UserError("human goals need items_human_ins.json beside the catalogue; "
+                            "run: python envs.py download webshop")
+        try:
+            return {numbers[asin]: [entry for entry in entries if entry["instruction_attributes"]]
+                    for asin, entries, _, _ in stream_json(file) if asin in numbers}
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{file} is not in WebShop's form ({error!r}); download it again") from None
+
+    def _draw(self, seed, wanted, price_ranges):
         """Prices, price limits and the order of goals, from one seed as the original draws them."""
         rng = random.Random(seed)
         rng.getrandbits(32)  # the original's first rich.print takes one word from the same generator
-        self.prices = np.array([low[0] if len(low) == 1 else rng.uniform(*low) for low in bounds])
+        self.prices = np.array([low[0] if len(low) == 1 else rng.uniform(*low) for low in price_ranges])
         product, choice, limit = [], [], []
         for number, count in wanted:
-            for i in range(count) if self._human else [None]:  # one draw for a human goal, one for all of a product
-                above = [10.0 * k for k in range(1, 100) if 10.0 * k > self.prices[number]][:4]
+            above = [10.0 * k for k in range(1, 100) if 10.0 * k > self.prices[number]][:4]
+            for choices in [[i] for i in range(count)] if self._human else [range(count)]:  # that share one draw
                 top = max(rng.sample(above, 2)) if len(above) >= 2 else 1000000
-                choices = range(count) if i is None else [i]
                 product += [number] * len(choices)
                 choice += choices
                 limit += [top] * len(choices)
@@ -1294,6 +1262,7 @@ class Catalogue:
 
     @staticmethod
     def _read(source, place):
+        """One member of a file, from its (first byte, last byte + 1)."""
         with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file:
             file.seek(place[0])
             return json.loads(file.read(place[1] - place[0]))
@@ -1308,8 +1277,8 @@ class Catalogue:
         clickables.update((value, name) for name, values in options.items() for value in values)
         shown = [text for name, values in options.items() for text in (name, *values)]
         return {"number": number, "asin": raw["asin"], "title": title, "options": options, "clickables": clickables,
-                "category": raw["category"], "query": raw["query"].lower().strip(),
-                "product_category": raw["product_category"],
+                "category": raw["category"] or "", "query": (raw["query"] or "").lower().strip(),
+                "product_category": raw["product_category"] or "",
                 "attributes": known.get("attributes", ["DUMMY_ATTR"]), "instruction": known.get("instruction"),
                 "instruction_attributes": known.get("instruction_attributes"),
                 "texts": (title.lower(), " ".join(_bullets(raw)).lower(), description.lower()),
@@ -1429,7 +1398,8 @@ def token_set_ratio(first, second):
 @lru_cache(8192)
 def title_nouns(title):
     """The words of a product title that a tagger would call nouns, approximately: in titles nearly every capitalised
-    word is tagged as a name, so all words count but function words, plain adjectives, non- compounds and numbers."""
+    word is tagged as a name, so all words count but function words, plain adjectives, non- compounds and numbers. It
+    differs where the tagger errs: "Tees" is no noun to it in the brand "Expression Tees"."""
     title = re.sub(r"['\u2019]s\b|\b(?:non|anti|multi|semi)-[^\W\d_]+", " ", title, flags=re.I)
     found = re.findall(r"\b(?!x\d|x\b)[^\W\d_][^\W_]*", title.lower())
     return [word for word in found if word not in _NOT_NOUNS]
@@ -1459,19 +1429,31 @@ def shop_reward(product, goal, price, chosen):
 
 # ---- the shop ----
 
+DONE_PAGE = ("Thank you for shopping with us!|Your code:|None|(Paste it in your MTurk interface.)|Purchased|asin|"
+             "{asin}|options|{options}|attrs|None|category|None|query|None|product category|None|Target|asin|options|"
+             "attrs|price upper|instuction text|category|product category|query|Goal|None|Reward|"
+             "Your score (min 0.0, max 1.0)|{reward}|Reward Details|None")
+
+
+def parse_shop_action(action):
+    """(name, lower-case argument) of "name[argument]" as the original's pattern (.+)\\[(.+)\\] takes it, in linear
+    time; the argument is None if the text is not of that form."""
+    line = action.split("\n", 1)[0]
+    close = line.rfind("]")
+    start = line.rfind("[", 1, max(close - 1, 0))
+    return (line[:start], line[start + 1:close].lower()) if start > 0 else (line, None)
+
+
 class WebShop:
-    """One shopping session in the original's text mode. `data`: a directory, or a Catalogue to share.
+    """One shopping session in the original's text mode. `data`: a directory, or a Catalogue to share."""
 
-    .goals, .reset(goal_index) -> observation, .step(action) -> (observation, reward, done), .available_actions.
-    """
-
-    def __init__(self, data, seed=233, human_goals=False, catalogue=None, page_size=RESULTS_PER_PAGE):
-        self.catalogue = data if isinstance(data, Catalogue) else Catalogue(data, seed, human_goals, catalogue)
-        self.goals, self.page_size, self.rng = self.catalogue.goals, page_size, random.Random(seed)
+    def __init__(self, data, seed=233, human_goals=False, page_size=RESULTS_PER_PAGE):
+        self.catalogue = data if isinstance(data, Catalogue) else Catalogue(data, seed, human_goals)
+        self.page_size, self.rng = page_size, random.Random(seed)
 
     def reset(self, goal_index):
         """Opens the search page of a goal; returns the observation."""
-        self.goal, self.done, self.details = self.goals[goal_index], False, {}
+        self.goal, self.done, self.details = self.catalogue.goals[goal_index], False, {}
         self.sought = int(self.catalogue._goal_product[goal_index])
         self.task = _text_nodes(self.goal["instruction_text"])
         self._home()
@@ -1511,6 +1493,7 @@ class WebShop:
 
     @property
     def available_actions(self):
+        """What can be done on this page, as the original tells it."""
         return {"has_search_bar": self.kind == "search", "clickables": list(self.clickables)}
 
     def step(self, action):
@@ -1541,21 +1524,6 @@ class WebShop:
             elif name != "< prev":
                 self.options = {**self.options, self.clickables[name]: name}
             self._item()
-
-
-DONE_PAGE = ("Thank you for shopping with us!|Your code:|None|(Paste it in your MTurk interface.)|Purchased|asin|"
-             "{asin}|options|{options}|attrs|None|category|None|query|None|product category|None|Target|asin|options|"
-             "attrs|price upper|instuction text|category|product category|query|Goal|None|Reward|"
-             "Your score (min 0.0, max 1.0)|{reward}|Reward Details|None")
-
-
-def parse_shop_action(action):
-    """(name, lower-case argument) of "name[argument]" as the original's pattern (.+)\\[(.+)\\] takes it, in linear
-    time; the argument is None if the text is not of that form."""
-    line = action.split("\n", 1)[0]
-    close = line.rfind("]")
-    start = line.rfind("[", 1, max(close - 1, 0))
-    return (line[:start], line[start + 1:close].lower()) if start > 0 else (line, None)
 
 
 # ---- the built-in catalogue ----
@@ -1631,28 +1599,25 @@ beauty_health: Search the product with the hair or skin type and the claim (crue
 other: Search the product with its dietary or material claim (gluten free, non gmo). Options are flavor and count:
     choose both, and check that the price of the pack stays under the limit.""")
 SHOP_KEYWORDS = {name: re.compile(rf"\b(?:{pattern})(?:s|es)?\b", re.I) for name, pattern in _table("""
-apparel: shirt|tee|henley|polo|blouse|top|tunic|dresse?|skirt|pants?|jean|short|legging|jacket|coat|
-    sweater|hoodie|sweatshirt|suit|blazer|tuxedo|jumpsuit|romper|overall|swimsuit|swimwear|bikini|
-    underwear|bra|brief|lingerie|pajama|sock|vest|cardigan|tank|clothing|active ?wear|sleeve|slim fit|
-    classic fit|sleep & lounge|costume
-footwear: shoe|boot|sneaker|sandal|slipper|loafer|slip-on|pump|flats|oxford|clog|mule|footwear|
-    rubber (?:out)?sole
-home_decor: pillow|rug|curtain|drape|lamp|lighting|chandelier|sconce|vase|candle|decor|furniture|table|
-    chair|desk|sofa|couch|bed|mattresse?|bedroom|living room|dining room|kitchen|shelve?|bookcase|cabinet|
-    ottoman|bench|stool|rack|mirror|blanket|bedding|mat|artwork|wall|window|furnishing|island|vanitie|
-    bedframe|throw
-electronics: phone|charger|cable|speaker|headphone|earbud|batterie|battery|adapter|usb|camera|laptop|
-    computer|tablet|monitor|tv|television|hdmi|bluetooth|projector|printer|drive|memory|receiver|amplifier|
-    antenna|radio|keyboard|router|binocular|telescope|lense?|flashe?|tripod|stereo|home theater|
-    screen protector|remote|console|wireless|video|audio|media|iphone|gaming|photography|wearable
-accessories: bag|wallet|belt|watch|sunglasse|hat|scarf|glove|jewelry|necklace|earring|bracelet|backpack|
-    purse|handbag|cap|beanie|necktie|umbrella|luggage|watch band|keychain
-beauty_health: shampoo|conditioner|cream|lotion|makeup|brushe?|serum|moisturizer|soap|hair|skin|nail|lip|
-    lipstick|eye|face|facial|body|fragrance|perfume|cologne|deodorant|toothbrushe?|toothpaste|teeth|dental|
-    oral|mask|wig|shav(?:e|ing)|razor|beauty|foot|massage|spa|cosmetic|sunscreen|bath|mascara|eyelashe?|
-    tea tree|essential oil|cruelty free|scrub
-other: snack|food|cheese|milk|candy|meat|sugar|gmo|gluten|kosher|usda|keto|coffee|sauce|beverage|drink|
-    toy|gift set""").items()}
+apparel: shirt|tee|henley|polo|blouse|top|tunic|dresse?|skirt|pants?|jean|short|legging|jacket|coat|sweater|hoodie|
+    sweatshirt|suit|blazer|tuxedo|jumpsuit|romper|overall|swimsuit|swimwear|bikini|underwear|bra|brief|lingerie|pajama|
+    sock|vest|cardigan|tank|clothing|active ?wear|sleeve|slim fit|classic fit|sleep & lounge|costume
+footwear: shoe|boot|sneaker|sandal|slipper|loafer|slip-on|pump|flats|oxford|clog|mule|footwear|rubber (?:out)?sole
+home_decor: pillow|rug|curtain|drape|lamp|lighting|chandelier|sconce|vase|candle|decor|furniture|table|chair|desk|sofa|
+    couch|bed|mattresse?|bedroom|living room|dining room|kitchen|shelve?|bookcase|cabinet|ottoman|bench|stool|rack|
+    mirror|blanket|bedding|mat|artwork|wall|window|furnishing|island|vanitie|bedframe|throw
+electronics: phone|charger|cable|speaker|headphone|earbud|batterie|battery|adapter|usb|camera|laptop|computer|tablet|
+    monitor|tv|television|hdmi|bluetooth|projector|printer|drive|memory|receiver|amplifier|antenna|radio|keyboard|
+    router|binocular|telescope|lense?|flashe?|tripod|stereo|home theater|screen protector|remote|console|wireless|
+    video|audio|media|iphone|gaming|photography|wearable
+accessories: bag|wallet|belt|watch|sunglasse|hat|scarf|glove|jewelry|necklace|earring|bracelet|backpack|purse|handbag|
+    cap|beanie|necktie|umbrella|luggage|keychain
+beauty_health: shampoo|conditioner|cream|lotion|makeup|brushe?|serum|moisturizer|soap|hair|skin|nail|lip|lipstick|eye|
+    face|facial|body|fragrance|perfume|cologne|deodorant|toothbrushe?|toothpaste|teeth|dental|oral|mask|wig|
+    shav(?:e|ing)|razor|beauty|foot|massage|spa|cosmetic|sunscreen|bath|mascara|eyelashe?|tea tree|essential oil|
+    cruelty free|scrub
+other: snack|food|cheese|milk|candy|meat|sugar|gmo|gluten|kosher|usda|keto|coffee|sauce|beverage|drink|toy|
+    gift set""").items()}
 
 
 def shop_category(instruction):
@@ -1666,14 +1631,10 @@ def shop_category(instruction):
 # ---- the environment as sdar.py and eval.py see it ----
 
 def parse_shop_response(response, think_closed=False):
-    """(action, valid) of a model's text as the public code judges it: the lower-cased text between the first <action>
-    and the first </action>; valid if both are there and a think block (unless the prompt closed it), but no Chinese."""
-    text = response.lower()
-    start, end = text.find("<action>"), text.find("</action>")
-    if start < 0 or end < 0:
-        return text[-20:], False
-    thought = think_closed or ("<think>" in response and "</think>" in response)
-    return text[start + len("<action>"):end].strip(), thought and not re.search(r"[\u4e00-\u9fff]", response)
+    """(action, valid) as the public webshop_projection has it: that of ALFWorld, but without action tags the last 20
+    characters are left."""
+    low = response.lower()
+    return parse_action(response, think_closed) if "<action>" in low and "</action>" in low else (low[-20:], False)
 
 
 class ShopSession:
@@ -1705,21 +1666,21 @@ class ShopSession:
 
     def prompt(self, skill="", history=2, room=None, brief=False):
         """The user message of this turn; `room` cuts every observation in it in the middle (in characters)."""
-        past = self.turns[-history:] if history > 0 else []
+        past, count = self.turns[-history:] if history > 0 else [], len(self.turns)
         if brief:  # clickable parts in brackets: observation and admissible actions in one
             page = " ".join(f"[{part.lower()}]" if part.lower() in self.shop.clickables else part
                             for part in self.shop.parts)
-            steps = ["did: " + " > ".join(action for _, action in past)] if past else []
-            return "\n".join([*filter(None, [skill]), self.task, *steps, shorten_middle(page, room)])
-        number = len(self.turns) - len(past)
-        steps = "\n".join(f"[Observation {number + i}: '{shorten_middle(seen, room)}', Action {number + i}: '{action}']"
-                          for i, (seen, action) in enumerate(past, 1))
+            did = past and "did: " + " > ".join(action for _, action in past)
+            return "\n".join(filter(None, [skill, self.task, did, shorten_middle(page, room)]))
+        steps = "\n".join(f"[Observation {i}: '{shorten_middle(seen, room)}', Action {i}: '{action}']"
+                          for i, (seen, action) in enumerate(past, count - len(past) + 1))
         if past:
-            steps = f"Steps taken so far: {len(self.turns)}. The last {len(past)} with what you saw:\n{steps}\n"
+            steps = f"Steps taken so far: {count}. The last {len(past)} with what you saw:\n{steps}\n"
         offered = [f"click[{name}]" for name in self.shop.clickables]
         offered = ["search[<your query>]"] * (self.shop.kind == "search") + offered
-        return (f"{skill}{chr(10) * 2 if skill else ''}You are an agent that shops in the online store WebShop.\n"
-                f"Your task is: {self.task}\n{steps}This is step {len(self.turns) + 1}; you now see: "
+        skill = skill + "\n\n" if skill else ""
+        return (f"{skill}You are an agent that shops in the online store WebShop.\n"
+                f"Your task is: {self.task}\n{steps}This is step {count + 1}; you now see: "
                 f"{shorten_middle(self.observation, room)}\nThe admissible actions are:\n[\n"
                 + "".join(f"'{action}',\n" for action in offered) + "]\n\nReason first, step by step, between <think> "
                 "and </think>: which admissible action brings you closer to what the task asks for? Then write that "
@@ -1745,11 +1706,9 @@ class ShopSession:
             return next((value for value, name in offered.items()
                          if goal.get(name) == value != shop.options.get(name)), None)
         for want in goal:
-            close = {True: [], False: []}
-            for value in offered:
-                close[value in shop.options.values()] += [value] if token_set_ratio(value, want) > 85 else []
-            if close[False] and not close[True]:
-                return min(close[False], key=lambda value: (value != want, len(value)))
+            close = [value for value in offered if token_set_ratio(value, want) > 85]
+            if close and not set(close) & set(shop.options.values()):
+                return min(close, key=lambda value: (value != want, len(value)))
         return None
 
     def expert(self):
@@ -1779,17 +1738,18 @@ class WebShopEnv:
 
     Splits: "train" (all goals but the first 500), "test" (a fixed panel of 128 of those 500), "test500" (all of them).
     Goals of "train" that are the same product and the same instruction as one of the 500 are left out.
-    Options: human_goals; catalogue "small" or "full"; page_size, results on a page (10; 5 in the invented catalogue).
-    """
+    Options: human_goals; catalogue "small" or "full"."""
 
     name, stop, splits, skill_names = "webshop", ("</action>",), ("train", "test", "test500"), list(SHOP_KEYWORDS)
 
-    def __init__(self, data=None, seed=233, skills=None, human_goals=False, catalogue=None, page_size=None):
+    def __init__(self, data=None, seed=233, skills=None, human_goals=False, catalogue=None):
         path = find_data("webshop", data)
         self.builtin = path is None
         self.catalogue = Catalogue(build_catalogue(seed) if self.builtin else path, seed, human_goals, catalogue)
-        self.page_size = page_size or (5 if self.builtin else RESULTS_PER_PAGE)
-        self._skills = read_skills(skills, self.skill_names) if skills else SHOP_SKILLS
+        self._page_size = 5 if self.builtin else RESULTS_PER_PAGE  # 5: few products, yet pages to turn
+        library = read_skills(skills, self.skill_names) if skills else SHOP_SKILLS
+        # skill(category, brief) for the teacher of one task, all_skills() for one who is told everything
+        self.skill = self.all_skills = functools.partial(skill_text, library)
         count = len(self.catalogue.goals)
         held_out = min(TEST_GOALS, count // 4)
         panel = sorted(random.Random(233).sample(range(held_out), min(PANEL_GOALS, held_out)))
@@ -1802,10 +1762,10 @@ class WebShopEnv:
     def _unseen(self, held_out, count):
         """Indices of the training goals: no product with the same instruction is among the test goals."""
         products, goals = self.catalogue._goal_product, self.catalogue.goals
-        key = lambda i: (int(products[i]), goals[i]["instruction_text"])
-        tested = {key(i) for i in range(held_out)}
+        tested = {(products[i], goals[i]["instruction_text"]) for i in range(held_out)}
         shared = held_out + np.flatnonzero(np.isin(products[held_out:], products[:held_out]))
-        return np.setdiff1d(np.arange(held_out, count), [i for i in shared if key(i) in tested])
+        seen = [i for i in shared if (products[i], goals[i]["instruction_text"]) in tested]
+        return np.setdiff1d(np.arange(held_out, count), seen)
 
     def tasks(self, split):
         """Sorted task ids such as "test/goal-00012". Raises UserError for an unknown or empty split."""
@@ -1816,25 +1776,15 @@ class WebShopEnv:
     def start(self, task_id, seed=0):
         """A new session on a task; `seed` decides only what the special query <r> shows."""
         found = re.fullmatch(r"(\w+)/goal-(\d{5,12})", str(task_id), re.ASCII)
-        goals, number = self._goals.get(found[1], np.zeros(0)) if found else np.zeros(0), int(found[2]) if found else 0
-        place = np.searchsorted(goals, number)
-        if place == len(goals) or goals[place] != number:
+        if not found or int(found[2]) not in self._goals.get(found[1], ()):
             raise UserError(f"WebShop has no task {task_id!r}; ask tasks(split) for them")
-        return ShopSession(WebShop(self.catalogue, seed, page_size=self.page_size), str(task_id), number)
+        return ShopSession(WebShop(self.catalogue, seed, page_size=self._page_size), str(task_id), int(found[2]))
 
     def step(self, sessions, responses, think_closed=False):
         """Advances every session by its model's raw response; finished ones stay as they are."""
         for session, response in zip(sessions, responses, strict=True):
             if not session.done:
                 session.respond(response, think_closed)
-
-    def skill(self, category, brief=False):
-        """General skills, those of the category, common mistakes; brief: the category's alone. UserError if unknown."""
-        return skill_text(self._skills, category, brief)
-
-    def all_skills(self):
-        """The whole library."""
-        return skill_text(self._skills)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -1913,6 +1863,8 @@ def search_category(text, group):
     return ATTRIBUTE if PROPERTY.search(text) else DIRECT
 
 
+# ---- questions and passages ----
+
 def read_rows(path):
     """(line number, dict) of a .jsonl, .jsonl.gz or, where pyarrow is installed, .parquet file; else UserError."""
     number = 0
@@ -1944,8 +1896,7 @@ def read_question(path, number, row):
         raise UserError(f"{path}, line {number}: no `question` with answers (golden_answers, answers, answer or "
                         "reward_model.ground_truth.target); mend the line or take it out")
     named = str(row.get("data_source") or row.get("dataset") or "")
-    words = re.split("[^a-z0-9]+", (named or path.name).lower())
-    found = {DATASET_ALIASES[word] for word in words if word in DATASET_ALIASES}
+    found = {DATASET_ALIASES.get(word) for word in re.split("[^a-z0-9]+", (named or path.name).lower())} - {None}
     group = found.pop() if len(found) == 1 else named or "other"
     key = row.get("id", row.get("idx", extra.get("index")))
     key = panel_hash([text.encode("ascii", "replace").decode()]) if key is None else key
@@ -1981,22 +1932,25 @@ def search_server(url, timeout=30.0, retries=4, delay=1.0):
         raise UserError(f"search_url {url!r} is no http address; give for example http://127.0.0.1:8000/retrieve")
     url = url if re.match(r"https?://[^/]+/.", url) else url.rstrip("/") + "/retrieve"
 
-    def retrieve(queries, k):
+    def ask(queries, k):
         body = json.dumps({"queries": queries, "topk": k, "return_scores": True}).encode()
         request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+        deadline, reply = time.monotonic() + timeout, b""
+        with urllib.request.urlopen(request, timeout=timeout) as connection:
+            while chunk := connection.read1(1 << 20):
+                reply += chunk
+                if len(reply) > MAX_REPLY or time.monotonic() > deadline:
+                    raise TimeoutError("the reply takes too long or is too large")
+        found = [[hit["document"]["contents"].strip() for hit in hits] for hits in json.loads(reply)["result"]]
+        if len(found) != len(queries):
+            raise ValueError(f"{len(found)} results for {len(queries)} queries")
+        return found
+
+    def retrieve(queries, k):
         for attempt in range(retries + 1):
             time.sleep(min(30.0, delay * 2 ** (attempt - 1)) if attempt else 0)
-            deadline, reply = time.monotonic() + timeout, b""
             try:
-                with urllib.request.urlopen(request, timeout=timeout) as connection:
-                    while chunk := connection.read1(1 << 20):
-                        reply += chunk
-                        if len(reply) > MAX_REPLY or time.monotonic() > deadline:
-                            raise TimeoutError("the reply takes too long or is too large")
-                found = [[hit["document"]["contents"].strip() for hit in hits] for hits in json.loads(reply)["result"]]
-                if len(found) != len(queries):
-                    raise ValueError(f"{len(found)} results for {len(queries)} queries")
-                return found
+                return ask(queries, k)
             except Exception as error:  # whatever a network and a broken server can do to a request
                 problem = one_line(f"{type(error).__name__}: {error}")
                 if isinstance(error, urllib.error.HTTPError) and error.code < 500 and error.code != 429:
@@ -2004,6 +1958,11 @@ def search_server(url, timeout=30.0, retries=4, delay=1.0):
         raise ServerError(f"search server {url} failed {attempt + 1} times ({problem}); no step was lost: see that it "
                           "answers POST /retrieve, then run again or resume")
     return retrieve
+
+
+def passage_search(passage, index):
+    """The same function as search_server's from a BM25 index; `passage` gives the text of a number."""
+    return lambda queries, k: [[passage(i) for i in index.search(query, k)[0]] for query in queries]
 
 
 def corpus_search(path):
@@ -2015,32 +1974,39 @@ def corpus_search(path):
             raise UserError(f"{path}, line {number}: no `contents`; mend the line or take it out")
         text += row["contents"].strip().encode("utf-8", "replace")
         ends.append(len(text))
-    stat, n = path.stat(), len(ends) - 1
+    n = len(ends) - 1
     if not n:
         raise UserError(f"{path} holds no passages; give a file of {{\"id\", \"contents\"}} lines")
 
     def passage(i):
         return text[ends[i]:ends[i + 1]].decode()
 
+    stat = path.stat()
     name = f"{path.name}.{panel_hash([str(stat.st_size), str(stat.st_mtime_ns)])}.bm25.npz"
     files, index = [path.parent / name, Path.home() / ".cache" / "search-index" / name], None
     for file in files:
-        with suppress(Exception):  # none there, or damaged: the next one, or built anew
+        with suppress(ValueError):  # none there, or damaged: the next one, or built anew
             index = index or BM25.load(file)
     if index is None:
         index = BM25(map(passage, tqdm(range(n), "indexing passages", disable=n < 50_000)))
-        for file in files:
-            part = file.with_suffix(f".{os.getpid()}.part")
-            with suppress(OSError):
-                file.parent.mkdir(parents=True, exist_ok=True)
-                index.save(part)
-                for old in file.parent.glob(f"{glob.escape(path.name)}.*.bm25.npz"):
-                    old.unlink()
-                part.replace(file)
-                break
-            with suppress(OSError):
-                part.unlink()  # a full disk must not keep half an index
-    return (lambda queries, k: [[passage(i) for i in index.search(query, k)[0]] for query in queries]), n
+        any(_keep_index(index, file, f"{glob.escape(path.name)}.*.bm25.npz") for file in files)  # until one can
+    return passage_search(passage, index), n
+
+
+def _keep_index(index, file, older):
+    """Saves an index in place of those that match the pattern `older`; False where the folder cannot be written."""
+    part = file.with_suffix(f".{os.getpid()}.part")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        index.save(part)
+        for old in file.parent.glob(older):
+            old.unlink()
+        part.replace(file)
+        return True
+    except OSError:
+        with suppress(OSError):
+            part.unlink()  # a full disk must not keep half an index
+        return False
 
 
 def build_world(seed):
@@ -2139,23 +2105,23 @@ class SearchSession:
 
 
 class SearchQA:
-    """The benchmark. `data`: question file or folder; `corpus`: passage file; `search_url`: a Search-R1 server."""
+    """The benchmark. `data`: question file or folder; `corpus`: passage file; `search_url`: a Search-R1 server;
+    topk: passages a search returns; timeout (s) and retries: see search_server. UserError for unusable data."""
     name, stop, skill_names = "search", ("</search>", "</answer>"), list(SEARCH_CATEGORIES)
 
     def __init__(self, data=None, seed=233, skills=None, search_url=None, corpus=None, topk=3, max_turns=4,
                  timeout=30.0, retries=4):
-        built_in = (f"BUILT-IN generated world (seed {seed}), not the benchmark: for that give --data with Search-R1's "
-                    "questions and corpus= or search_url=")
         path, self.topk, self.max_turns = find_data("search", data), topk, max_turns
-        self.builtin, self.skills = path is None, read_skills(skills, SEARCH_CATEGORIES) if skills else SEARCH_SKILLS
+        self.builtin, library = path is None, read_skills(skills, SEARCH_CATEGORIES) if skills else SEARCH_SKILLS
+        # skill(category, brief) for the teacher of one task, all_skills() for one who is told everything
+        self.skill = self.all_skills = functools.partial(skill_text, library)
         if self.builtin and (search_url or corpus):
             raise UserError("a search server or corpus needs questions; give them with --data FILE (JSONL or parquet)")
         self.questions, files = build_world(seed) if self.builtin else load_questions(path)
         if not any(self.questions.values()):
             raise UserError(f"{path} holds no questions; give a .jsonl, .jsonl.gz or .parquet file of them")
         if self.builtin:
-            index, where = BM25(files), f"{len(files)} passages"
-            self.retrieve = lambda queries, k: [[files[i] for i in index.search(query, k)[0]] for query in queries]
+            self.retrieve, where = passage_search(files.__getitem__, BM25(files)), f"{len(files)} passages"
         elif search_url:
             self.retrieve, where = search_server(search_url, timeout, retries), f"search server {search_url}"
         elif corpus or len(files) == 1:
@@ -2166,6 +2132,8 @@ class SearchQA:
         self.splits = tuple(split for split in ("train", "dev", "test") if split in self.questions)
         counts = ", ".join(f"{split} {len(self.questions[split])} (panel {panel_hash(sorted(self.questions[split]))})"
                            for split in self.splits)
+        built_in = (f"BUILT-IN generated world (seed {seed}), not the benchmark: for that give --data with Search-R1's "
+                    "questions and corpus= or search_url=")
         self.source = f"search: {path or built_in}; questions: {counts}; {where}"
 
     def tasks(self, split):
@@ -2191,14 +2159,6 @@ class SearchQA:
         found = dict(zip(queries, self.retrieve(queries, self.topk))) if queries else {}
         for (session, kind, content, valid), query in zip(moves, asked):
             session.advance(kind, content, valid, found.get(query, [])[:self.topk])
-
-    def skill(self, category, brief=False):
-        """General skills, those of the category, common mistakes; brief: the category's alone. UserError if unknown."""
-        return skill_text(self.skills, category, brief)
-
-    def all_skills(self):
-        """The whole library as one text."""
-        return skill_text(self.skills)
 
 
 
