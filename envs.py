@@ -41,7 +41,7 @@ import urllib.request
 import zipfile
 import zlib
 from array import array
-from collections import Counter, OrderedDict, namedtuple
+from collections import Counter, namedtuple
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
@@ -2167,7 +2167,7 @@ def panel(env, split, episodes=None, seed=233):
     sha256(seed, id), so that a smaller panel lies within a larger one. Raises UserError for an empty panel."""
     ids = sorted(set(env.tasks(split)))
     if episodes is not None and episodes < 1:
-        raise UserError(f"a panel of {episodes} episodes is empty; give 1 to {len(ids)}, or leave it out for all of {split}")
+        raise UserError(f"a panel of {episodes} episodes is empty; give 1 to {len(ids)}, or nothing for all of {split}")
     if episodes is not None:
         ids = sorted(ids, key=lambda i: hashlib.sha256(f"{seed}\n{i}".encode("utf-8", "replace")).digest())[:episodes]
     return sorted(ids), panel_hash(sorted(ids))

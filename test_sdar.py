@@ -2121,18 +2121,6 @@ def test_stored_lengths_are_lucenes():
     assert BYTE_LENGTHS[255] == 2013265944  # SmallFloat.byte4ToInt((byte) 255)
 
 
-def test_skipping_documents_changes_no_result():
-    rng = np.random.default_rng(0)
-    names = np.array([f"w{i}" for i in range(400)])
-    texts = [" ".join(row) for row in names[np.minimum(rng.zipf(1.25, (9000, 10)), 399)].tolist()]
-    index, every = BM25(texts), BM25(texts)
-    index.CHUNK, every.CHUNK = 500, 10**9  # lists longer than this are skipped through: many, none
-    for query in ("w300 w1 w2 w3", "w200 w250 w1 w2 w4 w5 w3", "w1 w2", "w100 w1", "w399 w1 w2 w3 w4 w5 w6 w7"):
-        for k in (1, 10, 50):
-            got, expected = index.search(query, k), every.search(query, k)
-            assert got[0].tolist() == expected[0].tolist() and got[1].tolist() == expected[1].tolist()
-
-
 def test_index_on_disk(tmp_path):
     index = BM25(["red shoes", "green shoes", "red \u4e2d"])
     index.save(tmp_path / "index.npz")
@@ -2226,7 +2214,7 @@ def test_goals_and_prices_as_the_original_draws_them():
 
 
 @pytest.mark.parametrize("part, human", [("synthetic_goals", False), ("human_goals", True)])
-def test_recorded_sessions(part, human):
+def test_recorded_sessions(part, human, capsys):
     sessions = load(real("webshop/sessions.json.gz"))[part]["sessions"]
     shop, rewards, won = WebShop(real("webshop"), seed=42, human_goals=human), [], []
     for session in sessions:
@@ -2247,7 +2235,9 @@ def test_recorded_sessions(part, human):
             else:
                 assert reward == step["reward"] and observation == step["observation"]
                 assert shop.available_actions == step["available_actions"]
-    print(f"{part}: {sum(rewards)} of {len(rewards)} purchases with the same reward, {sum(won)} with the same success")
+    with capsys.disabled():  # the share is to be seen in every run on the recordings
+        print(f" WebShop, {part}: {sum(rewards)} of {len(rewards)} purchases with the same reward, {sum(won)} with the "
+              "same success")
     assert np.mean(rewards) >= 0.98 and np.mean(won) == 1
 
 
