@@ -84,8 +84,10 @@ class Settings:
     # objective
     success_reward: float = opt(10.0, "reward of a solved task; everything else gets 0")
     invalid_penalty: float = opt(0.1, "taken from the advantage of a turn whose response is malformed")
-    advantage_over: str = opt("trajectories", "a group's mean and std; turns: public code", ("trajectories", "turns"))
-    loss_agg: str = opt("trajectory", "the paper's (1/G) sum_i Agg; token: public code", ("trajectory", "token"))
+    advantage_over: str = opt("trajectories", "what a group's mean and std run over; turns: as the public code",
+                              ("trajectories", "turns"))
+    loss_agg: str = opt("trajectory", "trajectory: (1/G) sum_i Agg as the paper; token: mean over all tokens as the "
+                        "public code", ("trajectory", "token"))
     gate: str = opt("gap", "what opens a token's gate", ("gap", "entropy", "soft-or", "none"))
     beta: float = opt(5.0, "sharpness of the gate")
     gate_baseline: bool = opt(False, "subtract the mini-batch's mean gate: same expected gradient, less variance")
@@ -105,7 +107,7 @@ class Settings:
     lr_warmup: float = opt(0.0, "share of the steps over which the learning rate rises from 0")
     weight_decay: float = opt(0.01, "weight decay of AdamW")
     mini_batch: int = opt(256, "turns per optimizer step; 0: one optimizer step per rollout")
-    micro_tokens: int = opt(16384, "tokens per forward-backward: memory, not the gradient, depends on it")
+    micro_tokens: int = opt(16384, "tokens per forward-backward: memory, not the gradient; lower it if memory runs out")
     recompute: bool = opt(False, "recompute activations in the backward pass: a third slower, a fraction of the memory")
     head_chunk: int = opt(1024, "response positions per chunk of the output head")
     grad_clip: float = opt(1.0, "largest gradient norm")
@@ -812,7 +814,6 @@ def score_turns(model, turns, prompt_field, result_field, s, label):
             setattr(turn, result_field, values[keep].clone())
 
 
-
 # ======== Training: one step of Algorithm 1 is play_step, then learn_step =============================================
 
 @dataclass
@@ -1015,13 +1016,13 @@ def update(state, episodes, s, lr):
     assign_weights(episodes, minis, s)
     totals, norms, apart, baseline = {}, [], {}, 0.0
     state.policy.model.train()
-    if s.diagnose_every and uses_teacher(s) and state.step % s.diagnose_every == 0:
-        apart = term_gradients(state.policy, minis[0], s)
     with tqdm(total=len(turns), desc="update", unit="turn", leave=False, dynamic_ncols=True) as bar:
         for mini in minis:
             if s.gate_baseline and uses_teacher(s):
                 old, teacher = (torch.cat([getattr(t, name) for t in mini]) for name in ("old_logp", "teacher_logp"))
                 baseline = sdar_gate(old, teacher, s.beta).mean().item()
+            if s.diagnose_every and uses_teacher(s) and state.step % s.diagnose_every == 0 and mini is minis[0]:
+                apart = term_gradients(state.policy, mini, s, state.step, baseline)
             for batch in batches_of(mini, s):
                 loss, sums = step_loss(state.policy, batch, s, state.step, baseline)
                 loss.backward()
@@ -1054,17 +1055,16 @@ def learn_step(state, episodes, bandit, phases, s):
 
 # ======== What the log says ===========================================================================================
 
-def term_gradients(policy, turns, s):
-    """Norms of the gradients of the policy term and of the distillation term of a mini-batch, and their cosine."""
+def term_gradients(policy, turns, s, step, baseline):
+    """Norms of the gradients of a mini-batch's policy term and of its distillation term (no KL), and their cosine."""
     def gradient(**changes):
-        variant = dataclasses.replace(s, kl=0.0, **changes)
         for batch in batches_of(turns, s):
-            step_loss(policy, batch, variant)[0].backward()
+            step_loss(policy, batch, dataclasses.replace(s, kl=0.0, **changes), step, baseline)[0].backward()
         flat = torch.cat([p.grad.float().flatten() for p in policy.model.parameters() if p.grad is not None])
         policy.model.zero_grad(set_to_none=True)
         return flat
-    reward, both = gradient(algo="grpo"), gradient()
-    distill = both - reward
+    reward = gradient(lam=0.0, rlsd_lam=0.0)
+    distill = gradient() - reward
     return {"grad_norm_policy": reward.norm().item(), "grad_norm_distill": distill.norm().item(),
             "grad_cosine": F.cosine_similarity(reward, distill, dim=0).item()}
 
@@ -1448,7 +1448,7 @@ def main(argv=None):
     try:
         train(*read_settings(argv))
     except (UserError, OSError, SafetensorError) as error:  # OSError: --out not writable, a full disk
-        fail(first_line(error))
+        fail(error)
     except KeyboardInterrupt:
         sys.exit(130)
     except (MemoryError, RuntimeError) as error:
