@@ -11,9 +11,9 @@ privileged prompt is the teacher; each token's detached gap opens or closes a ga
 
 At test time the skills are gone.
 
-How to read it. The file follows the paper: settings, policy, prompts, rollout, advantages, losses, training loop,
-command line. Two dataclasses travel through it: a `Turn` (one prompt, one response) and an `Episode` (its turns and
-its reward). The losses are plain functions on (B, T) tensors that need nothing but torch: copy them.
+How to read it. The file follows the paper: settings, policy, prompts, rollout, advantages, losses, training, command
+line. Two dataclasses travel through it: a `Turn` (one prompt, one response) and an `Episode` (its turns and its
+reward). The losses are plain functions on (B, T) tensors that need nothing but torch: copy them.
 
 What was left out, and why. No inference server: `generate` here is a page long and shares the weights with the
 trainer, so there is nothing to synchronise. No sharding: models up to some 3B parameters train on one card. No value
@@ -47,23 +47,21 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import envs
 from envs import UserError
 
-# ------------------------------------------------------------------------------------------------------------------
-# Settings. The defaults are the paper's for ALFWorld; PRESETS holds what differs elsewhere, TINY what a laptop needs.
-# ------------------------------------------------------------------------------------------------------------------
+# ======== Settings: the defaults are the paper's for ALFWorld, PRESETS holds what differs elsewhere ===================
+
+METHODS = ("grpo", "sdar", "opsd", "grpo+opsd", "skill-grpo", "skill-sd", "rlsd")
 
 
 def opt(default, help, choices=None):
     """One setting: its default, its line in --help, and what it may be."""
     return field(default=default, metadata={"help": help, "choices": choices})
-
-
-METHODS = ("grpo", "sdar", "opsd", "grpo+opsd", "skill-grpo", "skill-sd", "rlsd")
 
 
 @dataclass
@@ -122,8 +120,7 @@ class Settings:
     lr_warmup: float = opt(0.0, "share of the steps over which the learning rate rises from 0")
     weight_decay: float = opt(0.01, "weight decay of AdamW")
     mini_batch: int = opt(256, "turns per optimizer step; 0: one optimizer step per rollout")
-    micro_tokens: int = opt(16384, "tokens per forward-backward; changes memory, not the gradient; lower it if the "
-                            "update runs out of memory")
+    micro_tokens: int = opt(16384, "tokens per forward-backward: memory, not the gradient; lower it if memory runs out")
     recompute: bool = opt(False, "recompute activations in the backward pass: a third slower, a fraction of the memory")
     head_chunk: int = opt(1024, "response positions per chunk of the output head")
     grad_clip: float = opt(1.0, "largest gradient norm")
@@ -157,48 +154,59 @@ TINY = dict(prompt_style="brief", groups=4, max_prompt=512, max_teacher_prompt=7
             lr=3e-4, kl=0.0, steps=4, warm_start=150, warm_lr=3e-3, warm_tasks=4, warm_prompt_loss=0.3, val_every=4,
             val_episodes=64)
 TINY_ENV = {"alfworld": dict(env_args="house=5 detours=3", max_turns=15)}
+MAY_CHANGE = "data device keep log_episodes micro_tokens rollout_rows save_every steps val_every".split()  # on --resume
+
+
+SECTIONS = {"env": "what is trained", "data": "data", "groups": "rollout", "success_reward": "objective",
+            "steps": "optimisation", "warm_start": "behaviour cloning before RL", "val_every": "measuring and saving",
+            "tiny_width": "the model `tiny`"}  # of --help, by their first setting
 
 
 def make_parser():
     """The command line of sdar.py, one flag per field of Settings."""
-    parser = argparse.ArgumentParser(prog="sdar.py", formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     description=__doc__, argument_default=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(
+        prog="sdar.py", usage="python sdar.py [--env ENV] [--model MODEL] [flags]", description=__doc__,
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=30, width=120),
+        argument_default=argparse.SUPPRESS,
+        epilog="Defaults are the paper's for ALFWorld; the other benchmarks and `tiny` have presets (PRESETS, TINY).")
     parser.error = lambda message: fail(f"{message}; see python sdar.py --help")
     parser.add_argument("--resume", metavar="RUN", help="continue the run in this folder with its own settings")
+    group = parser
     for f in dataclasses.fields(Settings):
+        group = parser.add_argument_group(SECTIONS[f.name]) if f.name in SECTIONS else group
         shown = "" if f.default == "" or f.default is False else f" (default: {f.default})"
         kind = {"action": "store_true"} if isinstance(f.default, bool) else {
             "type": type(f.default), "choices": f.metadata["choices"],
             "metavar": None if f.metadata["choices"] else f.name.upper()}
-        text = (f.metadata["help"] + shown).replace("%", "%%")
-        parser.add_argument("--" + f.name.replace("_", "-"), help=text, **kind)
+        group.add_argument(flag(f.name), help=(f.metadata["help"] + shown).replace("%", "%%"), **kind)
     return parser
 
 
+def flag(name):
+    """The command-line flag of a setting."""
+    return "--" + name.replace("_", "-")
+
+
 def read_settings(argv):
-    """Settings from the command line: defaults, then the benchmark's preset, then `tiny`'s, then explicit flags;
-    with --resume the run's own settings, then explicit flags. Returns (settings, resumed run folder or None).
-    Raises UserError for values that make no sense."""
+    """(settings, resumed run folder or None): defaults, the benchmark's preset, the method's, `tiny`'s, explicit flags,
+    each over the former; with --resume the run's own, then explicit flags. UserError for what makes no sense."""
     explicit = vars(make_parser().parse_args(argv))
     resume = explicit.pop("resume", None)
-    if resume is not None:
-        fixed = sorted(set(explicit) - {"steps", "keep", "save_every", "val_every", "device", "rollout_rows",
-                                        "micro_tokens", "log_episodes", "data"})
-        if fixed:
-            raise UserError(f"--{fixed[0].replace('_', '-')} cannot change within a run; start a new one with --out")
-        saved = read_json(Path(resume) / "config.json", f"{resume} holds no run (no config.json)")
-        try:
-            settings = Settings(**saved)
-        except TypeError as error:
-            raise UserError(f"{resume}/config.json is another version's ({first_line(error)}); start a new run") from None
-        settings = dataclasses.replace(settings, **explicit, out=str(resume))
-    else:
+    if resume is None:
         name = explicit.get("env", Settings.env)
         tiny = {**TINY, **TINY_ENV.get(name, {})} if explicit.get("model", Settings.model) == "tiny" else {}
         method = METHOD_PRESETS.get(explicit.get("algo"), {})
         settings = Settings(**{**PRESETS[name], **method, **tiny, **explicit})
         short = re.sub(r"[^\w.-]+", "-", Path(settings.model).name)
         settings.out = settings.out or f"runs/{settings.env}-{settings.algo}-{short}"
+    else:
+        for name in sorted(set(explicit) - set(MAY_CHANGE)):
+            raise UserError(f"{flag(name)} cannot change within a run; start a new one with --out")
+        saved = read_json(Path(resume) / "config.json", f"{resume} holds no run (no config.json)")
+        try:
+            settings = Settings(**{**saved, **explicit, "out": str(resume)})
+        except TypeError as error:
+            raise UserError(f"{resume}/config.json is another version's ({first_line(error)}); start afresh") from None
     check_settings(settings)
     return settings, resume
 
@@ -208,21 +216,19 @@ def check_settings(s):
     positive = ("groups", "group_size", "max_turns", "max_prompt", "max_teacher_prompt", "max_response", "rollout_rows",
                 "temperature", "micro_tokens", "head_chunk", "grad_clip", "keep", "save_every", "lr", "warm_lr",
                 "warm_tasks", "clip", "tiny_width", "tiny_layers")
-    for name in positive:
-        if not 0 < getattr(s, name) < math.inf:
-            raise UserError(f"--{name.replace('_', '-')} must be above 0, not {getattr(s, name)}")
-    for f in dataclasses.fields(s):
-        value = getattr(s, f.name)
-        if isinstance(value, (int, float)) and f.name != "seed" and not 0 <= value < math.inf:
-            raise UserError(f"--{f.name.replace('_', '-')} must be a number of 0 or more, not {value}")
-    if s.group_size < 2:
-        raise UserError("--group-size must be at least 2: an advantage is a comparison within a group")
-    if s.dual_clip <= 1:
-        raise UserError(f"--dual-clip must be above 1, not {s.dual_clip}")
-    if s.gate_baseline and (s.gate != "gap" or s.divergence != "sampled"):
-        raise UserError("--gate-baseline goes with --gate gap and --divergence sampled only")
-    if s.tiny_width % 32:
-        raise UserError(f"--tiny-width must be a multiple of 32, not {s.tiny_width}")
+    for name, value in dataclasses.asdict(s).items():
+        if name in positive and not 0 < value < math.inf:
+            raise UserError(f"{flag(name)} must be above 0, not {value}")
+        if isinstance(value, (int, float)) and name != "seed" and not 0 <= value < math.inf:
+            raise UserError(f"{flag(name)} must be a number of 0 or more, not {value}")
+    for wrong, message in (
+            (s.group_size < 2, "--group-size must be at least 2: an advantage is a comparison within a group"),
+            (s.dual_clip <= 1, f"--dual-clip must be above 1, not {s.dual_clip}"),
+            (s.gate_baseline and (s.gate != "gap" or s.divergence != "sampled"),
+             "--gate-baseline goes with --gate gap and --divergence sampled only"),
+            (s.tiny_width % 32, f"--tiny-width must be a multiple of 32, not {s.tiny_width}")):
+        if wrong:
+            raise UserError(message)
 
 
 def open_env(s):
@@ -236,10 +242,7 @@ def open_env(s):
     return envs.open_env(s.env, s.data or None, skills=s.skills or None, **options)
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Policy: any causal language model with a chat template
-# ------------------------------------------------------------------------------------------------------------------
-
+# ======== Policy: any causal language model with a chat template ======================================================
 
 @dataclass
 class Policy:
@@ -273,12 +276,9 @@ def pick_device(name):
 
 
 def load_policy(name, device="auto", texts=(), settings=None):
-    """Load a policy: bf16 on a GPU, fp32 on a CPU.
-
-    name: a Hugging Face model, a local folder (a run folder stands for its last checkpoint), a .gguf file, or `tiny`,
-    which is built from `texts` (an iterable of strings) and the sizes in `settings`.
-    Raises UserError when the model cannot be had, has no chat template, or hides its logits behind more than a head.
-    """
+    """A policy, bf16 on a GPU, fp32 on a CPU. name: a Hugging Face model, a local folder (a run folder stands for its
+    last checkpoint), a .gguf file, or `tiny`, built from `texts` (an iterable of strings) and the sizes in `settings`.
+    UserError when the model cannot be had, has no chat template, or hides its logits behind more than a head."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, logging
     logging.disable_progress_bar()
     logging.set_verbosity_error()
@@ -315,10 +315,9 @@ def wrap_policy(model, tokenizer):
     end = model.generation_config.eos_token_id
     end = set(end if isinstance(end, list) else [end]) | {tokenizer.eos_token_id}
     pieces = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
-    rendered = render_chat(tokenizer, "Hello")
-    return Policy(model, tokenizer, frozenset(end - {None}),
-                  frozenset(i for i, piece in enumerate(pieces) if piece and ">" in piece),
-                  "</think>" in rendered[rendered.rindex("Hello"):])
+    closing = (i for i, piece in enumerate(pieces) if piece and ">" in piece)
+    after = render_chat(tokenizer, "Hello").rpartition("Hello")[2]
+    return Policy(model, tokenizer, frozenset(end - {None}), frozenset(closing), "</think>" in after)
 
 
 @torch.no_grad()
@@ -341,31 +340,40 @@ def build_tiny(texts, s):
     trained on `texts`. Nothing is downloaded. Returns (model, tokenizer)."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     roles = ["user", "assistant"] * 500  # frequent enough to become a token each
-    trainer = trainers.BpeTrainer(vocab_size=s.tiny_vocab, special_tokens=special, show_progress=False,
+    trainer = trainers.BpeTrainer(vocab_size=s.tiny_vocab, show_progress=False,
+                                  special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     bpe.train_from_iterator(itertools.chain(roles, texts), trainer)
-    bpe.add_tokens([AddedToken(f"<{slash}{tag}>", normalized=False) for tag in ("think", "action", "search", "answer")
-                    for slash in ("", "/")])
+    tags = [f"<{slash}{tag}>" for tag in ("think", "action", "search", "answer") for slash in ("", "/")]
+    bpe.add_tokens([AddedToken(tag, normalized=False) for tag in tags])  # before the training they would be lost
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>",
                                         additional_special_tokens=["<|im_start|>"], chat_template=TINY_TEMPLATE)
+    heads = s.tiny_width // 32
     config = Qwen2Config(vocab_size=len(tokenizer), hidden_size=s.tiny_width, intermediate_size=3 * s.tiny_width,
-                         num_hidden_layers=s.tiny_layers, num_attention_heads=s.tiny_width // 32,
-                         num_key_value_heads=s.tiny_width // 32, max_position_embeddings=8192, tie_word_embeddings=True,
+                         num_hidden_layers=s.tiny_layers, num_attention_heads=heads, num_key_value_heads=heads,
+                         max_position_embeddings=8192, tie_word_embeddings=True,
                          initializer_range=0.8 * s.tiny_width**-0.5,  # a small width needs more than the usual 0.02
                          bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     torch.manual_seed(s.seed)
     return Qwen2ForCausalLM(config), tokenizer
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Prompts: the student's, and the teacher's, which also holds the skill
-# ------------------------------------------------------------------------------------------------------------------
+def tiny_texts(env, s, count=300):
+    """Text for `tiny`'s tokenizer: prompts and responses of expert episodes, and the skills."""
+    for task in draw_tasks(env, s.split or env.splits[0], s, 0, count):
+        session = env.start(task, seed=stream(s, "texts", task))
+        while not session.done and len(session.turns) < s.max_turns:
+            yield session.prompt(history=s.history, brief=s.prompt_style == "brief")
+            yield session.expert()
+            env.step([session], [session.expert()])
+    yield env.all_skills()
 
+
+# ======== Prompts: the student's, and the teacher's, which also holds the skill =======================================
 
 def render_chat(tokenizer, text):
     """The chat template around one user message, thinking switched off where the template knows the switch."""
@@ -381,43 +389,34 @@ def encode_chat(tokenizer, text):
     return tokenizer(render_chat(tokenizer, text), add_special_tokens=False)["input_ids"]
 
 
-def fit_prompt(policy, session, skill, budget, s, flag):
-    """The prompt of this turn within `budget` tokens: first the oldest history goes, then the middle of the
-    observation; the skill is never cut. Returns (token ids, whether it was shortened)."""
-    brief = s.prompt_style == "brief"
-    shortened = False
-    for history in range(min(s.history, len(session.turns)), -1, -1):
+def student_prompt(policy, session, s, skill=""):
+    """What the agent sees: (token ids, whether the prompt was shortened). `skill` stays empty, except where a method
+    gives skills to the student itself (Skill-GRPO, Skill-Prompt). Beyond the budget of tokens first the oldest history
+    goes, then the middle of the observation, never the skill; UserError if that is not enough."""
+    budget, brief = s.max_teacher_prompt if skill else s.max_prompt, s.prompt_style == "brief"
+    longest = min(s.history, len(session.turns))
+    for history in range(longest, -1, -1):
         ids = encode_chat(policy.tokenizer, session.prompt(skill, history, brief=brief))
         if len(ids) <= budget:
-            return ids, shortened
-        shortened = True
+            return ids, history < longest
     room = len(session.observation)
     while room > 0:
         room = room * 3 // 4
         ids = encode_chat(policy.tokenizer, session.prompt(skill, 0, room=room, brief=brief))
         if len(ids) <= budget:
             return ids, True
-    raise UserError(f"a prompt of {len(ids)} tokens cannot be shortened to {budget}; raise {flag}")
-
-
-def student_prompt(policy, session, s, skill=""):
-    """What the agent sees: token ids and whether the prompt was shortened. `skill` stays empty, except where a method
-    gives skills to the student itself (Skill-GRPO, Skill-Prompt)."""
-    return fit_prompt(policy, session, skill, s.max_teacher_prompt if skill else s.max_prompt, s,
-                      "--max-teacher-prompt" if skill else "--max-prompt")
+    raise UserError(f"a prompt of {len(ids)} tokens cannot be shortened to {budget}; raise "
+                    f"{'--max-teacher-prompt' if skill else '--max-prompt'}")
 
 
 def teacher_prompt(policy, session, s, skill):
     """The same turn with the skill in its place (the privileged context c^+), within a token budget of its own."""
     if not skill:
         raise UserError("the teacher has no skill text: without it SDAR would silently be plain GRPO; check --skills")
-    return fit_prompt(policy, session, skill, s.max_teacher_prompt, s, "--max-teacher-prompt")
+    return student_prompt(policy, session, s, skill)
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Rollout: episodes played in batches
-# ------------------------------------------------------------------------------------------------------------------
-
+# ======== Rollout: episodes played in batches =========================================================================
 
 @dataclass
 class Turn:
@@ -480,8 +479,8 @@ def generate(policy, prompts, s, temperature, stop, generator):
     responses = [None] * len(prompts)
     for start in range(0, len(order), s.rollout_rows):
         rows = order[start:start + s.rollout_rows]
-        done = decode_batch(policy, [prompts[i] for i in rows], s.max_response, temperature, stop, generator)
-        for i, ids in zip(rows, done):
+        batch = decode_batch(policy, [prompts[i] for i in rows], s.max_response, temperature, stop, generator)
+        for i, ids in zip(rows, batch):
             responses[i] = ids
     return responses
 
@@ -524,12 +523,9 @@ def decode_batch(policy, prompts, max_new, temperature, stop, generator):
 
 
 def rollout(policy, env, task_ids, s, generator, temperature, skills=None, teacher=False, label="rollout"):
-    """Play one episode of each task id (repeat an id for a group), all of them turn by turn in batches; episodes that
-    are over cost nothing.
-
-    skills: None, or for each episode (name, text) of its skill. With `teacher` the skill goes into the teacher's
-    prompt of every turn, otherwise into the agent's own. Returns a list of Episodes in the order of task_ids.
-    """
+    """Episodes of the task ids, in their order (repeat an id for a group), played together turn by turn; those that are
+    over cost nothing. skills: None, or for each episode (name, text) of its skill, which goes into the teacher's prompt
+    of every turn if there is a `teacher`, else into the agent's own."""
     sessions = [env.start(task_id) for task_id in task_ids]
     skills = skills or [("", "")] * len(sessions)
     episodes = [Episode(t, x.group, i, name) for i, (t, x, (name, _)) in enumerate(zip(task_ids, sessions, skills))]
@@ -540,7 +536,7 @@ def rollout(policy, env, task_ids, s, generator, temperature, skills=None, teach
                 break
             bar.set_postfix_str(f"turn {number + 1}, {len(live)} playing")
             prompts = [student_prompt(policy, sessions[i], s, "" if teacher else skills[i][1]) for i in live]
-            teachers = [teacher_prompt(policy, sessions[i], s, skills[i][1]) if teacher else (None, False) for i in live]
+            skilled = [teacher_prompt(policy, sessions[i], s, skills[i][1]) if teacher else (None, False) for i in live]
             responses = generate(policy, [ids for ids, _ in prompts], s, temperature, env.stop, generator)
             texts = [policy.tokenizer.decode(ids, skip_special_tokens=True) for ids in responses]
             seen = [sessions[i].observation for i in live]
@@ -548,7 +544,7 @@ def rollout(policy, env, task_ids, s, generator, temperature, skills=None, teach
             for k, i in enumerate(live):
                 x = sessions[i]
                 episodes[i].turns.append(Turn(prompts[k][0], responses[k], texts[k], x.action, seen[k], x.valid,
-                                              x.admissible, teachers[k][0], prompts[k][1] or teachers[k][1]))
+                                              x.admissible, skilled[k][0], prompts[k][1] or skilled[k][1]))
             bar.update(sum(sessions[i].done for i in live))
     for episode, x in zip(episodes, sessions):
         episode.done, episode.won, episode.score, episode.details = x.done, bool(x.won), float(x.score), dict(x.details)
@@ -556,13 +552,9 @@ def rollout(policy, env, task_ids, s, generator, temperature, skills=None, teach
     return episodes
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Advantages and losses
+# ======== Advantages and losses =======================================================================================
 # Every loss is first a per-token function, (B, T) -> (B, T). aggregate() makes it a scalar with weights (B, T) that
 # token_weights() computed ONCE for the whole mini-batch: slicing them into micro-batches cannot change the gradient.
-
-AGGREGATIONS = ("token-mean", "trajectory", "seq-mean-token-mean", "seq-mean-token-sum")
-
 
 def group_normalized_advantages(rewards, group_ids, eps=1e-6):
     """GRPO's A = (R - mean_G) / (std_G + eps), Bessel's std: rewards (N,), N hashable group_ids -> (N,) float32, CPU.
@@ -582,6 +574,9 @@ def group_normalized_advantages(rewards, group_ids, eps=1e-6):
     return advantages.float()
 
 
+AGGREGATIONS = ("token-mean", "trajectory", "seq-mean-token-mean", "seq-mean-token-sum")
+
+
 def token_weights(mask, mode="token-mean", trajectory_ids=None):
     """Weight (B, T) of each response token in the loss. mask (B, T) of 0/1: ALL rows of one optimizer step.
     token-mean: 1 / tokens. trajectory (the paper's (1/G) sum_i Agg): 1 / trajectories / tokens of that trajectory, a
@@ -594,8 +589,8 @@ def token_weights(mask, mode="token-mean", trajectory_ids=None):
         return mask / max(len(mask), 1)
     if mode not in AGGREGATIONS or (mode == "trajectory" and trajectory_ids is None):
         raise ValueError(f"aggregation {mode!r}: use one of {', '.join(AGGREGATIONS)}; trajectory needs trajectory_ids")
-    ids = torch.arange(len(mask)) if mode == "seq-mean-token-mean" else torch.as_tensor(trajectory_ids)
-    names, index = torch.unique(ids.to(mask.device), return_inverse=True)                         # index (B,)
+    ids = torch.as_tensor(trajectory_ids if mode == "trajectory" else range(len(mask)), device=mask.device)
+    names, index = torch.unique(ids, return_inverse=True)                                         # index (B,)
     tokens = mask.new_zeros(len(names)).index_add(0, index, mask.sum(1))                          # (trajectories,)
     return mask / tokens[index].clamp(min=1)[:, None] / (tokens > 0).sum().clamp(min=1)           # empty: no share
 
@@ -628,33 +623,26 @@ def sdar_gate(student_logp, teacher_logp, beta=5.0, gate="gap", entropy=None):
 def sdar_tokens(student_logp, teacher_logp, beta=5.0, gate="gap", entropy=None, divergence=None, baseline=0.0):
     """l_t = (g_t - baseline) * (log pi_T - log pi_theta), (B, T); the gradient flows through log pi_theta alone.
     divergence (B, T): an exact one (chunked_divergence) instead of the sampled log-ratio; gated, without a baseline.
-    baseline: mean gate of the WHOLE mini-batch at the OLD log-probabilities (gap_diagnostics), so known in advance."""
+    baseline: mean gate of the WHOLE mini-batch at the OLD log-probabilities, so known before the first token."""
     g = sdar_gate(student_logp, teacher_logp, beta, gate, entropy)
     return (g - baseline) * (teacher_logp.detach() - student_logp) if divergence is None else g * divergence
 
 
 def sdar_loss(student_logp, teacher_logp, mask, beta=5.0, weights=None, gate="gap", entropy=None, **options):
-    """SDAR's distillation loss -> (scalar, metrics of 0-dim tensors). All (B, T); options as for sdar_tokens.
-    weights: this micro-batch's slice of token_weights(...); by default the token mean over `mask`."""
+    """SDAR's distillation loss -> (scalar, metrics: token means of gap_diagnostics). All (B, T); options as for
+    sdar_tokens. weights: this micro-batch's slice of token_weights(...); by default the token mean over `mask`."""
     student_logp, teacher_logp, entropy = _blank(mask, student_logp, teacher_logp, entropy)
-    values = sdar_tokens(student_logp, teacher_logp, beta, gate, entropy, **options)
-    sums = gap_diagnostics(student_logp, teacher_logp, mask, beta, gate, entropy)
-    return aggregate(values, token_weights(mask) if weights is None else weights), diagnostic_means(sums)
+    tokens = sdar_tokens(student_logp, teacher_logp, beta, gate, entropy, **options)
+    values, mean = gap_diagnostics(student_logp, teacher_logp, beta, gate, entropy), token_weights(mask)
+    return aggregate(tokens, mean if weights is None else weights), {k: aggregate(v, mean) for k, v in values.items()}
 
 
 @torch.no_grad()
-def gap_diagnostics(student_logp, teacher_logp, mask, beta=5.0, gate="gap", entropy=None):
-    """What the paper plots, as SUMS over tokens (0-dim): add them over micro-batches, then call diagnostic_means."""
-    student_logp, teacher_logp, entropy = _blank(mask, student_logp, teacher_logp, entropy)
-    gap, m = teacher_logp - student_logp, mask.to(student_logp.dtype)
-    g = sdar_gate(student_logp, teacher_logp, beta, gate, entropy)
-    return {"tokens": m.sum(), "gate": (g * m).sum(), "gate_active": ((g > 0.5) * m).sum(), "gap": (gap * m).sum(),
-            "negative_gap": ((gap < 0) * m).sum(), "distill_loss": (g * gap * m).sum()}
-
-
-def diagnostic_means(sums):
-    """{name: sum / tokens} of summed diagnostics, without `tokens`."""
-    return {name: value / sums["tokens"].clamp(min=1) for name, value in sums.items() if name != "tokens"}
+def gap_diagnostics(student_logp, teacher_logp, beta=5.0, gate="gap", entropy=None):
+    """What the paper plots, of each token (B, T): its gate, whether g > 0.5, its gap, whether that is negative, and
+    SDAR's loss on the sampled token (whichever method or divergence is trained)."""
+    gap, g = teacher_logp - student_logp, sdar_gate(student_logp, teacher_logp, beta, gate, entropy)
+    return {"gate": g, "gate_active": g > 0.5, "gap": gap, "negative_gap": gap < 0, "distill_loss": g * gap}
 
 
 def grpo_tokens(logp, old_logp, advantages, clip=0.2, dual_clip=3.0):
@@ -666,22 +654,21 @@ def grpo_tokens(logp, old_logp, advantages, clip=0.2, dual_clip=3.0):
 
 
 def grpo_loss(logp, old_logp, advantages, mask, clip=0.2, dual_clip=3.0, weights=None):
-    """Clipped policy loss with dual clip -> (scalar, metrics of 0-dim tensors); weights as for sdar_loss."""
+    """Clipped policy loss with dual clip -> (scalar, metrics: token means of clip_diagnostics); weights as for
+    sdar_loss."""
     logp, old_logp = _blank(mask, logp, old_logp)
-    loss = aggregate(grpo_tokens(logp, old_logp, advantages, clip, dual_clip),
-                     token_weights(mask) if weights is None else weights)
-    return loss, diagnostic_means(clip_diagnostics(logp, old_logp, advantages, mask, clip, dual_clip))
+    tokens = grpo_tokens(logp, old_logp, advantages, clip, dual_clip)
+    values, mean = clip_diagnostics(logp, old_logp, advantages, clip, dual_clip), token_weights(mask)
+    return aggregate(tokens, mean if weights is None else weights), {k: aggregate(v, mean) for k, v in values.items()}
 
 
 @torch.no_grad()
-def clip_diagnostics(logp, old_logp, advantages, mask, clip=0.2, dual_clip=3.0):
-    """Sums over tokens: clipped, clipped by the dual clip, old - new log-probability (estimates KL(old || new))."""
-    logp, old_logp = _blank(mask, logp, old_logp)
-    ratio, m = (logp - old_logp).exp(), mask.to(logp.dtype)
+def clip_diagnostics(logp, old_logp, advantages, clip=0.2, dual_clip=3.0):
+    """Of each token (B, T): clipped, clipped by the dual clip, old - new log-probability (estimates KL(old || new))."""
+    ratio = (logp - old_logp).exp()
     clipped = ((advantages > 0) & (ratio > 1 + clip)) | ((advantages < 0) & (ratio < 1 - clip))
-    dual = (advantages < 0) & (ratio > dual_clip)
-    return {"tokens": m.sum(), "clip_fraction": (clipped * m).sum(), "clip_fraction_dual": (dual * m).sum(),
-            "old_kl": ((old_logp - logp) * m).sum()}
+    return {"clip_fraction": clipped, "clip_fraction_dual": (advantages < 0) & (ratio > dual_clip),
+            "old_kl": old_logp - logp}
 
 
 def k3_kl(logp, ref_logp):
@@ -713,7 +700,7 @@ def rlsd_advantages(advantages, old_logp, teacher_logp, mask, lam=0.5, e_w=0.2):
 
 
 def rlsd_lambda(step, lam=0.5, as_released=False, decay_steps=100):
-    """RLSD's lam at optimizer step 1, 2, ...: constant in the paper; as released it falls linearly to 0 at decay_steps
+    """RLSD's lam after `step` training steps: constant in the paper; as released it falls linearly to 0 at decay_steps
     (the public scripts say 100, the trainer's default is 50)."""
     return lam * max(0.0, 1 - step / decay_steps) if as_released else lam
 
@@ -737,8 +724,7 @@ def method_tokens(method, logp, old_logp, advantages, teacher_logp=None, ref_log
     return total + kl_coef * k3_kl(logp, ref_logp) if kl_coef else total
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# The vocabulary head in chunks
+# ======== The vocabulary head in chunks ===============================================================================
 # Full logits of a micro-batch are gigabytes: only `chunk` rows exist at a time, and backward makes them again.
 
 def _by_chunks(function, chunk, needs_grad, *tensors):
@@ -787,18 +773,12 @@ def chunked_divergence(student_hidden, teacher_hidden, weight, kind="reverse-kl"
     return torch.cat(_by_chunks(one, chunk, needs_grad, student_hidden, teacher_hidden.detach()))
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Scoring: log-probabilities of responses under a prompt
-# ------------------------------------------------------------------------------------------------------------------
-
+# ======== Scoring: log-probabilities of responses under a prompt ======================================================
 
 def response_hidden(model, prompts, responses):
-    """Last hidden states at the positions that predict the response tokens.
-
-    prompts, responses: B lists of token ids. Returns hidden (N, D), targets (N,) and mask (B, T), T the longest
-    response and N = mask.sum(); rows follow one another. Sequences are padded on the right, where causal attention
-    never looks, so that no attention mask is needed; what counts comes from the lengths, never from a pad id.
-    """
+    """Last hidden states (N, D) where response tokens are predicted, those targets (N,), and the mask (B, T), from B
+    lists of token ids; T is the longest response, N = mask.sum(), rows one after another. Padded on the right, where
+    causal attention never looks, so that no attention mask is needed; lengths say what counts, never a pad id."""
     device = model.device
     starts = torch.tensor([len(p) - 1 for p in prompts], device=device)
     lengths = torch.tensor([len(r) for r in responses], device=device)
@@ -812,30 +792,27 @@ def response_hidden(model, prompts, responses):
     return hidden[row, starts[row] + step], ids[row, starts[row] + step + 1], mask
 
 
-def head_logps(model, hidden, targets, mask, s, with_entropy=False):
-    """(log-probabilities, entropies or None) of response_hidden's tokens, (B, T) with zeros beyond the mask. The
-    temperature is the rollout's: the policy that sampled is the policy scored."""
-    head = model.get_output_embeddings()
-    flat = chunked_logps(hidden, head.weight, targets, head.bias, s.head_chunk, s.temperature, with_entropy)
-    return (unflatten(flat[0], mask), unflatten(flat[1], mask)) if with_entropy else (unflatten(flat, mask), None)
-
-
-def response_logps(model, prompts, responses, s):
-    """log pi(response token | prompt, earlier tokens) as (B, T) with zeros beyond the mask, and the mask (B, T)."""
-    hidden, targets, mask = response_hidden(model, prompts, responses)
-    return head_logps(model, hidden, targets, mask, s)[0], mask
-
-
 def unflatten(flat, mask):
     """(N,) values of the tokens in mask (B, T), N = mask.sum(), as (B, T) with zeros elsewhere."""
     return flat.new_zeros(mask.shape).masked_scatter(mask, flat)
 
 
+def response_logps(model, prompts, responses, s, with_entropy=False):
+    """log pi(response token | prompt, earlier tokens), the mask, both (B, T), hidden states (N, D), entropies (B, T) or
+    None; zeros beyond the mask. At the rollout's temperature: the policy that sampled is the policy scored."""
+    hidden, targets, mask = response_hidden(model, prompts, responses)
+    head = model.get_output_embeddings()
+    flat = chunked_logps(hidden, head.weight, targets, head.bias, s.head_chunk, s.temperature, with_entropy)
+    if with_entropy:
+        return unflatten(flat[0], mask), mask, hidden, unflatten(flat[1], mask)
+    return unflatten(flat, mask), mask, hidden, None
+
+
 def micro_batches(lengths, budget):
     """Indices 0..n-1 in batches whose padded size (rows times longest) stays within `budget` tokens; longest first,
     so that memory fails at once or never."""
-    batches, order = [], sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    for i in order:
+    batches = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= budget:
             batches[-1].append(i)
         else:
@@ -843,27 +820,28 @@ def micro_batches(lengths, budget):
     return batches
 
 
+def batches_of(turns, s, prompt_field="prompt_ids"):
+    """The turns in micro-batches of at most s.micro_tokens tokens."""
+    lengths = [len(getattr(t, prompt_field)) + len(t.response_ids) for t in turns]
+    return [[turns[i] for i in rows] for rows in micro_batches(lengths, s.micro_tokens)]
+
+
 @torch.no_grad()
 def score_turns(model, turns, prompt_field, result_field, s, label):
-    """Store each turn's response log-probabilities under turn.<prompt_field> in turn.<result_field>, (T,) on the CPU."""
+    """Set turn.<result_field>, (T,) on the CPU: log-probabilities of the response under turn.<prompt_field>."""
     model.eval()
-    lengths = [len(getattr(t, prompt_field)) + len(t.response_ids) for t in turns]
-    for rows in tqdm(micro_batches(lengths, s.micro_tokens), desc=label, leave=False, dynamic_ncols=True):
-        batch = [turns[i] for i in rows]
-        logp, mask = response_logps(model, [getattr(t, prompt_field) for t in batch], [t.response_ids for t in batch], s)
+    for batch in tqdm(batches_of(turns, s, prompt_field), desc=label, leave=False, dynamic_ncols=True):
+        prompts, responses = [getattr(t, prompt_field) for t in batch], [t.response_ids for t in batch]
+        logp, mask, _, _ = response_logps(model, prompts, responses, s)
         for turn, values, keep in zip(batch, logp.cpu(), mask.cpu()):
             setattr(turn, result_field, values[keep].clone())
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Training loop
-# ------------------------------------------------------------------------------------------------------------------
-
+# ======== Training: one step of Algorithm 1 is play_step, then learn_step =============================================
 
 @dataclass
 class State:
-    """All that changes in a run. Random streams are functions of (seed, step), see `stream`, so that a resumed run has
-    no generator state to lose."""
+    """All that changes in a run. Random streams are not here: they are functions of (seed, step), see `stream`."""
 
     policy: Policy
     optimizer: torch.optim.Optimizer
@@ -885,9 +863,11 @@ def generator_for(policy, s, *where):
 
 
 def make_state(policy, s, beta2=0.999):
-    """AdamW over fp32 masters: a step of 1e-6 is lost in bf16, whose neighbours of 0.01 lie 6e-5 apart."""
+    """State with AdamW over fp32 masters: a step of 1e-6 is lost in bf16, whose neighbours of 0.01 lie 6e-5 apart."""
     if s.recompute:
-        policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        kind = "activation" if hasattr(policy.model, "activation_checkpointing_enable") else "gradient"
+        enable = getattr(policy.model, f"{kind}_checkpointing_enable")
+        enable(**{f"{kind}_checkpointing_kwargs": {"use_reentrant": False}})
     params = list(policy.model.parameters())
     masters = [p if p.dtype == torch.float32 else p.detach().float().requires_grad_() for p in params]
     return State(policy, torch.optim.AdamW(masters, lr=s.lr, betas=(0.9, beta2), weight_decay=s.weight_decay), masters)
@@ -928,36 +908,22 @@ def draw_tasks(env, split, s, cursor, count):
     return drawn
 
 
-def assign_advantages(episodes, s):
-    """Set turn.advantage. Over trajectories (Algorithm 1): one normalised reward per episode, shared by its turns; the
-    penalty for a malformed response is taken off after the normalisation, for before it one bad turn in a group of
-    equal rewards would get -20. Over turns: as the public code, penalty and all, each turn a sample of its own."""
-    turns = [(e, t) for e in episodes for t in e.turns]
-    if s.advantage_over == "turns":
-        rewards = [e.reward - s.invalid_penalty * (not t.valid) for e, t in turns]
-        values = group_normalized_advantages(rewards, [e.group_id for e, _ in turns])
-        for (_, t), value in zip(turns, values.tolist()):
-            t.advantage = value
-    else:
-        values = group_normalized_advantages([e.reward for e in episodes], [e.group_id for e in episodes])
-        for e, value in zip(episodes, values.tolist()):
-            for t in e.turns:
-                t.advantage = value - s.invalid_penalty * (not t.valid)
-
-
-def assign_weights(episodes, minis, s):
-    """Set turn.weight, the weight of each of its tokens in the loss of its mini-batch, from counts over the whole
-    mini-batch (token mean) or the whole step (the paper's (1/G) sum_i Agg): micro-batches change nothing."""
-    lengths = lambda turns: torch.tensor([[len(t.response_ids)] for t in turns])
-    ones = lambda turns: (torch.arange(int(lengths(turns).max())) < lengths(turns)).float()             # (turns, T)
-    if s.loss_agg == "token":
-        sets = [(mini, token_weights(ones(mini))) for mini in minis]
-    else:  # times the number of mini-batches: the mean over them is then the paper's sum
-        turns, owner = [t for e in episodes for t in e.turns], [i for i, e in enumerate(episodes) for _ in e.turns]
-        sets = [(turns, len(minis) * token_weights(ones(turns), "trajectory", owner))]
-    for turns, weights in sets:
-        for turn, weight in zip(turns, weights[:, 0].tolist()):
-            turn.weight = weight
+def choose_skills(env, categories, s, bandit, step):
+    """(name, text) of a skill for each task, from its category, which was decided once from the task alone.
+    km: the category's own; full: the library; random: one by lot; ucb: the skill of the highest mean success plus
+    --ucb-c * sqrt(ln N / n), untried ones first, one bandit per category. The choice is counted in `bandit`,
+    {category: {skill: [n, successes]}}; the caller adds the successes."""
+    lot, chosen = random.Random(stream(s, "retrieval", step)), []
+    for category in categories:
+        name = {"km": category, "full": "full", "random": lot.choice(env.skill_names)}.get(s.retrieval)
+        if s.retrieval == "ucb":
+            arms = bandit.setdefault(category, {k: [0, 0.0] for k in env.skill_names})
+            total = sum(n for n, _ in arms.values())
+            bound = lambda n, won: won / n + s.ucb_c * math.sqrt(math.log(total) / n) if n else math.inf
+            name = max(arms, key=lambda k: bound(*arms[k]))
+            arms[name][0] += 1
+        chosen.append((name, env.all_skills() if name == "full" else env.skill(name, s.prompt_style == "brief")))
+    return chosen
 
 
 def uses_teacher(s):
@@ -970,12 +936,75 @@ def uses_reference(s):
     return s.kl > 0 or (s.algo in ("opsd", "grpo+opsd") and not s.as_released)
 
 
+def play_step(state, env, reference, s):
+    """The first half of a step: rollout, scoring, advantages. It changes nothing in `state`, so that it may be
+    interrupted. Returns (episodes, the bandit after them, seconds and tokens per second by phase)."""
+    policy, phases, bandit = state.policy, {}, copy.deepcopy(state.bandit)
+    lap = stopwatch(phases, policy.device)
+    tasks, skills = draw_tasks(env, s.split or env.splits[0], s, state.cursor, s.groups), None
+    categories = [env.start(task).category for task in tasks]
+    if uses_teacher(s) or s.algo == "skill-grpo":
+        skills = choose_skills(env, categories, s, bandit, state.step)
+    repeat = lambda rows: rows and [row for row in rows for _ in range(s.group_size)]
+    episodes = rollout(policy, env, repeat(tasks), s, generator_for(policy, s, "rollout", state.step), s.temperature,
+                       repeat(skills), uses_teacher(s), f"step {state.step + 1} rollout")
+    for i, episode in enumerate(episodes):
+        episode.group_id = i // s.group_size
+        if s.retrieval == "ucb" and skills:
+            bandit[categories[episode.group_id]][episode.skill_name][1] += episode.won / s.group_size
+    turns = [t for e in episodes for t in e.turns]
+    read = sum(len(t.prompt_ids) + len(t.response_ids) for t in turns)
+    lap("rollout", sum(len(t.response_ids) for t in turns))
+    if uses_teacher(s):
+        score_turns(policy.model, turns, "teacher_ids", "teacher_logp", s, "teacher")
+        lap("teacher", sum(len(t.teacher_ids) + len(t.response_ids) for t in turns))
+    if reference is not None:
+        score_turns(reference, turns, "prompt_ids", "ref_logp", s, "reference")
+        lap("reference", read)
+    if (s.mini_batch and len(turns) > s.mini_batch) or s.gate_baseline:  # else the current policy is the old one
+        score_turns(policy.model, turns, "prompt_ids", "old_logp", s, "old policy")
+        lap("old_policy", read)
+    assign_advantages(episodes, s)
+    return episodes, bandit, phases
+
+
+def assign_advantages(episodes, s):
+    """Set turn.advantage. Over trajectories (Algorithm 1): one normalised reward per episode, shared by its turns; the
+    penalty for a malformed response is taken off after the normalisation, for before it one bad turn in a group of
+    equal rewards would get -20. Over turns: as the public code, penalty and all, each turn a sample of its own."""
+    turns = [(e, t) for e in episodes for t in e.turns]
+    penalty = lambda turn: s.invalid_penalty * (not turn.valid)
+    if s.advantage_over == "turns":
+        rewards = [e.reward - penalty(t) for e, t in turns]
+        values = group_normalized_advantages(rewards, [e.group_id for e, _ in turns]).tolist()
+    else:
+        shared = group_normalized_advantages([e.reward for e in episodes], [e.group_id for e in episodes]).tolist()
+        values = [value - penalty(t) for e, value in zip(episodes, shared) for t in e.turns]
+    for (_, t), value in zip(turns, values):
+        t.advantage = value
+
+
+def assign_weights(episodes, minis, s):
+    """Set turn.weight, the weight of each of its tokens in the loss of its mini-batch, from counts over the whole
+    mini-batch (token mean) or the whole step (the paper's (1/G) sum_i Agg): micro-batches change nothing."""
+    def assign(turns, scale=1, **mode):
+        lengths = torch.tensor([[len(t.response_ids)] for t in turns])                                  # (turns, 1)
+        mask = torch.arange(int(lengths.max())) < lengths                                               # (turns, T)
+        for turn, weight in zip(turns, (scale * token_weights(mask, **mode))[:, 0].tolist()):
+            turn.weight = weight
+    if s.loss_agg == "token":
+        for mini in minis:
+            assign(mini)
+    else:  # times the number of mini-batches: the mean over them is then the paper's sum
+        owners = [i for i, e in enumerate(episodes) for _ in e.turns]
+        assign([t for e in episodes for t in e.turns], len(minis), mode="trajectory", trajectory_ids=owners)
+
+
 def step_loss(policy, turns, s, step=0, baseline=0.0):
-    """The loss of these turns as their share of the mini-batch's (the shares add up), and sums for the log. `step` is
-    RLSD's clock, `baseline` the mini-batch's mean gate if one is to be subtracted."""
+    """The loss of these turns as their share of the mini-batch's (the shares add up), and sums over their tokens for
+    the log. `step` is RLSD's clock, `baseline` the mini-batch's mean gate if one is to be subtracted."""
     prompts, responses = [t.prompt_ids for t in turns], [t.response_ids for t in turns]
-    hidden, targets, mask = response_hidden(policy.model, prompts, responses)
-    logp, entropy = head_logps(policy.model, hidden, targets, mask, s, s.gate in ("entropy", "soft-or"))  # (B, T)
+    logp, mask, hidden, entropy = response_logps(policy.model, prompts, responses, s, s.gate in ("entropy", "soft-or"))
     column = lambda name: None if getattr(turns[0], name) is None else unflatten(
         torch.cat([getattr(t, name) for t in turns]).to(mask.device), mask)
     old, teacher, ref = column("old_logp"), column("teacher_logp"), column("ref_logp")                  # (B, T)
@@ -992,34 +1021,75 @@ def step_loss(policy, turns, s, step=0, baseline=0.0):
                                                   policy.head.bias, s.temperature), mask)
     tokens = method_tokens(s.algo, logp, old, advantages, teacher, ref, s.lam, s.kl, s.clip, s.dual_clip, s.as_released,
                            beta=s.beta, gate=s.gate, entropy=entropy, divergence=divergence, baseline=baseline)
-    sums = clip_diagnostics(logp, old, advantages, mask, s.clip, s.dual_clip)
+    loss, values = aggregate(tokens, weights), clip_diagnostics(logp, old, advantages, s.clip, s.dual_clip)
     if teacher is not None:
-        sums |= gap_diagnostics(logp, teacher, mask, s.beta, s.gate, entropy)
+        values |= gap_diagnostics(logp, teacher, s.beta, s.gate, entropy)
     if ref is not None:
-        sums["kl"] = (k3_kl(logp.detach(), ref) * mask).sum()
-    for turn, values, keep in zip(turns, logp.detach().cpu(), mask.cpu()):
-        turn.logp = values[keep]
-    loss = aggregate(tokens, weights)
-    return loss, {"loss": loss.detach(), **sums}
+        values["kl"] = k3_kl(logp.detach(), ref)
+    for turn, row, keep in zip(turns, logp.detach().cpu(), mask.cpu()):
+        turn.logp = row[keep]
+    return loss, {"loss": loss.detach(), "tokens": mask.sum(), **{k: (v * mask).sum() for k, v in values.items()}}
 
 
-def mean_gate(turns, s):
-    """The mean gate over a mini-batch under the policy that sampled: what --gate-baseline subtracts."""
-    old, teacher = torch.cat([t.old_logp for t in turns]), torch.cat([t.teacher_logp for t in turns])
-    return sdar_gate(old, teacher, s.beta).mean().item()
+def update(state, episodes, s, lr):
+    """One pass over a step's turns: mini-batches, each one optimizer step. Returns metrics: means over ALL tokens, and
+    the mean loss and gradient norm of the mini-batches."""
+    turns = [t for e in episodes for t in e.turns]
+    random.Random(stream(s, "minis", state.step)).shuffle(turns)
+    size = s.mini_batch or len(turns)
+    minis = [turns[i:i + size] for i in range(0, len(turns), size)]
+    assign_weights(episodes, minis, s)
+    totals, norms, apart, baseline = {}, [], {}, 0.0
+    state.policy.model.train()
+    with tqdm(total=len(turns), desc="update", unit="turn", leave=False, dynamic_ncols=True) as bar:
+        for mini in minis:
+            if s.gate_baseline and uses_teacher(s):
+                old, teacher = (torch.cat([getattr(t, name) for t in mini]) for name in ("old_logp", "teacher_logp"))
+                baseline = sdar_gate(old, teacher, s.beta).mean().item()
+            if s.diagnose_every and uses_teacher(s) and state.step % s.diagnose_every == 0 and mini is minis[0]:
+                apart = term_gradients(state.policy, mini, s, state.step, baseline)
+            for batch in batches_of(mini, s):
+                loss, sums = step_loss(state.policy, batch, s, state.step, baseline)
+                loss.backward()
+                collect_gradients(state)
+                for name, value in sums.items():
+                    totals[name] = totals.get(name, 0.0) + float(value)
+                bar.update(len(batch))
+            norm, applied = apply_update(state, lr, s.grad_clip)
+            norms += [norm] * applied
+    state.policy.model.eval()
+    loss, tokens = totals.pop("loss"), totals.pop("tokens")
+    return {"loss": loss / len(minis), **{name: value / tokens for name, value in totals.items()}, **apart,
+            "grad_norm": sum(norms) / max(len(norms), 1), "updates": len(minis),
+            "updates_skipped": len(minis) - len(norms), "lr": lr, "update_tokens": int(tokens)}
 
 
-def term_gradients(policy, turns, s):
-    """Norms of the gradients of the policy term and of the distillation term of a mini-batch, and their cosine."""
+def learn_step(state, episodes, bandit, phases, s):
+    """The second half: the update. All that a step changes in `state` is changed here. Returns the step's metrics."""
+    lap = stopwatch(phases, state.policy.device)
+    rise = min(1.0, (state.step + 1) / (s.lr_warmup * s.steps)) if s.lr_warmup else 1.0
+    metrics = update(state, episodes, s, s.lr * rise)
+    if uses_teacher(s):
+        metrics |= gap_profile(episodes)
+    lap("update", sum(len(t.prompt_ids) + len(t.response_ids) for e in episodes for t in e.turns))
+    state.step, state.cursor, state.bandit = state.step + 1, state.cursor + s.groups, bandit
+    seconds = sum(value for name, value in phases.items() if name.startswith("seconds_"))
+    return {"step": state.step, **episode_metrics(episodes), **metrics, "seconds": seconds, **phases,
+            "peak_memory_mib": peak_memory(state.policy.device)}
+
+
+# ======== What the log says ===========================================================================================
+
+def term_gradients(policy, turns, s, step, baseline):
+    """Norms of the gradients of a mini-batch's policy term and of its distillation term (no KL), and their cosine."""
     def gradient(**changes):
-        variant = dataclasses.replace(s, kl=0.0, **changes)
-        for rows in micro_batches([len(t.prompt_ids) + len(t.response_ids) for t in turns], s.micro_tokens):
-            step_loss(policy, [turns[i] for i in rows], variant)[0].backward()
+        for batch in batches_of(turns, s):
+            step_loss(policy, batch, dataclasses.replace(s, kl=0.0, **changes), step, baseline)[0].backward()
         flat = torch.cat([p.grad.float().flatten() for p in policy.model.parameters() if p.grad is not None])
         policy.model.zero_grad(set_to_none=True)
         return flat
-    reward, both = gradient(algo="grpo"), gradient()
-    distill = both - reward
+    reward = gradient(lam=0.0, rlsd_lam=0.0)
+    distill = gradient() - reward
     return {"grad_norm_policy": reward.norm().item(), "grad_norm_distill": distill.norm().item(),
             "grad_cosine": F.cosine_similarity(reward, distill, dim=0).item()}
 
@@ -1032,112 +1102,34 @@ def gap_profile(episodes):
             for i, gap in enumerate((t.teacher_logp - t.logp).tolist()):
                 by_turn.setdefault(number, []).append(gap)
                 by_tenth.setdefault(10 * i // len(t.response_ids), []).append(gap)
-    mean = lambda table: [round(sum(table[k]) / len(table[k]), 4) if k in table else None for k in range(max(table) + 1)]
-    return {"gap_by_turn": mean(by_turn), "gap_by_tenth": mean(by_tenth)}
+    mean = lambda gaps: round(sum(gaps) / len(gaps), 4) if gaps else None
+    means = lambda table: [mean(table.get(k)) for k in range(max(table) + 1)]
+    return {"gap_by_turn": means(by_turn), "gap_by_tenth": means(by_tenth)}
 
 
-def update(state, episodes, s, lr):
-    """One pass over a step's turns: mini-batches, each one optimizer step. Returns metrics over ALL tokens."""
-    turns = [t for e in episodes for t in e.turns]
-    random.Random(stream(s, "minis", state.step)).shuffle(turns)
-    size = s.mini_batch or len(turns)
-    minis = [turns[i:i + size] for i in range(0, len(turns), size)]
-    assign_weights(episodes, minis, s)
-    totals, norms, skipped, apart = {}, [], 0, {}
-    state.policy.model.train()
-    if s.diagnose_every and uses_teacher(s) and state.step % s.diagnose_every == 0:
-        apart = term_gradients(state.policy, minis[0], s)
-    with tqdm(total=len(turns), desc="update", unit="turn", leave=False, dynamic_ncols=True) as bar:
-        for mini in minis:
-            baseline = mean_gate(mini, s) if s.gate_baseline and uses_teacher(s) else 0.0
-            for rows in micro_batches([len(t.prompt_ids) + len(t.response_ids) for t in mini], s.micro_tokens):
-                loss, sums = step_loss(state.policy, [mini[i] for i in rows], s, state.step, baseline)
-                loss.backward()
-                collect_gradients(state)
-                for name, value in sums.items():
-                    totals[name] = totals.get(name, 0.0) + float(value)
-                bar.update(len(rows))
-            norm, applied = apply_update(state, lr, s.grad_clip)
-            norms, skipped = norms + [norm] * applied, skipped + (not applied)
-    state.policy.model.eval()
-    tokens, loss = totals.pop("tokens"), totals.pop("loss") / len(minis)
-    means = {name: value / tokens for name, value in totals.items()}
-    return {"loss": loss, **means, **apart, "grad_norm": sum(norms) / max(len(norms), 1), "updates": len(minis),
-            "updates_skipped": skipped, "lr": lr, "update_tokens": int(tokens)}
+def episode_metrics(episodes):
+    """What the log says of a batch of episodes; lengths are means per turn, `turns` is per episode."""
+    turns, n, won = [t for e in episodes for t in e.turns], len(episodes), sum(e.won for e in episodes)
+    mean = lambda values: sum(values) / len(turns)
+    advantages, groups = [t.advantage for t in turns], {}
+    for e in episodes:
+        groups.setdefault(e.group_id, set()).add(e.reward)
+    return {"episodes": n, "successes": won, "success": won / n, "success_95": wilson(won, n),
+            "reward": sum(e.reward for e in episodes) / n, "score": sum(e.score for e in episodes) / n,
+            "turns": len(turns) / n, "response_tokens": mean(len(t.response_ids) for t in turns),
+            "prompt_tokens": mean(len(t.prompt_ids) for t in turns), "valid": mean(t.valid for t in turns),
+            "admissible": mean(t.admissible for t in turns), "prompts_shortened": sum(t.shortened for t in turns),
+            "advantage_min": min(advantages), "advantage_max": max(advantages),
+            "groups_without_variance": sum(len(rewards) == 1 for rewards in groups.values())}
 
 
-def choose_skills(env, categories, s, bandit, step):
-    """(name, text) of a skill for each task, from its category, which was decided once from the task alone.
-
-    km: the category's own; full: the library; random: one by lot; ucb: the skill of the highest mean success plus
-    --ucb-c * sqrt(ln N / n), untried ones first, one bandit per category. `bandit`, {category: {skill: [n, successes]}},
-    counts the choice; the caller adds the successes.
-    """
-    lot, chosen = random.Random(stream(s, "retrieval", step)), []
-    for category in categories:
-        name = category
-        if s.retrieval == "full":
-            name = "full"
-        elif s.retrieval == "random":
-            name = lot.choice(env.skill_names)
-        elif s.retrieval == "ucb":
-            arms = bandit.setdefault(category, {k: [0, 0.0] for k in env.skill_names})
-            total = sum(n for n, _ in arms.values())
-            bound = lambda n, won: won / n + s.ucb_c * math.sqrt(math.log(total) / n) if n else math.inf
-            name = max(arms, key=lambda k: bound(*arms[k]))
-            arms[name][0] += 1
-        chosen.append((name, env.all_skills() if name == "full" else env.skill(name, s.prompt_style == "brief")))
-    return chosen
-
-
-def score_step(state, reference, turns, s, lap):
-    """All log-probabilities that the losses need besides the current ones, each phase timed."""
-    scored = sum(len(t.prompt_ids) + len(t.response_ids) for t in turns)
-    if uses_teacher(s):
-        score_turns(state.policy.model, turns, "teacher_ids", "teacher_logp", s, "teacher")
-        lap("teacher", sum(len(t.teacher_ids) + len(t.response_ids) for t in turns))
-    if reference is not None:
-        score_turns(reference, turns, "prompt_ids", "ref_logp", s, "reference")
-        lap("reference", scored)
-    if (s.mini_batch and len(turns) > s.mini_batch) or s.gate_baseline:  # else the current policy is the old one
-        score_turns(state.policy.model, turns, "prompt_ids", "old_logp", s, "old policy")
-        lap("old_policy", scored)
-
-
-def play_step(state, env, reference, s):
-    """The first half of a step of Algorithm 1: rollout, scoring, advantages. It changes nothing in `state`, so that it
-    may be interrupted. Returns (episodes, the bandit after them, seconds and tokens per second by phase)."""
-    policy, phases, bandit = state.policy, {}, copy.deepcopy(state.bandit)
-    lap = stopwatch(phases, policy.device)
-    tasks, skills = draw_tasks(env, s.split or env.splits[0], s, state.cursor, s.groups), None
-    categories = [env.start(task).category for task in tasks]
-    if uses_teacher(s) or s.algo == "skill-grpo":
-        skills = choose_skills(env, categories, s, bandit, state.step)
-    repeat = lambda rows: rows and [row for row in rows for _ in range(s.group_size)]
-    episodes = rollout(policy, env, repeat(tasks), s, generator_for(policy, s, "rollout", state.step), s.temperature,
-                       repeat(skills), uses_teacher(s), f"step {state.step + 1} rollout")
-    for i, episode in enumerate(episodes):
-        episode.group_id = i // s.group_size
-        if s.retrieval == "ucb" and skills:
-            bandit[categories[episode.group_id]][episode.skill_name][1] += episode.won / s.group_size
-    lap("rollout", sum(len(t.response_ids) for e in episodes for t in e.turns))
-    score_step(state, reference, [t for e in episodes for t in e.turns], s, lap)
-    assign_advantages(episodes, s)
-    return episodes, bandit, phases
-
-
-def learn_step(state, episodes, bandit, phases, s):
-    """The second half: the update. All that a step changes in `state` is changed here. Returns the step's metrics."""
-    turns, lap = [t for e in episodes for t in e.turns], stopwatch(phases, state.policy.device)
-    rise = min(1.0, (state.step + 1) / (s.lr_warmup * s.steps)) if s.lr_warmup else 1.0
-    metrics = update(state, episodes, s, s.lr * rise)
-    if uses_teacher(s):
-        metrics |= gap_profile(episodes)
-    lap("update", sum(len(t.prompt_ids) + len(t.response_ids) for t in turns))
-    state.step, state.cursor, state.bandit = state.step + 1, state.cursor + s.groups, bandit
-    seconds = sum(value for name, value in phases.items() if name.startswith("seconds_"))
-    return {"step": state.step, **episode_metrics(episodes, turns), **metrics, "seconds": seconds, **phases,
-            "peak_memory_mib": peak_memory(state.policy.device)}
+def wilson(successes, n, z=1.959964):
+    """95 % Wilson interval of a rate, as (low, high)."""
+    if n == 0:
+        return (0.0, 1.0)
+    p = successes / n
+    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return (max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n)))
 
 
 def stopwatch(phases, device):
@@ -1153,25 +1145,8 @@ def stopwatch(phases, device):
     return lap
 
 
-def episode_metrics(episodes, turns):
-    """What the log says of a batch of episodes."""
-    n, m = len(episodes), len(turns)
-    advantages = [t.advantage for t in turns]
-    groups = {}
-    for e in episodes:
-        groups.setdefault(e.group_id, set()).add(e.reward)
-    return {"episodes": n, "successes": sum(e.won for e in episodes), "success": sum(e.won for e in episodes) / n,
-            "success_95": wilson(sum(e.won for e in episodes), n), "reward": sum(e.reward for e in episodes) / n,
-            "score": sum(e.score for e in episodes) / n, "turns": m / n,
-            "response_tokens": sum(len(t.response_ids) for t in turns) / m,
-            "prompt_tokens": sum(len(t.prompt_ids) for t in turns) / m,
-            "valid": sum(t.valid for t in turns) / m, "admissible": sum(t.admissible for t in turns) / m,
-            "prompts_shortened": sum(t.shortened for t in turns), "advantage_min": min(advantages),
-            "advantage_max": max(advantages), "groups_without_variance": sum(len(r) == 1 for r in groups.values())}
-
-
 def peak_memory(device):
-    """Peak memory in MiB: of the GPU, or of this process where there is a way to ask."""
+    """Peak memory in MiB: of the GPU, or of this process where there is a way to ask, else None."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     with contextlib.suppress(OSError):  # Linux; getrusage would give a child process its parent's peak
@@ -1182,36 +1157,40 @@ def peak_memory(device):
     return None
 
 
-@contextlib.contextmanager
-def uninterrupted():
-    """Hold Ctrl-C back until the block is done."""
-    held = []
-    try:
-        previous = signal.signal(signal.SIGINT, lambda *_: held.append(True))
-    except ValueError:  # not the main thread: Ctrl-C does not come here
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
-    if held:
-        raise KeyboardInterrupt
+def episode_text(policy, episode, step, s):
+    """An episode as a JSON row that a person can read: each turn's observation, response, and its tokens with the value
+    of the gap gate behind them where there is a teacher, as in 'go[0.52] to[0.61]'."""
+    rows = []
+    for t in episode.turns:
+        row = {"observation": t.observation, "response": t.text, "valid": t.valid, "admissible": t.admissible,
+               "advantage": round(t.advantage, 4)}
+        if t.teacher_logp is not None:
+            gates = sdar_gate(t.logp, t.teacher_logp, s.beta).tolist()
+            row["gates"] = "".join(f"{policy.tokenizer.decode([i])}[{g:.2f}]" for i, g in zip(t.response_ids, gates))
+        rows.append(row)
+    return {"step": step, "task_id": episode.task_id, "skill": episode.skill_name, "won": episode.won,
+            "score": episode.score, "details": episode.details, "turns": rows}
 
 
-def wilson(successes, n, z=1.959964):
-    """95 % Wilson interval of a rate, as (low, high)."""
-    if n == 0:
-        return (0.0, 1.0)
-    p = successes / n
-    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return (max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n)))
+def rate_text(m):
+    """A success rate with its counts and interval, for the terminal."""
+    low, high = m["success_95"]
+    return (f"success {100 * m['success']:.1f} % ({m['successes']}/{m['episodes']}, "
+            f"95 % {100 * low:.0f}-{100 * high:.0f})")
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Warm start: behaviour cloning on expert episodes
-# ------------------------------------------------------------------------------------------------------------------
+def step_line(m, s):
+    """The terminal's line for a step."""
+    parts = [f"step {m['step']}/{s.steps}", rate_text(m), f"turns {m['turns']:.1f}", f"valid {100 * m['valid']:.0f} %"]
+    if "gap" in m:
+        parts.append(f"gap {m['gap']:+.3f} gate {m['gate']:.3f} ({100 * m['gate_active']:.0f} % open)")
+    if "kl" in m:
+        parts.append(f"kl {m['kl']:.4f}")
+    phases = " ".join(f"{k[8:]} {v:.1f}" for k, v in m.items() if k.startswith("seconds_"))
+    return "  ".join(parts + [f"grad {m['grad_norm']:.2f}", f"{m['seconds']:.1f} s ({phases})"])
 
+
+# ======== Warm start: behaviour cloning on expert episodes ============================================================
 
 def expert_turns(policy, env, task_id, s, seed):
     """An expert's episode as (prompt ids, response ids); in every other turn, by lot, the skill is in the prompt, so
@@ -1228,22 +1207,19 @@ def expert_turns(policy, env, task_id, s, seed):
 
 def warm_start_step(state, env, s):
     """One optimizer step of behaviour cloning on s.warm_tasks expert episodes. Returns the mean loss per response
-    token in nats. The prompt's own tokens count s.warm_prompt_loss each: guessing them teaches copying."""
+    token in nats. The prompt's own tokens count s.warm_prompt_loss each: guessing them teaches copying. The last step
+    leaves a fresh optimizer for RL behind, so that no interruption can come between the two."""
     policy, turns = state.policy, []
-    for i, task in enumerate(draw_tasks(env, s.split or env.splits[0], s, state.warm_step * s.warm_tasks, s.warm_tasks)):
+    tasks = draw_tasks(env, s.split or env.splits[0], s, state.warm_step * s.warm_tasks, s.warm_tasks)
+    for i, task in enumerate(tasks):
         turns += expert_turns(policy, env, task, s, stream(s, "expert", state.warm_step, i))
     count, total = sum(len(response) for _, response in turns), 0.0
     policy.model.train()
     for rows in micro_batches([len(p) + len(r) for p, r in turns], s.micro_tokens):
-        prompts, responses = zip(*(turns[i] for i in rows))
-        if s.warm_prompt_loss:  # score the whole sequence after its first token
-            lengths = torch.tensor([[len(p) - 1] for p in prompts], device=policy.device)
-            prompts, responses = [p[:1] for p in prompts], [p[1:] + r for p, r in zip(prompts, responses)]
-            logp, mask = response_logps(policy.model, prompts, responses, s)
-            prompt = (torch.arange(mask.shape[1], device=policy.device) < lengths) & mask                   # (B, T)
-        else:
-            logp, mask = response_logps(policy.model, prompts, responses, s)
-            prompt = torch.zeros_like(mask)
+        cut = [(1 if s.warm_prompt_loss else len(turns[i][0]), *turns[i]) for i in rows]  # 1: score prompts as well
+        logp, mask, _, _ = response_logps(policy.model, [p[:n] for n, p, _ in cut], [p[n:] + r for n, p, r in cut], s)
+        lengths = torch.tensor([[len(p) - n] for n, p, _ in cut], device=policy.device)
+        prompt = (torch.arange(mask.shape[1], device=policy.device) < lengths) & mask                      # (B, T)
         weights = (mask.float() - (1 - s.warm_prompt_loss) * prompt.float()) / count
         (-logp * weights).sum().backward()
         collect_gradients(state)
@@ -1253,12 +1229,31 @@ def warm_start_step(state, env, s):
     apply_update(state, lr, s.grad_clip)
     policy.model.eval()
     state.warm_step += 1
+    if state.warm_step == s.warm_start:
+        fresh = make_state(policy, s)
+        state.optimizer, state.masters = fresh.optimizer, fresh.masters
     return total / count
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Checkpoints and logs
-# ------------------------------------------------------------------------------------------------------------------
+def run_warm_start(state, env, s):
+    """What is left of the behaviour cloning, with a checkpoint at its end."""
+    if state.warm_step >= s.warm_start:
+        return
+    with tqdm(total=s.warm_start, initial=state.warm_step, desc="warm start", unit="step", dynamic_ncols=True) as bar:
+        while state.warm_step < s.warm_start:
+            with uninterrupted():
+                loss = warm_start_step(state, env, s)
+                row = {"step": 0, "warm_step": state.warm_step, "warm_loss": loss}
+                append_lines(Path(s.out) / "metrics.jsonl", [row])
+            bar.set_postfix_str(f"{loss:.3f} nats a token")
+            bar.update()
+            if state.warm_step % (10 * s.save_every) == 0 or state.warm_step == s.warm_start:
+                save_checkpoint(state, s)
+
+
+# ======== Files: checkpoints and logs =================================================================================
+
+LOGS = ("metrics.jsonl", "validation.jsonl", "episodes.jsonl")
 
 
 def first_line(error):
@@ -1276,6 +1271,28 @@ def read_json(path, missing):
         raise UserError(f"{path} is damaged ({first_line(error)})") from None
 
 
+def write_text(path, text):
+    """Write a file whole or not at all."""
+    part = Path(f"{path}.part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
+def append_lines(path, rows):
+    """Append rows to a JSON-lines file."""
+    with open(path, "a", encoding="utf-8") as f:
+        f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def read_lines(path):
+    """The rows of a JSON-lines file, [] if there is none; a line that was half written is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else []:  # splitlines cuts at U+2028 too
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows
+
+
 def file_digest(path):
     """SHA-256 of a file, hex."""
     digest = hashlib.sha256()
@@ -1286,11 +1303,8 @@ def file_digest(path):
 
 
 def checkpoints(run):
-    """The checkpoint folders of a run, oldest first; within step 0 those of the warm start come before its end."""
-    def age(path):
-        step, *warm = map(int, re.findall(r"\d+", path.name))
-        return step, warm or [math.inf]
-    return sorted(Path(run).glob("checkpoints/step-*"), key=age)
+    """The checkpoint folders of a run, oldest first; those of the warm start come before step-000000 itself."""
+    return sorted(Path(run).glob("checkpoints/step-*"), key=lambda path: path.name + "~")  # "-warm" sorts before "~"
 
 
 def last_checkpoint(path):
@@ -1299,11 +1313,12 @@ def last_checkpoint(path):
 
 
 def save_checkpoint(state, s):
-    """Write RUN/checkpoints/step-N[-warm-M]: a model folder for from_pretrained, optimizer.pt, state.json with every
-    file's digest. It is written under another name and renamed when whole, so an interrupted write leaves the previous
-    checkpoint as it was. UserError when the disk is full."""
+    """Write RUN/checkpoints/step-N[-warm-M]: a model folder for from_pretrained, optimizer.pt, and state.json with all
+    digests; renamed to this when whole, so that an interrupted write costs nothing. UserError when the disk is full."""
     folder = Path(s.out) / "checkpoints"
     name = f"step-{state.step:06d}" + (f"-warm-{state.warm_step:06d}" if state.warm_step < s.warm_start else "")
+    if (folder / name).exists():  # Ctrl-C right after it was saved: the same state
+        return
     part = folder / f"writing-{name}"
     try:
         shutil.rmtree(part, ignore_errors=True)
@@ -1318,10 +1333,8 @@ def save_checkpoint(state, s):
         for path in part.iterdir():
             with open(path, "rb+") as f:
                 os.fsync(f.fileno())
-        if (folder / name).exists():
-            shutil.rmtree(folder / name)
         part.rename(folder / name)
-    except (OSError, RuntimeError) as error:  # safetensors and torch raise their own kinds for a full disk
+    except (OSError, RuntimeError, SafetensorError) as error:  # each library has an error of its own for a full disk
         shutil.rmtree(part, ignore_errors=True)
         raise UserError(f"cannot save to {folder}: {first_line(error)}; the previous checkpoint is whole: make room, "
                         f"then python sdar.py --resume {s.out}") from None
@@ -1342,116 +1355,34 @@ def load_checkpoint(path, s):
             if own is not None:
                 master.copy_(own)
     state.optimizer.load_state_dict(saved["optimizer"])
-    state.step, state.warm_step, state.cursor, state.bandit = (
-        progress[k] for k in ("step", "warm_step", "cursor", "bandit"))
+    for name in ("step", "warm_step", "cursor", "bandit"):
+        setattr(state, name, progress[name])
     return state
 
 
-def write_text(path, text):
-    """Write a file whole or not at all."""
-    part = Path(f"{path}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
-
-
-def append_lines(path, rows):
-    """Append rows to a JSON-lines file."""
-    with open(path, "a", encoding="utf-8") as f:
-        f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
-def forget_after(path, state):
-    """Drop the log lines of steps that a killed run had taken beyond its last checkpoint: they will be taken again."""
-    if path.exists():
-        rows = []
-        for line in path.read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(ValueError):  # the last line may be half written
-                row = json.loads(line)
-                if row["step"] <= state.step and row.get("warm_step", 0) <= state.warm_step:
-                    rows.append(json.dumps(row, ensure_ascii=False) + "\n")
-        write_text(path, "".join(rows))
-
-
-def episode_text(policy, episode, step, s):
-    """An episode as a JSON row that a person can read: each turn's observation, response, and its tokens with the gate
-    value behind them where there is a teacher, as in 'go[.52] to[.61]'."""
-    rows = []
-    for t in episode.turns:
-        row = {"observation": t.observation, "response": t.text, "valid": t.valid, "admissible": t.admissible,
-               "advantage": round(t.advantage, 4)}
-        if t.teacher_logp is not None and t.logp is not None:
-            gates = sdar_gate(t.logp, t.teacher_logp, s.beta).tolist()
-            row["gates"] = "".join(f"{policy.tokenizer.decode([i])}[{g:.2f}]" for i, g in zip(t.response_ids, gates))
-        rows.append(row)
-    return {"step": step, "task_id": episode.task_id, "skill": episode.skill_name, "won": episode.won,
-            "score": episode.score, "details": episode.details, "turns": rows}
-
-
-def step_line(m, s):
-    """The terminal's line for a step."""
-    low, high = m["success_95"]
-    parts = [f"step {m['step']}/{s.steps}", f"success {100 * m['success']:.1f} % ({m['successes']}/{m['episodes']}, "
-             f"95 % {100 * low:.0f}-{100 * high:.0f})", f"turns {m['turns']:.1f}", f"valid {100 * m['valid']:.0f} %"]
-    if "gap" in m:
-        parts.append(f"gap {m['gap']:+.3f} gate {m['gate']:.3f} ({100 * m['gate_active']:.0f} % open)")
-    if "kl" in m:
-        parts.append(f"kl {m['kl']:.4f}")
-    phases = " ".join(f"{k[8:]} {v:.1f}" for k, v in m.items() if k.startswith("seconds_"))
-    return "  ".join(parts + [f"grad {m['grad_norm']:.2f}", f"{m['seconds']:.1f} s ({phases})"])
-
-
-# ------------------------------------------------------------------------------------------------------------------
-# A run from its first line to its last
-# ------------------------------------------------------------------------------------------------------------------
-
-
-def validate(state, env, s):
-    """Success on the fixed validation panel, without skills, with random numbers of its own."""
-    split = s.val_split or env.splits[1]
-    ids, digest = envs.panel(env, split, s.val_episodes)
-    episodes = rollout(state.policy, env, ids, s, generator_for(state.policy, s, "validation"), s.val_temperature,
-                       label=f"validation on {split}")
-    won = sum(e.won for e in episodes)
-    low, high = wilson(won, len(ids))
-    print(f"validation after step {state.step}: success {100 * won / len(ids):.1f} % ({won}/{len(ids)}, 95 % "
-          f"{100 * low:.0f}-{100 * high:.0f}) on {split}, panel {digest}", flush=True)
-    return {"step": state.step, "warm_step": state.warm_step, "split": split, "panel": digest, "episodes": len(ids),
-            "successes": won, "success": won / len(ids), "success_95": (low, high),
-            "score": sum(e.score for e in episodes) / len(ids), "turns": sum(len(e.turns) for e in episodes) / len(ids),
-            "valid": sum(t.valid for e in episodes for t in e.turns) / sum(len(e.turns) for e in episodes)}
-
-
-def tiny_texts(env, s, count=300):
-    """Text for `tiny`'s tokenizer: prompts and responses of expert episodes, and the skills."""
-    brief = s.prompt_style == "brief"
-    for task in draw_tasks(env, s.split or env.splits[0], s, 0, count):
-        session = env.start(task, seed=stream(s, "texts", task))
-        while not session.done and len(session.turns) < s.max_turns:
-            yield session.prompt(history=s.history, brief=brief)
-            yield session.expert()
-            env.step([session], [session.expert()])
-    yield env.all_skills()
-
+# ======== A run from its first line to its last, and the command line =================================================
 
 def begin(s, env, resume):
-    """(state, reference policy or None) of a new or a resumed run; the run folder is made and config.json written."""
-    out = Path(s.out)
-    found = last_checkpoint(out) if (out / "checkpoints").is_dir() else None
+    """State of a new run, its folder made, or of a resumed one, its log cut back to the last checkpoint: later steps
+    will be taken again."""
+    out, found = Path(s.out), checkpoints(s.out)
     if resume is None:
-        if found is not None and found != out:
+        if found:
             raise UserError(f"{out} already holds a run; continue it with --resume {out}, or choose another --out")
         out.mkdir(parents=True, exist_ok=True)
-        for name in ("metrics.jsonl", "validation.jsonl", "episodes.jsonl"):
+        for name in LOGS:
             (out / name).unlink(missing_ok=True)
         write_text(out / "config.json", json.dumps(dataclasses.asdict(s), indent=1))
         texts = tiny_texts(env, s) if s.model == "tiny" else ()
         return make_state(load_policy(s.model, s.device, texts, s), s, 0.98 if s.warm_start else 0.999)
-    if found is None or found == out:  # killed before its first checkpoint
+    if not found:  # killed before its first checkpoint
         raise UserError(f"{out} has no checkpoint yet; start it again without --resume")
-    state = load_checkpoint(found, s)
-    for name in ("metrics.jsonl", "validation.jsonl", "episodes.jsonl"):
-        forget_after(out / name, state)
-    print(f"resumed from {found}", flush=True)
+    state = load_checkpoint(found[-1], s)
+    for name in LOGS:
+        rows = [row for row in read_lines(out / name)
+                if row["step"] <= state.step and row.get("warm_step", 0) <= state.warm_step]
+        write_text(out / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    print(f"resumed from {found[-1]}", flush=True)
     return state
 
 
@@ -1459,19 +1390,45 @@ def reference_policy(state, s):
     """The frozen policy of the KL term: the weights that RL started from, kept in RUN/reference for a resumed run."""
     if not uses_reference(s):
         return None
-    path = Path(s.out) / "reference"
+    from transformers import AutoModelForCausalLM
+    path, model = Path(s.out) / "reference", state.policy.model
     if state.step == 0:
-        reference = copy.deepcopy(state.policy.model)
-        reference.save_pretrained(path)
-    else:
-        from transformers import AutoModelForCausalLM
-        try:
-            reference = AutoModelForCausalLM.from_pretrained(path, dtype=state.policy.model.dtype)
-        except Exception as error:  # any damage to the folder
-            raise UserError(f"the reference policy in {path} cannot be read ({first_line(error)}); the run cannot be "
-                            "continued without it") from None
-        reference = reference.to(state.policy.device)
+        model.save_pretrained(path)
+    try:
+        reference = AutoModelForCausalLM.from_pretrained(path, dtype=model.dtype).to(model.device)
+    except Exception as error:  # any damage to the folder
+        raise UserError(f"the reference policy in {path} cannot be read ({first_line(error)}); the run cannot be "
+                        "continued without it") from None
     return reference.requires_grad_(False).eval()
+
+
+def validate(state, env, s):
+    """Success on the fixed panel, without skills, logged: at the start, every --val-every steps and at the end, unless
+    the log has it. A run that was stopped in the middle of a validation thus makes up for it."""
+    log, split = Path(s.out) / "validation.jsonl", s.val_split or env.splits[1]
+    due = s.val_every and (state.step % s.val_every == 0 or state.step == s.steps)
+    if not due or any(row["step"] == state.step for row in read_lines(log)):
+        return
+    ids, digest = envs.panel(env, split, s.val_episodes)
+    m = episode_metrics(rollout(state.policy, env, ids, s, generator_for(state.policy, s, "validation"),
+                                s.val_temperature, label=f"validation on {split}"))
+    print(f"validation after step {state.step}: {rate_text(m)} on {split}, panel {digest}", flush=True)
+    kept = ("episodes", "successes", "success", "success_95", "score", "turns", "valid")
+    append_lines(log, [{"step": state.step, "warm_step": state.warm_step, "split": split, "panel": digest,
+                        **{name: m[name] for name in kept}}])
+
+
+@contextlib.contextmanager
+def uninterrupted():
+    """Hold Ctrl-C back until the block is done."""
+    held = []
+    previous = signal.signal(signal.SIGINT, lambda *_: held.append(True))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    if held:
+        raise KeyboardInterrupt
 
 
 def train(s, resume=None):
@@ -1479,14 +1436,13 @@ def train(s, resume=None):
     env = open_env(s)
     print(env.source, flush=True)
     state, out = begin(s, env, resume), Path(s.out)
-    parameters = sum(p.numel() for p in state.policy.model.parameters())
-    print(f"{s.model}: {parameters / 1e6:.2f}M parameters, {state.policy.model.dtype}, {state.policy.device}; {s.algo}, "
+    model = state.policy.model
+    print(f"{s.model}: {model.num_parameters() / 1e6:.2f}M parameters, {model.dtype}, {model.device}; {s.algo}, "
           f"{s.groups} x {s.group_size} episodes a step; log in {out}", flush=True)
     try:
         run_warm_start(state, env, s)
         reference = reference_policy(state, s)
-        if s.val_every and state.step == 0 and not (out / "validation.jsonl").exists():
-            append_lines(out / "validation.jsonl", [validate(state, env, s)])
+        validate(state, env, s)
         while state.step < s.steps:
             episodes, bandit, phases = play_step(state, env, reference, s)
             with uninterrupted():  # weights must not stop halfway through an update, nor the log before its line
@@ -1495,35 +1451,15 @@ def train(s, resume=None):
                 append_lines(out / "episodes.jsonl", [episode_text(state.policy, e, state.step, s)
                                                       for e in episodes[::s.group_size][:s.log_episodes]])
             print(step_line(metrics, s), flush=True)
-            if s.val_every and (state.step % s.val_every == 0 or state.step == s.steps):
-                append_lines(out / "validation.jsonl", [validate(state, env, s)])
             if state.step % s.save_every == 0 or state.step == s.steps:
                 save_checkpoint(state, s)
+            validate(state, env, s)
     except (KeyboardInterrupt, envs.ServerError):  # neither can strike within an update
         save_checkpoint(state, s)
         print(f"\nstopped and saved after step {state.step}; continue with: python sdar.py --resume {out}", flush=True)
         raise
     print(f"done: {s.steps} steps; evaluate with: python eval.py --env {s.env} --model {out}", flush=True)
     return state
-
-
-def run_warm_start(state, env, s):
-    """What is left of the behaviour cloning; then the optimizer starts afresh for RL, and a checkpoint is saved."""
-    if state.warm_step >= s.warm_start:
-        return
-    with tqdm(total=s.warm_start, initial=state.warm_step, desc="warm start", unit="step", dynamic_ncols=True) as bar:
-        while state.warm_step < s.warm_start:
-            with uninterrupted():
-                loss = warm_start_step(state, env, s)
-                row = {"step": 0, "warm_step": state.warm_step, "warm_loss": loss}
-                append_lines(Path(s.out) / "metrics.jsonl", [row])
-            bar.set_postfix_str(f"{loss:.3f} nats a token")
-            bar.update()
-            if state.warm_step % (10 * s.save_every) == 0 and state.warm_step < s.warm_start:
-                save_checkpoint(state, s)
-    fresh = make_state(state.policy, s)
-    state.optimizer, state.masters = fresh.optimizer, fresh.masters
-    save_checkpoint(state, s)
 
 
 def fail(message):
@@ -1535,14 +1471,13 @@ def fail(message):
 def main(argv=None):
     """The command line."""
     try:
-        settings, resume = read_settings(argv)
-        train(settings, resume)
-    except UserError as error:
+        train(*read_settings(argv))
+    except (UserError, OSError, SafetensorError) as error:  # OSError: --out not writable, a full disk
         fail(error)
     except KeyboardInterrupt:
         sys.exit(130)
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if "memory" not in str(error).lower() and not isinstance(error, MemoryError):
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not re.search("out of memory|allocate memory|ALLOC_FAILED", str(error)):
             raise
         fail("out of memory; lower --rollout-rows (if it happened in a rollout) or --micro-tokens (in scoring or the "
              "update); what was saved is whole, continue with --resume")

@@ -269,8 +269,7 @@ def test_response_logps_are_those_of_the_full_logits(policy):
     rng, eos = random.Random(1), policy.tokenizer.eos_token_id
     prompts = [[rng.randrange(300) for _ in range(n)] for n in (3, 12, 7)]
     responses = [[rng.randrange(300) for _ in range(n)] + [eos] for n in (6, 1, 3)]
-    hidden, targets, mask = sdar.response_hidden(policy.model, prompts, responses)
-    logp, entropy = sdar.head_logps(policy.model, hidden, targets, mask, settings(head_chunk=4), with_entropy=True)
+    logp, mask, _, entropy = sdar.response_logps(policy.model, prompts, responses, settings(head_chunk=4), with_entropy=True)
     assert mask.sum(1).tolist() == [7, 2, 4]
     for row, (p, r) in enumerate(zip(prompts, responses)):
         full = torch.log_softmax(policy.model(torch.tensor([p + r])).logits[0].float(), -1)
@@ -303,7 +302,7 @@ def test_the_loss_of_a_step_is_the_papers_sum(policy, episodes):
     for e in episodes:
         values = []
         for t in e.turns:
-            logp, _ = sdar.response_logps(policy.model, [t.prompt_ids], [t.response_ids], s)
+            logp = sdar.response_logps(policy.model, [t.prompt_ids], [t.response_ids], s)[0]
             gap = t.teacher_logp - logp.detach()[0]
             values.append(-t.advantage + s.lam * torch.sigmoid(s.beta * gap) * gap)
         want += float(torch.cat([v.expand(len(t.response_ids)) for v, t in zip(values, e.turns)]).mean()) / len(episodes)
@@ -487,6 +486,75 @@ def test_a_full_disk_costs_the_new_checkpoint_only(finished, tmp_path, monkeypat
     assert [p.name for p in (tmp_path / "full" / "checkpoints").iterdir()] == ["step-000000"]
     sdar.main(["--resume", str(tmp_path / "full")])
     assert weights_of(tmp_path / "full") == weights_of(finished)
+
+
+@pytest.mark.parametrize("where", ["warm_start_step", "validate"])
+def test_ctrl_c_at_odd_moments_loses_nothing(finished, tmp_path, monkeypatch, where):
+    """In the last step of the warm start, and within a validation: the same log, validations and weights in the end."""
+    original, calls, last = getattr(sdar, where), itertools.count(1), {"warm_start_step": 4, "validate": 1}[where]
+    inner, kill = sdar.generate, lambda: os.kill(os.getpid(), signal.SIGINT)
+
+    def struck(*args):
+        if next(calls) == last:
+            if where == "validate":
+                monkeypatch.setattr(sdar, "generate", lambda *a: kill() or inner(*a))
+            else:
+                kill()
+        return original(*args)
+    monkeypatch.setattr(sdar, where, struck)
+    out = tmp_path / "struck"
+    with pytest.raises(SystemExit) as stop:
+        sdar.main([*RUN, "--out", str(out)])
+    assert stop.value.code == 130
+    monkeypatch.setattr(sdar, where, original)
+    monkeypatch.setattr(sdar, "generate", inner)
+    sdar.main(["--resume", str(out)])
+    for name in ("metrics.jsonl", "validation.jsonl"):
+        assert log_of(out, name) == log_of(finished, name)
+    assert weights_of(out) == weights_of(finished)
+
+
+def test_a_disk_that_fills_while_the_model_is_written(tmp_path, monkeypatch, capsys):
+    """safetensors has an error of its own for it."""
+    from safetensors import SafetensorError
+    model = type(sdar.build_tiny(["a"], settings())[0])
+    monkeypatch.setattr(model, "save_pretrained", lambda *a, **k: (_ for _ in ()).throw(SafetensorError("No space left")))
+    with pytest.raises(SystemExit) as stop:
+        sdar.main([*RUN, "--kl", "0", "--out", str(tmp_path / "full")])
+    assert stop.value.code == 2 and "No space left" in capsys.readouterr().err
+
+
+def test_an_unwritable_folder_is_one_line(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as stop:
+        sdar.main([*RUN, "--out", str(tmp_path / "file" / "run")])
+    assert stop.value.code == 2 and capsys.readouterr().err.splitlines()[-1].startswith("error: ")
+
+
+def test_logs_keep_lines_with_unusual_line_separators(tmp_path):
+    rows = [{"step": 1, "text": "a\u2028b\x85c"}, {"step": 2}]
+    sdar.append_lines(tmp_path / "log", rows)
+    with open(tmp_path / "log", "a") as f:
+        f.write('{"step": 3, "half')
+    assert sdar.read_lines(tmp_path / "log") == rows
+
+
+def test_other_errors_are_not_called_out_of_memory(tmp_path, monkeypatch):
+    """A bug must show its traceback, even if its message holds the word memory."""
+    def broken(*a):
+        raise RuntimeError("an illegal memory access was encountered")
+    monkeypatch.setattr(sdar, "generate", broken)
+    with pytest.raises(RuntimeError, match="illegal"):
+        sdar.main([*RUN, "--out", str(tmp_path / "bug")])
+
+
+def test_help_explains_every_setting(capsys):
+    with pytest.raises(SystemExit) as stop:
+        sdar.main(["--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0 and "objective:" in text
+    for f in dataclasses.fields(sdar.Settings):
+        assert sdar.flag(f.name) + " " in text and f.metadata["help"][:40] in " ".join(text.split())
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "state.json"])
@@ -875,8 +943,8 @@ def test_mean_gap_is_minus_the_reverse_kl():
     """The plotted "mean gap" can only be negative on-policy: it estimates -KL(pi || pi_T)."""
     logits, teacher = policies()
     p = logits.detach().log_softmax(-1)
-    sums = gap_diagnostics(p[None], teacher[None], p.exp()[None])  # the mask weighs each token by its probability
-    assert close(diagnostic_means(sums)["gap"], -reverse_kl(teacher)(p)) and sums["gap"] < 0
+    mean_gap = (p.exp() * gap_diagnostics(p, teacher)["gap"]).sum()  # each token weighed by its probability
+    assert close(mean_gap, -reverse_kl(teacher)(p)) and mean_gap < 0
 
 
 def test_baseline_changes_no_expectation():
@@ -888,7 +956,7 @@ def test_baseline_changes_no_expectation():
     for sample in itertools.product(range(4), repeat=n):  # all batches of three tokens
         logp = torch.log_softmax(logits, -1)[list(sample)][None]
         teacher_logp, mask = teacher[list(sample)][None], torch.ones(1, n, dtype=F64)
-        b = diagnostic_means(gap_diagnostics(logp.detach(), teacher_logp, mask))["gate"]
+        b = sdar_gate(logp, teacher_logp).mean()
         loss = sdar_loss(logp, teacher_logp, mask, baseline=b)[0]
         total += p[list(sample)].prod() * torch.autograd.grad(loss, logits)[0]
     assert close(total, (1 - 1 / n) * plain)
@@ -1135,17 +1203,23 @@ def test_group_advantages():
     assert plain[:4].sum().abs() < 1e-6
 
 
-def test_diagnostics_add_up_over_micro_batches():
+def test_diagnostics_add_up_over_micro_batches(policy, episodes):
+    """What the losses report are means over tokens; what an update logs does not depend on its micro-batches."""
     b = batch(rows=8)
-    for f in (lambda r: gap_diagnostics(b["logp"][r], b["teacher"][r], b["mask"][r]),
-              lambda r: clip_diagnostics(b["logp"][r], b["old"][r], b["adv"][r], b["mask"][r])):
-        whole, parts = f(slice(None)), [f(slice(i, i + 3)) for i in range(0, 8, 3)]
-        assert all(close(sum(p[k] for p in parts), whole[k]) for k in whole) and whole["tokens"] == b["mask"].sum()
-    means = diagnostic_means(gap_diagnostics(b["logp"], b["teacher"], b["mask"]))
+    means, near = (sdar_loss(*x)[1] for x in ((b["logp"], b["teacher"], b["mask"]), (
+        torch.zeros(1, 3), torch.tensor([[-0.01, 0.01, 0.02]]), torch.ones(1, 3))))
     loss = sdar_loss(b["logp"], b["teacher"], b["mask"])[0]
     assert close(means["distill_loss"], loss) and 0 < means["negative_gap"] < 1
-    near = gap_diagnostics(torch.zeros(1, 3), torch.tensor([[-0.01, 0.01, 0.02]]), torch.ones(1, 3))
-    assert near["gate_active"] == 2 and near["negative_gap"] == 1
+    assert close(near["gate_active"], 2 / 3, 1e-6) and close(near["negative_gap"], 1 / 3, 1e-6)
+    logged = []
+    for micro_tokens in (1, 700, 10**6):
+        state = sdar.make_state(dataclasses.replace(policy, model=copy.deepcopy(policy.model)), settings())
+        logged.append(sdar.update(state, episodes, settings(algo="sdar", lam=1.0, micro_tokens=micro_tokens), 1e-3))
+    tokens = sum(len(t.response_ids) for e in episodes for t in e.turns)
+    gaps = torch.cat([t.teacher_logp - t.logp for e in episodes for t in e.turns])
+    assert logged[0]["gap"] == pytest.approx(gaps.mean().item(), abs=1e-5) and logged[0]["update_tokens"] == tokens
+    for other in logged[1:]:
+        assert other == {name: pytest.approx(value, rel=1e-4, abs=1e-5) for name, value in logged[0].items()}
 
 
 # ---- the vocabulary head ---------------------------------------------------------------------------------------------
