@@ -224,8 +224,9 @@ def check_settings(s):
     for wrong, message in (
             (s.group_size < 2, "--group-size must be at least 2: an advantage is a comparison within a group"),
             (s.dual_clip <= 1, f"--dual-clip must be above 1, not {s.dual_clip}"),
-            (s.gate_baseline and (s.gate != "gap" or s.divergence != "sampled"),
-             "--gate-baseline goes with --gate gap and --divergence sampled only"),
+            (s.gate_baseline and (s.gate != "gap" or s.divergence != "sampled" or not (
+                s.algo == "sdar" or (s.algo == "opsd" and s.as_released))),
+             "--gate-baseline goes with SDAR's own term only: --algo sdar, --gate gap and --divergence sampled"),
             (s.tiny_width % 32, f"--tiny-width must be a multiple of 32, not {s.tiny_width}")):
         if wrong:
             raise UserError(message)

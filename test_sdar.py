@@ -576,7 +576,8 @@ def test_a_damaged_checkpoint_is_refused(finished, tmp_path, name, capsys):
     (["--device", "cuda:77"], "--device"), (["--model", "no/such-model-anywhere"], "no/such-model-anywhere"),
     (["--data", "/no/such/folder"], "/no/such/folder"), (["--env-args", "house"], "--env-args"),
     (["--env-args", "garden=3"], "garden"), (["--skills", "/no/such/skills"], "/no/such/skills"),
-    (["--resume", "/no/such/run"], "/no/such/run"), (["--split", "holidays"], "holidays"), (["--dual-clip", "0.5"], "dual")])
+    (["--resume", "/no/such/run"], "/no/such/run"), (["--split", "holidays"], "holidays"), (["--dual-clip", "0.5"], "dual"),
+    (["--gate-baseline", "--algo", "rlsd"], "--gate-baseline"), (["--gate-baseline", "--gate", "entropy"], "--gate-baseline")])
 def test_bad_input_is_one_line_and_status_2(argv, hint, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         sdar.main(argv + ([] if "--resume" in argv else ["--out", str(tmp_path / "x"), "--steps", "1"]))
