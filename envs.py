@@ -1169,7 +1169,8 @@ class Catalogue:
     thousand stay parsed), so that 1.18 M products fit in a few GB. `data`: a directory, or (products, instructions) as
     bytes; `which`: "small", "full" or None, the small one first. Raises UserError for missing or broken files."""
 
-    def __init__(self, data, seed=233, human_goals=False, which=None):
+    def __init__(self, data, seed=233, human_goals=False, which=None, nouns=""):
+        self.nouns = noun_finder(nouns)
         self.items, self.instructions, human = (*data, None) if isinstance(data, tuple) else self._find(data, which)
         self.asins, places, price_ranges, self._variants = [], [], [], []
         self.index = BM25(self._scan(places, price_ranges))
@@ -1345,19 +1346,19 @@ khaki lavender lemon leopard light lilac lime magenta maroon mauve merlot midnig
 mustard natural navy nude olive orange peach pewter pink plum purple rainbow red rose royal rust sand sapphire seashell
 silver skull slate steel stone stonewash sunflower tan taupe teal tiger turquoise violet walnut wheat white wine
 yellow""".split()
-# Function words and plain adjectives
+# In titles a tagger calls nearly every capitalised word a name. Not these, nor, in lower case, the adjectives; not what
+# _NO_WORD finds: possessives, measures' numbers and "oz" within a name, the Slip of Non-Slip, a colour that ends a title
 _NOT_NOUNS = frozenset("""
-a an the this that these those my your his her its our their i you he she it we they me him us them who which what
-whose and or but nor so yet if then than as when where how why not no of in on at by for with from to into onto over
-under above below between through during without within against around up down off out about after before per via upon
-is are was were be been being am do does did has have had can could will would should may might must all any both each
-every some other another such only own same more most very too just also even still one two three four five six seven
-eight nine ten best good better great new cool cute funny humorous elegant sexy quick easy high low full free real true
-open closed loose tight soft hard heavy thick thin deep warm cozy fresh healthy safe gentle smooth clean dry wet flat
-wide narrow round large small big tall little mini portable foldable adjustable removable washable detachable reusable
-breathable comfortable durable flexible waterproof wireless sleeveless various hypoallergenic multiple unique suitable
-perfect natural organic vegan facial oral cosmetic electric modern contemporary traditional official personalized
-customized upgraded absorbent reflective super ultra newly fully made includes included""".split())
+a an the this that these those my your his her its our their i you he she it we they me him them who which what whose
+and or but nor so yet if then than as when where how why not no of in on at by for with from to into onto under above
+below between through during without within against around up out about after before behind like per via upon is are was
+were be been being do does did has have had can could will would should may might must any both every each all some such
+own only more very too just also even still ever once many well one two three four five six seven eight nine ten twelve
+includes included including make made makes designed comes used get need full fully large x etc""".split())
+_ADJECTIVES = frozenset("high low new free easy deep natural black white blue".split())
+_NO_WORD = re.compile(r"""['\u2019]s\b|(?<=\b[Nn]on-)[^\W\d_]+|,\ (?:black|white|Black|White)$|\boz\b(?=\ [A-Z])
+    |(?<![\w.])[\d.]+(?=(?i:[kmgt]b|[kmc]?m|k?g|k)\b)""", re.X)
+_TITLE_WORD = re.compile(r"[^\W_]+(?:[-/,.&+'][0-9][^\W_]*|[&+.'][^\W_]+)*|[|%]")  # as spaCy cuts them; it tags | and %
 
 
 def _normal_color(option):
@@ -1398,24 +1399,40 @@ def token_set_ratio(first, second):
 
 @lru_cache(8192)
 def title_nouns(title):
-    """The words of a product title that a tagger would call nouns, approximately: in titles nearly every capitalised
-    word is tagged as a name, so all words count but function words, plain adjectives, non- compounds and numbers. It
-    differs where the tagger errs: "Tees" is no noun to it in the brand "Expression Tees". r_type agrees in 47 of the 48
-    recorded purchases of another title than the goal's; the adjectives were chosen with those in view (44 without)."""
-    title = re.sub(r"['\u2019]s\b|\b(?:non|anti|multi|semi)-[^\W\d_]+", " ", title, flags=re.I)
-    found = re.findall(r"\b(?!x\d|x\b)[^\W\d_][^\W_]*", title.lower())
-    return [word for word in found if word not in _NOT_NOUNS]
+    """The words of a product title that the original's tagger (spaCy's en_core_web_sm) would call nouns, by rule. On the
+    1,000 small products 92.3 % of r_type agree between a title and the ten most like it, 98.4 % between any two."""
+    found = _TITLE_WORD.findall(_NO_WORD.sub(" ", title))
+    return [word.lower() for word in found if word.lower() not in _NOT_NOUNS and word not in _ADJECTIVES
+            and not re.search(r"([^aeiou])\1ed$", word) and not re.match(r"\d(?!\d*(?:ml|pcs|[dD])$)", word)]
 
 
-def shop_reward(product, goal, price, chosen):
-    """(reward 0..1, its parts) for buying `product` at `price` with `chosen` options; goal.py's get_reward."""
-    wanted, bought = title_nouns(goal["name"]), title_nouns(product["title"])
+def noun_finder(model=""):
+    """The function title -> nouns: title_nouns, or what a spaCy model of that name says (the original's is called
+    en_core_web_sm). UserError where it is not installed."""
+    if not model:
+        return title_nouns
+    try:
+        import spacy
+        tagger = spacy.load(model)
+    except (ImportError, OSError) as error:
+        raise UserError(f"nouns={model} needs the package spacy and that model ({one_line(str(error))}); leave it out "
+                        "for the built-in rule") from None
+    return lru_cache(8192)(lambda title: [word.text.lower() for word in tagger(title) if word.pos_ in ("NOUN", "PROPN")])
+
+
+def type_reward(wanted, bought, match):
+    """(r_type, title score) of the nouns of two titles; match: whether query or category are the same."""
     title_score = len(set(wanted) & set(bought)) / len(wanted) if wanted else 0.2
+    r_type = 1.0 if match or title_score > 0.2 else 0.5
+    return 0.0 if title_score == 0 else 0.1 if title_score < 0.1 else r_type, title_score
+
+
+def shop_reward(product, goal, price, chosen, nouns=title_nouns):
+    """(reward 0..1, its parts) for buying `product` at `price` with `chosen` options; goal.py's get_reward."""
     query_match = product["query"] == goal["query"]
     levels, goal_levels = ({part.strip() for part in x["product_category"].split("\u203a")} for x in (product, goal))
     category_match = len(levels & goal_levels) >= 2
-    r_type = 1.0 if query_match or category_match or title_score > 0.2 else 0.5
-    r_type = 0.0 if title_score == 0 else 0.1 if title_score < 0.1 else r_type
+    r_type, title_score = type_reward(nouns(goal["name"]), nouns(product["title"]), query_match or category_match)
     attributes = goal["attributes"]
     n_attributes = sum(any(token_set_ratio(have, want) > 85 for have in product["attributes"])
                        or any(want in text for text in product["texts"]) for want in attributes)
@@ -1485,7 +1502,7 @@ class WebShop:
 
     def _buy(self):
         price = self.catalogue.prices[self.product["number"]]
-        reward, self.details = shop_reward(self.product, self.goal, price, self.options)
+        reward, self.details = shop_reward(self.product, self.goal, price, self.options, self.catalogue.nouns)
         self.details.update(asin=self.product["asin"], options=self.options, reward=reward)
         options = re.sub("[<>&']", lambda letter: f"\\u{ord(letter[0]):04x}", json.dumps(self.options, sort_keys=True))
         filled = {"{asin}": self.product["asin"], "{options}": options, "{reward}": str(reward)}
@@ -1740,14 +1757,15 @@ class WebShopEnv:
 
     Splits: "train" (all goals but the first 500), "test" (a fixed panel of 128 of those 500), "test500" (all of them).
     Goals of "train" that are the same product and the same instruction as one of the 500 are left out.
-    Options: human_goals; catalogue "small" or "full"."""
+    Options: human_goals; catalogue "small" or "full"; nouns: see noun_finder."""
 
     name, stop, splits, skill_names = "webshop", ("</action>",), ("train", "test", "test500"), list(SHOP_KEYWORDS)
 
-    def __init__(self, data=None, seed=233, skills=None, human_goals=False, catalogue=None):
+    def __init__(self, data=None, seed=233, skills=None, human_goals=False, catalogue=None, nouns=""):
         path = find_data("webshop", data)
         self.builtin = path is None
-        self.catalogue = Catalogue(build_catalogue(seed) if self.builtin else path, seed, human_goals, catalogue)
+        source = build_catalogue(seed) if self.builtin else path
+        self.catalogue = Catalogue(source, seed, human_goals, catalogue, nouns)
         self._page_size = 5 if self.builtin else RESULTS_PER_PAGE  # 5: few products, yet pages to turn
         library = read_skills(skills, self.skill_names) if skills else SHOP_SKILLS
         # skill(category, brief) for the teacher of one task, all_skills() for one who is told everything
