@@ -576,7 +576,6 @@ def head_memory(kind, device, tokens, width, chunk):
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     hidden, weight = (torch.randn(n, width, device=device, dtype=dtype).requires_grad_() for n in (tokens, HEAD_VOCAB))
     targets = torch.arange(tokens, device=device)                                                       # (N,)
-    hidden.grad, weight.grad = torch.ones_like(hidden), torch.ones_like(weight)  # zeros need no memory until written to
     small = weight.detach()[:64].clone().requires_grad_()
     sdar.chunked_logps(hidden[:8].detach(), small, targets[:8]).sum().backward()  # start-up costs are not counted
     if device.type == "cuda":
@@ -586,7 +585,8 @@ def head_memory(kind, device, tokens, width, chunk):
         sdar.chunked_logps(hidden, weight, targets, chunk=chunk).sum().backward()
     else:
         torch.log_softmax((hidden @ weight.T).float(), -1).gather(1, targets[:, None]).sum().backward()
-    return (sdar.peak_memory(device) or math.nan) - before
+    grads = (hidden.nbytes + weight.nbytes) / 2**20
+    return (sdar.peak_memory(device) or math.nan) - before - grads
 
 
 def bench_memory(device, width, chunk):

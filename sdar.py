@@ -36,6 +36,7 @@ import dataclasses
 import datetime
 import functools
 import hashlib
+import inspect
 import itertools
 import json
 import math
@@ -53,7 +54,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import envs
@@ -340,11 +340,24 @@ def wrap_policy(model, tokenizer):
 def check_head(policy, name):
     """UserError if the model's logits are not its head applied to its last hidden states (soft-capped or scaled)."""
     ids = torch.tensor([policy.tokenizer("Hello there", add_special_tokens=False)["input_ids"]], device=policy.device)
-    hidden = policy.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    hidden = trunk(policy.model, ids)
     logits = policy.model(input_ids=ids, use_cache=False).logits
     if not torch.allclose(policy.head(hidden), logits, rtol=1e-2, atol=1e-2):
         raise UserError(f"{name!r} scales or caps its logits, which the chunked head does not; take a Qwen2.5, Qwen3, "
                         "Llama or SmolLM2 model")
+
+
+def trunk(model, ids, cache=None, **options):
+    """Last hidden states (B, L, D) of token ids (B, L): the model without its head, so that no logits are made. cache:
+    what it has read before, which it adds to."""
+    return model.base_model(input_ids=ids, use_cache=cache is not None, **{cache_name(type(model.base_model)): cache},
+                            **options).last_hidden_state
+
+
+@functools.cache
+def cache_name(model_class):
+    """What the cache is called in a model's forward: transformers 5.24 renamed it."""
+    return "cache" if "cache" in inspect.signature(model_class.forward).parameters else "past_key_values"
 
 
 TINY_TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -551,6 +564,7 @@ class KeyValues:
     def __init__(self, rows, length, device):
         self.rows, self.length, self.layers = rows, length, []
         self.graphs = {} if device.type == "cuda" else None                   # of decode_step, by its n and span
+        self.logits = None                                                    # (rows, V), filled by the graphs
         self.index = torch.arange(rows, device=device)
         self.token, self.slot = torch.zeros_like(self.index), torch.zeros_like(self.index)  # what each row reads next
         self.n = self.span = 0                                                # rows and slots of the step under way
@@ -597,7 +611,7 @@ def prefill(policy, kv, prompts, s):
         chosen, cache = [unique[i] for i in batch], DynamicCache(config=policy.model.config)
         width = len(chosen[0])                                                # the longest comes first
         ids = torch.tensor([p + (0,) * (width - len(p)) for p in chosen], device=policy.device)         # (U, L)
-        last = policy.model.base_model(input_ids=ids, past_key_values=cache, use_cache=True).last_hidden_state
+        last = trunk(policy.model, ids, cache)                                                          # (U, L, D)
         source = [i for i, p in enumerate(chosen) for _ in where[p]]
         rows = [row for p in chosen for row in where[p]]
         kv.store(cache, source, rows)
@@ -611,27 +625,29 @@ def decode_step(policy, kv, n, span):
     """Logits (n, V) after each of n rows has read kv.token in kv.slot and seen the slots before; span > all slots."""
     kv.n, kv.span = n, span
     seen = torch.arange(span, device=policy.device) <= kv.slot[:n, None]                                # (n, span)
-    hidden = policy.model.base_model(input_ids=kv.token[:n, None], position_ids=kv.slot[:n, None], past_key_values=kv,
-                                     attention_mask=seen[:, None, None], use_cache=True).last_hidden_state
+    hidden = trunk(policy.model, kv.token[:n, None], kv, position_ids=kv.slot[:n, None],
+                   attention_mask=seen[:, None, None])                                                  # (n, 1, D)
     return policy.head(hidden[:, -1])
 
 
 def record_step(policy, kv, n, span):
-    """(CUDA graph of a decode_step, the logits that its replay fills)."""
+    """A CUDA graph of decode_step, whose replay fills kv.logits[:n]."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):  # libraries set themselves up in a first call, which must not be recorded
-        decode_step(policy, kv, n, span)
-    torch.cuda.current_stream().wait_stream(side)
-    graph, shared = torch.cuda.CUDAGraph(), next((graph.pool() for graph, _ in kv.graphs.values()), None)
-    with torch.cuda.graph(graph, pool=shared):
         logits = decode_step(policy, kv, n, span)
-    return graph, logits
+    torch.cuda.current_stream().wait_stream(side)
+    if kv.logits is None:  # one buffer for all graphs: what a graph makes for itself, it keeps
+        kv.logits = logits.new_zeros(kv.rows, logits.shape[1])
+    graph, shared = torch.cuda.CUDAGraph(), next((graph.pool() for graph in kv.graphs.values()), None)
+    with torch.cuda.graph(graph, pool=shared):
+        kv.logits[:n] = decode_step(policy, kv, n, span)
+    return graph
 
 
 def fast_step(policy, kv, n, span):
     """decode_step, on a GPU as a CUDA graph: one launch instead of some hundred, which take longer than their work. A
-    graph repeats kernels on fixed addresses. That is safe here: token, slots, keys and values stay in kv's buffers; the
+    graph repeats kernels on fixed addresses. That is safe here: token, slots, keys, values and logits stay in kv's buffers; the
     optimizer changes weights in place; the logits are read before the next step; and sizes come in coarse buckets, so
     that few graphs are made, once each. The rows and slots that a bucket adds are masked or never looked at."""
     if kv.graphs is None:
@@ -647,9 +663,8 @@ def fast_step(policy, kv, n, span):
             say_once(f"no CUDA graph can be made of this model ({first_line(error)}); decoding is slower without")
             kv.graphs = None
             return decode_step(policy, kv, n, span)
-    graph, logits = kv.graphs[size, many]
-    graph.replay()
-    return logits[:n]
+    kv.graphs[size, many].replay()
+    return kv.logits[:n]
 
 
 LOOK = {"cuda": 8}  # decode steps between two looks at the sampled tokens: to look is to wait for the device
@@ -894,28 +909,57 @@ def method_tokens(method, logp, old_logp, advantages, teacher_logp=None, ref_log
 # ======== The vocabulary head in chunks ===============================================================================
 # Full logits of a micro-batch are gigabytes: only `chunk` rows exist at a time, and backward makes them again.
 
-def _by_chunks(function, chunk, needs_grad, *tensors):
-    chunks = zip(*(t.split(chunk) for t in tensors))
-    if not (needs_grad and torch.is_grad_enabled()):
-        return [function(*rows) for rows in chunks]
-    return [checkpoint(function, *rows, use_reentrant=False, preserve_rng_state=False) for rows in chunks]
+class ByChunks(torch.autograd.Function):
+    """function(logits of some rows, those rows of `others`) -> tuple of (rows,) tensors, over all rows of hidden (N, D),
+    `chunk` at a time; the first of the tuple has a gradient, `others` have none. Plain checkpointing would do, but for
+    every chunk it makes the head's gradient anew, beside their sum: as large as the head itself."""
+
+    @staticmethod
+    def forward(ctx, function, chunk, hidden, weight, bias, *others):
+        ctx.function, ctx.chunk = function, chunk
+        ctx.save_for_backward(hidden, weight, bias, *others)
+        results = [function(F.linear(h, weight, bias), *rest)
+                   for h, *rest in zip(*(x.split(chunk) for x in (hidden, *others)))]
+        values = tuple(map(torch.cat, zip(*results)))
+        ctx.mark_non_differentiable(*values[1:])
+        return values
+
+    @staticmethod
+    def backward(ctx, grad, *_):
+        hidden, weight, bias, *others = (x if x is None else x.detach() for x in ctx.saved_tensors)
+        d_hidden, d_weight, d_bias = (x if x is None else torch.zeros_like(x) for x in (hidden, weight, bias))
+        for start in range(0, len(hidden), ctx.chunk):
+            rows = slice(start, start + ctx.chunk)
+            h = hidden[rows].requires_grad_()
+
+            def add(d_logits):  # as soon as it is known, for nothing of its size to be kept
+                d_weight.addmm_(d_logits.T, h.detach())
+                if bias is not None:
+                    d_bias.add_(d_logits.sum(0))
+            with torch.enable_grad():
+                logits = F.linear(h, weight, bias)                                                # (chunk, V)
+                logits.register_hook(add)
+                values = ctx.function(logits, *(x[rows] for x in others))[0]
+            del logits
+            d_hidden[rows], = torch.autograd.grad(values, h, grad[rows])
+            del values
+        return None, None, d_hidden, d_weight, d_bias, *[None for _ in others]
 
 
-def _log_softmax(hidden, weight, bias, temperature):
-    logits = F.linear(hidden, weight, bias)                                                       # (chunk, V)
-    return torch.log_softmax((logits if logits.dtype == torch.float64 else logits.float()) / temperature, dim=-1)
+def _log_softmax(logits, temperature):
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    return torch.log_softmax(logits if temperature == 1 else logits / temperature, dim=-1)
 
 
 def chunked_logps(hidden, weight, targets, bias=None, chunk=1024, temperature=1.0, with_entropy=False):
     """log pi(target) (N,) in fp32 from hidden states (N, D), head weight (V, D), targets (N,) [bias (V,)], holding at
     most (chunk, V) logits. with_entropy: -> (logp, entropy (N,) in nats, no gradient)."""
-    def one(h, t):
-        logp = _log_softmax(h, weight, bias, temperature)
+    def one(logits, t):
+        logp = _log_softmax(logits, temperature)
         p = logp.detach()
-        return logp.gather(1, t[:, None])[:, 0], -(p.exp() * p).sum(-1) if with_entropy else None
-    results = _by_chunks(one, chunk, hidden.requires_grad or weight.requires_grad, hidden, targets)
-    logps = torch.cat([logp for logp, _ in results])
-    return (logps, torch.cat([entropy for _, entropy in results])) if with_entropy else logps
+        return logp.gather(1, t[:, None])[:, 0], *([-(p.exp() * p).sum(-1)] if with_entropy else [])
+    values = ByChunks.apply(one, chunk, hidden, weight, bias, targets)
+    return values if with_entropy else values[0]
 
 
 def chunked_divergence(student_hidden, teacher_hidden, weight, kind="reverse-kl", chunk=1024, bias=None,
@@ -926,18 +970,17 @@ def chunked_divergence(student_hidden, teacher_hidden, weight, kind="reverse-kl"
     if kind not in ("reverse-kl", "forward-kl", "jsd"):
         raise ValueError(f"divergence {kind!r}: use reverse-kl, forward-kl or jsd")
 
-    def one(h, teacher_h):
-        p = _log_softmax(h, weight, bias, temperature)
+    def one(logits, teacher_h):
+        p = _log_softmax(logits, temperature)
         with torch.no_grad():
-            q = _log_softmax(teacher_h, weight, bias, temperature)
+            q = _log_softmax(F.linear(teacher_h, weight, bias), temperature)
         if kind == "reverse-kl":
-            return (p.exp() * (p - q)).sum(-1)
+            return (p.exp() * (p - q)).sum(-1),
         if kind == "forward-kl":
-            return (q.exp() * (q - p)).sum(-1)
+            return (q.exp() * (q - p)).sum(-1),
         m = torch.logaddexp(p, q) - math.log(2)
-        return 0.5 * (p.exp() * (p - m) + q.exp() * (q - m)).sum(-1)
-    needs_grad = student_hidden.requires_grad or weight.requires_grad
-    return torch.cat(_by_chunks(one, chunk, needs_grad, student_hidden, teacher_hidden.detach()))
+        return 0.5 * (p.exp() * (p - m) + q.exp() * (q - m)).sum(-1),
+    return ByChunks.apply(one, chunk, student_hidden, weight, bias, teacher_hidden.detach())[0]
 
 
 # ======== Scoring: log-probabilities of responses under a prompt ======================================================
@@ -953,7 +996,7 @@ def read_prefix(model, prompts, least=64):
         return None
     cache = DynamicCache(config=model.config)
     ids = torch.tensor([first[:length]], device=model.device)                                           # (1, length)
-    model.base_model(input_ids=ids, past_key_values=cache, use_cache=True)
+    trunk(model, ids, cache)
     return length, cache
 
 
@@ -971,7 +1014,7 @@ def response_hidden(model, prompts, responses, prefix=None):
     rows = [list(p[skip:]) + list(r) for p, r in zip(prompts, responses)]
     width = max(map(len, rows))
     ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)                 # (B, L)
-    hidden = model.base_model(input_ids=ids, past_key_values=cache, use_cache=bool(skip)).last_hidden_state
+    hidden = trunk(model, ids, cache)                                                                   # (B, L, D)
     steps = torch.arange(int(max(map(len, responses))), device=device)
     mask = steps < lengths[:, None]                                                                     # (B, T)
     row, step = mask.nonzero(as_tuple=True)
