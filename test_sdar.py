@@ -3690,6 +3690,7 @@ def test_bench_of_random_weights(tmp_path, capsys, monkeypatch):
 def test_known_shapes_have_their_published_size(name, millions, env, monkeypatch):
     monkeypatch.setattr(sdar, "pick_device", lambda name: torch.device("meta"))         # no memory is touched
     model = ev.random_policy(name, settings(), env).model
+    model.tie_weights()                                                                 # some versions untie on `meta`
     assert model.num_parameters() / 1e6 == pytest.approx(millions, abs=0.1)
 
 
