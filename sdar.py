@@ -647,9 +647,9 @@ def record_step(policy, kv, n, span):
 
 def fast_step(policy, kv, n, span):
     """decode_step, on a GPU as a CUDA graph: one launch instead of some hundred, which take longer than their work. A
-    graph repeats kernels on fixed addresses. That is safe here: token, slots, keys, values and logits stay in kv's buffers; the
-    optimizer changes weights in place; the logits are read before the next step; and sizes come in coarse buckets, so
-    that few graphs are made, once each. The rows and slots that a bucket adds are masked or never looked at."""
+    graph repeats kernels on fixed addresses. That is safe here: token, slots, keys, values and logits lie in kv's
+    buffers; the optimizer changes weights in place; the logits are read before the next step; and sizes come in coarse
+    buckets, so that few graphs are made, once each. What a bucket adds is masked or never looked at."""
     if kv.graphs is None:
         return decode_step(policy, kv, n, span)
     size = min(-(-n // 16) * 16 if n > 8 else 1 << (n - 1).bit_length(), kv.rows)
@@ -1781,6 +1781,7 @@ def main(argv=None):
     try:
         train(*read_settings(argv))
         if dist.is_initialized():
+            dist.barrier()  # nobody hangs up while another still listens
             dist.destroy_process_group()
     except (UserError, OSError, SafetensorError) as error:  # OSError: --out not writable, a full disk
         fail(error)

@@ -611,6 +611,44 @@ def test_a_killed_run_resumes_bit_for_bit(finished, tmp_path):
     assert weights_of(out) == weights_of(finished)
 
 
+# ---- on a GPU, where there is one ----
+
+@pytest.fixture
+def gpu():
+    return "cuda" if torch.cuda.is_available() else pytest.skip("no GPU here")
+
+
+def test_gpu_graphs_change_no_token(policy, monkeypatch, gpu):
+    """Recorded and replayed steps give the tokens of plain ones, also after the weights have changed in place."""
+    rng = random.Random(3)
+    prompts = [[rng.randrange(20, 300) for _ in range(n)] for n in range(5, 45)]
+    limits, s = [1 + 37 * i % 60 for i in range(40)], settings(max_response=60)
+    mine = dataclasses.replace(policy, model=copy.deepcopy(policy.model).to(gpu), cache=None)
+    for _ in range(2):
+        replayed = sdar.generate(mine, prompts, s, 0, (), None, limits)
+        assert len(mine.cache.graphs) > 2 and list(map(len, replayed)) == limits
+        with monkeypatch.context() as patch:
+            patch.setattr(sdar, "fast_step", sdar.decode_step)
+            assert replayed == sdar.generate(mine, prompts, s, 0, (), None, limits)
+        with torch.no_grad():
+            mine.model.get_input_embeddings().weight.mul_(0.7)
+
+
+@pytest.mark.parametrize("flags", [[], ["--recompute", "--offload"]])
+def test_gpu_run_trains_and_resumes(tmp_path, capsys, flags, gpu):
+    """bf16 with fp32 masters: finite numbers, masters that move by less than bf16 could hold, a resumed run."""
+    out = tmp_path / "run"
+    sdar.main([*RUN, "--out", str(out), "--device", gpu, "--steps", "2", "--lr", "1e-6", *flags])
+    first = torch.load(sdar.last_checkpoint(out) / "optimizer.pt", weights_only=True)["masters"]
+    sdar.main(["--resume", str(out), "--steps", "4"])
+    last = torch.load(sdar.last_checkpoint(out) / "optimizer.pt", weights_only=True)["masters"]
+    rows = log_of(out)
+    assert [r["step"] for r in rows if "warm_step" not in r] == [1, 2, 3, 4] and "no CUDA graph" not in capsys.readouterr().out
+    assert all(math.isfinite(v) for r in rows for v in r.values() if isinstance(v, float))
+    moved = max((a - b).abs().max().item() for a, b in zip(first, last))
+    assert all(m.dtype == torch.float32 for m in last) and 0 < moved < 1e-4
+
+
 def test_the_log_tells_what_happened(finished):
     rows = [r for r in log_of(finished) if r["step"]]
     assert [r["step"] for r in rows] == [1, 2, 3, 4]
