@@ -1346,8 +1346,8 @@ khaki lavender lemon leopard light lilac lime magenta maroon mauve merlot midnig
 mustard natural navy nude olive orange peach pewter pink plum purple rainbow red rose royal rust sand sapphire seashell
 silver skull slate steel stone stonewash sunflower tan taupe teal tiger turquoise violet walnut wheat white wine
 yellow""".split()
-# In titles a tagger calls nearly every capitalised word a name. Not these, nor, in lower case, the adjectives; not what
-# _NO_WORD finds: possessives, measures' numbers and "oz" within a name, the Slip of Non-Slip, a colour that ends a title
+# In titles a tagger calls nearly every capitalised word a name. Not these, nor the adjectives in lower case, nor what
+# _NO_WORD finds: possessives, numbers before units, "oz" before a word, Slip in Non-Slip, a colour that ends a title
 _NOT_NOUNS = frozenset("""
 a an the this that these those my your his her its our their i you he she it we they me him them who which what whose
 and or but nor so yet if then than as when where how why not no of in on at by for with from to into onto under above
@@ -1399,8 +1399,8 @@ def token_set_ratio(first, second):
 
 @lru_cache(8192)
 def title_nouns(title):
-    """The words of a product title that the original's tagger (spaCy's en_core_web_sm) would call nouns, by rule. On the
-    1,000 small products 92.3 % of r_type agree between a title and the ten most like it, 98.4 % between any two."""
+    """The words of a product title that the original's tagger (spaCy's en_core_web_sm) calls nouns, by rule. In the small
+    catalogue r_type agrees in 92.3 % of the pairs of a title and its ten nearest, in 98.4 % of all pairs."""
     found = _TITLE_WORD.findall(_NO_WORD.sub(" ", title))
     return [word.lower() for word in found if word.lower() not in _NOT_NOUNS and word not in _ADJECTIVES
             and not re.search(r"([^aeiou])\1ed$", word) and not re.match(r"\d(?!\d*(?:ml|pcs|[dD])$)", word)]
@@ -1417,7 +1417,7 @@ def noun_finder(model=""):
     except (ImportError, OSError) as error:
         raise UserError(f"nouns={model} needs the package spacy and that model ({one_line(str(error))}); leave it out "
                         "for the built-in rule") from None
-    return lru_cache(8192)(lambda title: [word.text.lower() for word in tagger(title) if word.pos_ in ("NOUN", "PROPN")])
+    return lru_cache(8192)(lambda title: [x.text.lower() for x in tagger(title) if x.pos_ in ("NOUN", "PROPN")])
 
 
 def type_reward(wanted, bought, match):

@@ -910,9 +910,9 @@ def method_tokens(method, logp, old_logp, advantages, teacher_logp=None, ref_log
 # Full logits of a micro-batch are gigabytes: only `chunk` rows exist at a time, and backward makes them again.
 
 class ByChunks(torch.autograd.Function):
-    """function(logits of some rows, those rows of `others`) -> tuple of (rows,) tensors, over all rows of hidden (N, D),
-    `chunk` at a time; the first of the tuple has a gradient, `others` have none. Plain checkpointing would do, but for
-    every chunk it makes the head's gradient anew, beside their sum: as large as the head itself."""
+    """function(logits of some rows, those rows of `others`) -> tuple of (rows,) tensors, over all rows of hidden
+    (N, D), `chunk` at a time. The first of the tuple has a gradient; `others` have none. Checkpointing would do the same, but
+    with a gradient of the whole head for every chunk beside their sum: gigabytes again."""
 
     @staticmethod
     def forward(ctx, function, chunk, hidden, weight, bias, *others):
