@@ -1399,7 +1399,7 @@ def token_set_ratio(first, second):
 
 @lru_cache(8192)
 def title_nouns(title):
-    """The words of a product title that the original's tagger (spaCy's en_core_web_sm) calls nouns, by rule. In the small
+    """The words of a title that the original's tagger (spaCy's en_core_web_sm) calls nouns, by rule. In the small
     catalogue r_type agrees in 92.3 % of the pairs of a title and its ten nearest, in 98.4 % of all pairs."""
     found = _TITLE_WORD.findall(_NO_WORD.sub(" ", title))
     return [word.lower() for word in found if word.lower() not in _NOT_NOUNS and word not in _ADJECTIVES

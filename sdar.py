@@ -911,8 +911,8 @@ def method_tokens(method, logp, old_logp, advantages, teacher_logp=None, ref_log
 
 class ByChunks(torch.autograd.Function):
     """function(logits of some rows, those rows of `others`) -> tuple of (rows,) tensors, over all rows of hidden
-    (N, D), `chunk` at a time. The first of the tuple has a gradient; `others` have none. Checkpointing would do the same, but
-    with a gradient of the whole head for every chunk beside their sum: gigabytes again."""
+    (N, D), `chunk` at a time. The first of the tuple has a gradient; `others` have none. Checkpointing would do the
+    same, but with a gradient of the whole head for every chunk beside their sum: gigabytes again."""
 
     @staticmethod
     def forward(ctx, function, chunk, hidden, weight, bias, *others):
