@@ -2030,18 +2030,19 @@ def _keep_index(index, file, older):
 
 
 def build_world(seed):
-    """A world drawn from `seed` -> ({split: {id: Question}}, passages). The splits share neither people nor places."""
+    """A world drawn from `seed` -> ({split: {id: Question}}, passages). The splits share neither people nor places. The
+    training part is so large that a small model learns to read it sooner than to know it by heart."""
     rng, passages, splits = random.Random(seed), [], {"train": {}, "test": {}}
     syllables = "ba dor fi gel kan lur mo nev pit ra sol tun ve zim hu cor lin po".split()
     names = ["".join(parts).title() for parts in itertools.product(syllables, repeat=3)]
     rng.shuffle(names)  # every name is used once
     signs, kinds = "Amber Silent Golden Hollow Paper Iron Frozen Broken Green".split(), "novel opera play poem".split()
-    for split, n in (("train", 240), ("test", 60)):
+    for split, n in (("train", 1200), ("test", 60)):
         towns = [(names.pop(), names.pop(), names.pop()) for _ in range(n // 4)]
         people = [(f"{names.pop()} {names.pop()}", rng.choice(towns), year)
-                  for year in rng.sample(range(1300, 1900), n)]
+                  for year in rng.sample(range(300, 1900), n)]
         works = [(f"The {rng.choice(signs)} {names.pop()}", rng.choice(kinds), maker, year)
-                 for maker, year in zip(people, rng.sample(range(1400, 1980), n))]
+                 for maker, year in zip(people, rng.sample(range(400, 1980), n))]
         passages += [f'"{t}"\n{t} is a town in {region}, on the river {river}.' for t, river, region in towns]
         passages += [f'"{p}"\n{p} was born in {town[0]} in {year}.' for p, town, year in people]
         passages += [f'"{w}"\n{w} is a {kind} of {year} by {maker[0]}.' for w, kind, maker, year in works]

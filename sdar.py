@@ -11,9 +11,11 @@ privileged prompt is the teacher; each token's detached gap opens or closes a ga
 
 At test time the skills are gone.
 
-How to read it. The file follows the paper: settings, policy, prompts, rollout, advantages, losses, training, command
-line. Two dataclasses travel through it: a `Turn` (one prompt, one response) and an `Episode` (its turns and its
-reward). The losses are plain functions on (B, T) tensors that need nothing but torch: copy them.
+How to read it. The file follows the paper: settings, policy, prompts, rollout, advantages and losses, scoring,
+training. Two dataclasses travel through it: a `Turn` (one prompt, one response) and an `Episode` (its turns and its
+reward). The losses are plain functions on (B, T) tensors that need nothing but torch: copy them. What comes after the
+training is machinery that a first reading can leave out, up to the last section, which runs it all: generation, the
+vocabulary head in chunks, the warm start, the log, several GPUs, files.
 
 What was left out, and why. No inference server: `generate` here is a page long and shares the weights with the
 trainer, so there is nothing to synchronise. No sharding: models up to some 3B parameters train on one card, and
@@ -402,46 +404,6 @@ def tiny_texts(env, s, count=300):
     yield env.all_skills()
 
 
-# ======== Several GPUs of one machine, started by torchrun ============================================================
-# Every rank plays its share of the groups and takes its share of the micro-batches. All know all episodes, and the
-# gradients are summed: of the same episodes every rank computes what one process would.
-
-def ranks():
-    """(this process's rank, their number)."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def join_ranks():
-    """Meet the other processes, if torchrun started us; only the first of them prints."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group(timeout=datetime.timedelta(hours=2))  # one rank may play far longer episodes
-        if ranks()[0] > 0:
-            sys.stdout = open(os.devnull, "w")
-
-
-def share(items):
-    """This rank's part of a list that all ranks have."""
-    rank, count = ranks()
-    return items[rank::count]
-
-
-def gather(part, unit=1):
-    """The list whose shares were worked on by all ranks, in its order; `unit` results came of each of its items."""
-    if ranks()[1] == 1:
-        return part
-    parts = [None] * ranks()[1]
-    dist.all_gather_object(parts, part)
-    rounds = range(0, max(map(len, parts)), unit)
-    return [result for i in rounds for own in parts for result in own[i:i + unit]]
-
-
-def progress(*args, **kwargs):
-    """A progress bar that vanishes when done; the first rank's alone."""
-    return tqdm(*args, leave=False, dynamic_ncols=True, disable=ranks()[0] > 0, **kwargs)
-
-
 # ======== Prompts: the student's, and the teacher's, which also holds the skill =======================================
 
 def render_chat(tokenizer, text):
@@ -522,186 +484,6 @@ class Episode:
     score: float = 0.0                  # the benchmark's own, 0 to 1
     reward: float = 0.0
     details: dict = field(default_factory=dict)
-
-
-def response_ended(policy, ids, stop):
-    """Whether the last of these sampled ids ends the response: an EOS, or the last piece of a closing tag."""
-    return ids[-1] in policy.end_ids or (ids[-1] in policy.closing_ids and any(
-        tag in policy.tokenizer.decode(ids[-16:]) for tag in stop))
-
-
-def sample(logits, temperature, generator):
-    """One token per row of (B, V) logits: the first whose cumulative probability exceeds a uniform number. Unlike
-    multinomial it draws one number a row, not one a word, and never waits for the device. In fp64, for in fp32 the sum
-    of 152k probabilities would swallow the rare ones (and Apple's GPUs have no fp64)."""
-    if temperature == 0:
-        return logits.argmax(-1)  # (B,)
-    exact = torch.float32 if logits.device.type == "mps" else torch.float64
-    below = torch.softmax(logits.float() / temperature, -1).cumsum(-1, dtype=exact)  # (B, V)
-    drawn = torch.rand(len(logits), 1, dtype=exact, device=logits.device, generator=generator)
-    return torch.searchsorted(below, drawn * below[:, -1:], right=True)[:, 0].clamp(max=logits.shape[1] - 1)
-
-
-@torch.no_grad()
-def generate(policy, prompts, s, temperature, stop, generator, limits=None):
-    """Responses (lists of token ids) to prompts (lists of token ids), each ended by EOS, by a closing tag of `stop`, or
-    by its limit (by default s.max_response). Sorted by length, s.rollout_rows at a time."""
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    limits, responses = limits or [s.max_response] * len(prompts), [None] * len(prompts)
-    for start in range(0, len(order), s.rollout_rows):
-        rows = order[start:start + s.rollout_rows]
-        batch = decode_batch(policy, [prompts[i] for i in rows], [limits[i] for i in rows], s, temperature, stop,
-                             generator)
-        for i, ids in zip(rows, batch):
-            responses[i] = ids
-    return responses
-
-
-class KeyValues:
-    """Keys and values of a batch in buffers of a fixed size, row i's token t in slot t, in the place of transformers'
-    cache: that one copies all it holds for every token, and moves, which a CUDA graph could not follow."""
-
-    def __init__(self, rows, length, device):
-        self.rows, self.length, self.layers = rows, length, []
-        self.graphs = {} if device.type == "cuda" else None                   # of decode_step, by its n and span
-        self.logits = None                                                    # (rows, V), filled by the graphs
-        self.index = torch.arange(rows, device=device)
-        self.token, self.slot = torch.zeros_like(self.index), torch.zeros_like(self.index)  # what each row reads next
-        self.n = self.span = 0                                                # rows and slots of the step under way
-
-    def store(self, cache, source, rows):
-        """Take prompts over from transformers' cache: its row source[i] becomes our row rows[i]."""
-        for number, layer in enumerate(cache.layers):
-            for own, new in zip(self.buffers(number, layer.keys), (layer.keys, layer.values)):          # (U, H, L, D)
-                own[rows, :, :new.shape[2]] = new[source]
-
-    def buffers(self, number, like):
-        """The (keys, values) of a layer, made when first asked for. Zeros: what is masked must not be NaN."""
-        if number == len(self.layers):
-            shape = self.rows, like.shape[1], self.length, like.shape[3]
-            self.layers.append((like.new_zeros(shape), like.new_zeros(shape)))
-        return self.layers[number]
-
-    def update(self, key, value, number, *args, **kwargs):
-        """What the model's attention calls with a token's key and value (n, H, 1, D), to get all those it may see."""
-        keys, values = (buffer[:self.n] for buffer in self.layers[number])
-        keys[self.index[:self.n], :, self.slot[:self.n]] = key[:, :, 0]
-        values[self.index[:self.n], :, self.slot[:self.n]] = value[:, :, 0]
-        return keys[:, :, :self.span], values[:, :, :self.span]
-
-    def get_seq_length(self, *args):
-        """Asked by the model, which has been told positions and mask already."""
-        return self.span - 1
-
-    def keep(self, rows, span):
-        """Move these rows (a list) to the front; slots from `span` on hold nothing yet."""
-        for buffer in (self.token, self.slot, *(b[:, :, :span] for layer in self.layers for b in layer)):
-            buffer[:len(rows)] = buffer[rows]
-
-
-def prefill(policy, kv, prompts, s):
-    """Read the prompts into kv, equal ones once, s.micro_tokens at a time; padded on the right, where causal attention
-    never looks. Returns the logits (B, V) of the first tokens."""
-    from transformers import DynamicCache
-    where, hidden = {}, [None] * len(prompts)
-    for row, prompt in enumerate(prompts):
-        where.setdefault(tuple(prompt), []).append(row)
-    unique = list(where)
-    for batch in micro_batches([len(p) for p in unique], s.micro_tokens):
-        chosen, cache = [unique[i] for i in batch], DynamicCache(config=policy.model.config)
-        width = len(chosen[0])                                                # the longest comes first
-        ids = torch.tensor([p + (0,) * (width - len(p)) for p in chosen], device=policy.device)         # (U, L)
-        last = trunk(policy.model, ids, cache)                                                          # (U, L, D)
-        source = [i for i, p in enumerate(chosen) for _ in where[p]]
-        rows = [row for p in chosen for row in where[p]]
-        kv.store(cache, source, rows)
-        ends = last[range(len(chosen)), [len(p) - 1 for p in chosen]]                                   # (U, D)
-        for i, row in zip(source, rows):
-            hidden[row] = ends[i]
-    return policy.head(torch.stack(hidden))
-
-
-def decode_step(policy, kv, n, span):
-    """Logits (n, V) after each of n rows has read kv.token in kv.slot and seen the slots before; span > all slots."""
-    kv.n, kv.span = n, span
-    seen = torch.arange(span, device=policy.device) <= kv.slot[:n, None]                                # (n, span)
-    hidden = trunk(policy.model, kv.token[:n, None], kv, position_ids=kv.slot[:n, None],
-                   attention_mask=seen[:, None, None])                                                  # (n, 1, D)
-    return policy.head(hidden[:, -1])
-
-
-def record_step(policy, kv, n, span):
-    """A CUDA graph of decode_step, whose replay fills kv.logits[:n]."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # libraries set themselves up in a first call, which must not be recorded
-        logits = decode_step(policy, kv, n, span)
-    torch.cuda.current_stream().wait_stream(side)
-    if kv.logits is None:  # one buffer for all graphs: what a graph makes for itself, it keeps
-        kv.logits = logits.new_zeros(kv.rows, logits.shape[1])
-    graph, shared = torch.cuda.CUDAGraph(), next((graph.pool() for graph in kv.graphs.values()), None)
-    with torch.cuda.graph(graph, pool=shared):
-        kv.logits[:n] = decode_step(policy, kv, n, span)
-    return graph
-
-
-def fast_step(policy, kv, n, span):
-    """decode_step, on a GPU as a CUDA graph: one launch instead of some hundred, which take longer than their work. A
-    graph repeats kernels on fixed addresses. That is safe here: token, slots, keys, values and logits lie in kv's
-    buffers; the optimizer changes weights in place; the logits are read before the next step; and sizes come in coarse
-    buckets, so that few graphs are made, once each. What a bucket adds is masked or never looked at."""
-    if kv.graphs is None:
-        return decode_step(policy, kv, n, span)
-    size = min(-(-n // 16) * 16 if n > 8 else 1 << (n - 1).bit_length(), kv.rows)
-    many = min(-(-span // 256) * 256, kv.length)
-    if (size, many) not in kv.graphs:
-        try:
-            kv.graphs[size, many] = record_step(policy, kv, size, many)
-        except RuntimeError as error:
-            if out_of_memory(error):
-                raise
-            say_once(f"no CUDA graph can be made of this model ({first_line(error)}); decoding is slower without")
-            kv.graphs = None
-            return decode_step(policy, kv, n, span)
-    kv.graphs[size, many].replay()
-    return kv.logits[:n]
-
-
-LOOK = {"cuda": 8}  # decode steps between two looks at the sampled tokens: to look is to wait for the device
-
-
-def decode_batch(policy, prompts, limits, s, temperature, stop, generator):
-    """`generate` for one batch. Rows that have ended leave it; what a row wrote between its end and the next look (see
-    LOOK) is thrown away."""
-    longest, steps, look = max(map(len, prompts)), max(limits), LOOK.get(policy.device.type, 1)
-    kv = policy.cache
-    if kv is None or kv.rows < len(prompts) or kv.length < longest + steps:
-        rows, length = max(len(prompts), kv.rows if kv else 0), max(longest + steps, kv.length if kv else 0)
-        policy.cache = kv = None  # frees the old one first
-        policy.cache = kv = KeyValues(rows, -(-length // 256) * 256, policy.device)
-    logits = prefill(policy, kv, prompts, s)                                                            # (B, V)
-    kv.slot[:len(prompts)] = torch.tensor([len(p) for p in prompts], device=policy.device)
-    responses, rows, ended, drawn = [[] for _ in prompts], list(range(len(prompts))), [False] * len(prompts), []
-    for step in range(1, steps + 1):
-        token = sample(logits, temperature, generator)                                                  # (n,)
-        kv.token[:len(rows)] = token
-        drawn.append(token)
-        if step % look == 0 or step == steps:
-            for row, values in zip(rows, torch.stack(drawn, 1).tolist()):
-                for value in values:
-                    if not ended[row]:
-                        responses[row].append(value)
-                        ended[row] = len(responses[row]) == limits[row] or response_ended(policy, responses[row], stop)
-            drawn, live = [], [j for j, row in enumerate(rows) if not ended[row]]
-            if not live:
-                break
-            if len(live) <= 0.8 * len(rows):  # copying has a price: wait until a fifth of the rows can go
-                kv.keep(live, longest + step - 1)
-                rows = [rows[j] for j in live]
-                longest = max(len(prompts[row]) for row in rows)
-        logits = fast_step(policy, kv, len(rows), longest + step)
-        kv.slot[:len(rows)] += 1
-    return responses
 
 
 def rollout(policy, env, task_ids, s, generator, temperature, skills=None, teacher=False, label="rollout"):
@@ -904,83 +686,6 @@ def method_tokens(method, logp, old_logp, advantages, teacher_logp=None, ref_log
         constant = {"beta": 0.0, "gate": "gap"} if method == "grpo+opsd" else {}
         total = total + coef * sdar_tokens(logp, teacher_logp, **{**sdar_options, **constant})
     return total + kl_coef * k3_kl(logp, ref_logp) if kl_coef else total
-
-
-# ======== The vocabulary head in chunks ===============================================================================
-# Full logits of a micro-batch are gigabytes: only `chunk` rows exist at a time, and backward makes them again.
-
-class ByChunks(torch.autograd.Function):
-    """function(logits of some rows, those rows of `others`) -> tuple of (rows,) tensors, over all rows of hidden
-    (N, D), `chunk` at a time. The first of the tuple has a gradient; `others` have none. Checkpointing would do the
-    same, but with a gradient of the whole head for every chunk beside their sum: gigabytes again."""
-
-    @staticmethod
-    def forward(ctx, function, chunk, hidden, weight, bias, *others):
-        ctx.function, ctx.chunk = function, chunk
-        ctx.save_for_backward(hidden, weight, bias, *others)
-        results = [function(F.linear(h, weight, bias), *rest)
-                   for h, *rest in zip(*(x.split(chunk) for x in (hidden, *others)))]
-        values = tuple(map(torch.cat, zip(*results)))
-        ctx.mark_non_differentiable(*values[1:])
-        return values
-
-    @staticmethod
-    def backward(ctx, grad, *_):
-        hidden, weight, bias, *others = (x if x is None else x.detach() for x in ctx.saved_tensors)
-        d_hidden, d_weight, d_bias = (x if x is None else torch.zeros_like(x) for x in (hidden, weight, bias))
-        for start in range(0, len(hidden), ctx.chunk):
-            rows = slice(start, start + ctx.chunk)
-            h = hidden[rows].requires_grad_()
-
-            def add(d_logits):  # as soon as it is known, for nothing of its size to be kept
-                d_weight.addmm_(d_logits.T, h.detach())
-                if bias is not None:
-                    d_bias.add_(d_logits.sum(0))
-            with torch.enable_grad():
-                logits = F.linear(h, weight, bias)                                                # (chunk, V)
-                logits.register_hook(add)
-                values = ctx.function(logits, *(x[rows] for x in others))[0]
-            del logits
-            d_hidden[rows], = torch.autograd.grad(values, h, grad[rows])
-            del values
-        return None, None, d_hidden, d_weight, d_bias, *[None for _ in others]
-
-
-def _log_softmax(logits, temperature):
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    return torch.log_softmax(logits if temperature == 1 else logits / temperature, dim=-1)
-
-
-def chunked_logps(hidden, weight, targets, bias=None, chunk=1024, temperature=1.0, with_entropy=False):
-    """log pi(target) (N,) in fp32 from hidden states (N, D), head weight (V, D), targets (N,) [bias (V,)], holding at
-    most (chunk, V) logits. with_entropy: -> (logp, entropy (N,) in nats, no gradient)."""
-    def one(logits, t):
-        logp = _log_softmax(logits, temperature)
-        p = logp.detach()
-        return logp.gather(1, t[:, None])[:, 0], *([-(p.exp() * p).sum(-1)] if with_entropy else [])
-    values = ByChunks.apply(one, chunk, hidden, weight, bias, targets)
-    return values if with_entropy else values[0]
-
-
-def chunked_divergence(student_hidden, teacher_hidden, weight, kind="reverse-kl", chunk=1024, bias=None,
-                       temperature=1.0):
-    """Exact divergence over the vocabulary per token, (N,) in nats, from hidden states (N, D) and head weight (V, D).
-    reverse-kl: KL(pi || pi_T); forward-kl: KL(pi_T || pi); jsd: [KL(pi || M) + KL(pi_T || M)] / 2, M = (pi + pi_T) / 2.
-    The teacher's side is detached, its use of the head included. ValueError for another kind."""
-    if kind not in ("reverse-kl", "forward-kl", "jsd"):
-        raise ValueError(f"divergence {kind!r}: use reverse-kl, forward-kl or jsd")
-
-    def one(logits, teacher_h):
-        p = _log_softmax(logits, temperature)
-        with torch.no_grad():
-            q = _log_softmax(F.linear(teacher_h, weight, bias), temperature)
-        if kind == "reverse-kl":
-            return (p.exp() * (p - q)).sum(-1),
-        if kind == "forward-kl":
-            return (q.exp() * (q - p)).sum(-1),
-        m = torch.logaddexp(p, q) - math.log(2)
-        return 0.5 * (p.exp() * (p - m) + q.exp() * (q - m)).sum(-1),
-    return ByChunks.apply(one, chunk, student_hidden, weight, bias, teacher_hidden.detach())[0]
 
 
 # ======== Scoring: log-probabilities of responses under a prompt ======================================================
@@ -1377,6 +1082,329 @@ def learn_step(state, episodes, bandit, phases, s):
             "peak_memory_mib": peak_memory(state.policy.device)}
 
 
+# ======== Generation: what a rollout spends its time on ==============================================================
+# `generate` is all that the rest of the file knows of it: prompts in, sampled token ids out. The greedy ones are those of
+# model.generate; the machinery is here because that one copies its cache for every token and pads what has ended.
+
+def response_ended(policy, ids, stop):
+    """Whether the last of these sampled ids ends the response: an EOS, or the last piece of a closing tag."""
+    return ids[-1] in policy.end_ids or (ids[-1] in policy.closing_ids and any(
+        tag in policy.tokenizer.decode(ids[-16:]) for tag in stop))
+
+
+def sample(logits, temperature, generator):
+    """One token per row of (B, V) logits: the first whose cumulative probability exceeds a uniform number. Unlike
+    multinomial it draws one number a row, not one a word, and never waits for the device. In fp64, for in fp32 the sum
+    of 152k probabilities would swallow the rare ones (and Apple's GPUs have no fp64)."""
+    if temperature == 0:
+        return logits.argmax(-1)  # (B,)
+    exact = torch.float32 if logits.device.type == "mps" else torch.float64
+    below = torch.softmax(logits.float() / temperature, -1).cumsum(-1, dtype=exact)  # (B, V)
+    drawn = torch.rand(len(logits), 1, dtype=exact, device=logits.device, generator=generator)
+    return torch.searchsorted(below, drawn * below[:, -1:], right=True)[:, 0].clamp(max=logits.shape[1] - 1)
+
+
+@torch.no_grad()
+def generate(policy, prompts, s, temperature, stop, generator, limits=None):
+    """Responses (lists of token ids) to prompts (lists of token ids), each ended by EOS, by a closing tag of `stop`, or
+    by its limit (by default s.max_response). Sorted by length, s.rollout_rows at a time."""
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    limits, responses = limits or [s.max_response] * len(prompts), [None] * len(prompts)
+    for start in range(0, len(order), s.rollout_rows):
+        rows = order[start:start + s.rollout_rows]
+        batch = decode_batch(policy, [prompts[i] for i in rows], [limits[i] for i in rows], s, temperature, stop,
+                             generator)
+        for i, ids in zip(rows, batch):
+            responses[i] = ids
+    return responses
+
+
+class KeyValues:
+    """Keys and values of a batch in buffers of a fixed size, row i's token t in slot t, in the place of transformers'
+    cache: that one copies all it holds for every token, and moves, which a CUDA graph could not follow."""
+
+    def __init__(self, rows, length, device):
+        self.rows, self.length, self.layers = rows, length, []
+        self.graphs = {} if device.type == "cuda" else None                   # of decode_step, by its n and span
+        self.logits = None                                                    # (rows, V), filled by the graphs
+        self.index = torch.arange(rows, device=device)
+        self.token, self.slot = torch.zeros_like(self.index), torch.zeros_like(self.index)  # what each row reads next
+        self.n = self.span = 0                                                # rows and slots of the step under way
+
+    def store(self, cache, source, rows):
+        """Take prompts over from transformers' cache: its row source[i] becomes our row rows[i] (lists)."""
+        source, rows = self.index.new_tensor(source), self.index.new_tensor(rows)
+        for number, layer in enumerate(cache.layers):
+            for own, new in zip(self.buffers(number, layer.keys), (layer.keys, layer.values)):          # (U, H, L, D)
+                own[rows, :, :new.shape[2]] = new[source]
+
+    def buffers(self, number, like):
+        """The (keys, values) of a layer, made when first asked for. Zeros: what is masked must not be NaN."""
+        if number == len(self.layers):
+            shape = self.rows, like.shape[1], self.length, like.shape[3]
+            self.layers.append((like.new_zeros(shape), like.new_zeros(shape)))
+        return self.layers[number]
+
+    def update(self, key, value, number, *args, **kwargs):
+        """What the model's attention calls with a token's key and value (n, H, 1, D), to get all those it may see."""
+        keys, values = (buffer[:self.n] for buffer in self.layers[number])
+        keys[self.index[:self.n], :, self.slot[:self.n]] = key[:, :, 0]
+        values[self.index[:self.n], :, self.slot[:self.n]] = value[:, :, 0]
+        return keys[:, :, :self.span], values[:, :, :self.span]
+
+    def get_seq_length(self, *args):
+        """Asked by the model, which has been told positions and mask already."""
+        return self.span - 1
+
+    def keep(self, rows, span):
+        """Move these rows (a list) to the front; slots from `span` on hold nothing yet."""
+        rows = self.index.new_tensor(rows)  # to the device once
+        for buffer in (self.token, self.slot, *(b[:, :, :span] for layer in self.layers for b in layer)):
+            buffer[:len(rows)] = buffer[rows]
+
+
+def prefill(policy, kv, prompts, s):
+    """Read the prompts into kv, equal ones once, s.micro_tokens at a time; padded on the right, where causal attention
+    never looks. Returns the logits (B, V) of the first tokens."""
+    from transformers import DynamicCache
+    where, hidden = {}, [None] * len(prompts)
+    for row, prompt in enumerate(prompts):
+        where.setdefault(tuple(prompt), []).append(row)
+    unique = list(where)
+    for batch in micro_batches([len(p) for p in unique], s.micro_tokens):
+        chosen, cache = [unique[i] for i in batch], DynamicCache(config=policy.model.config)
+        width = len(chosen[0])                                                # the longest comes first
+        ids = torch.tensor([p + (0,) * (width - len(p)) for p in chosen], device=policy.device)         # (U, L)
+        last = trunk(policy.model, ids, cache)                                                          # (U, L, D)
+        source = [i for i, p in enumerate(chosen) for _ in where[p]]
+        rows = [row for p in chosen for row in where[p]]
+        kv.store(cache, source, rows)
+        ends = last[range(len(chosen)), [len(p) - 1 for p in chosen]]                                   # (U, D)
+        for i, row in zip(source, rows):
+            hidden[row] = ends[i]
+    return policy.head(torch.stack(hidden))
+
+
+def decode_step(policy, kv, n, span):
+    """Logits (n, V) after each of n rows has read kv.token in kv.slot and seen the slots before; span > all slots."""
+    kv.n, kv.span = n, span
+    seen = torch.arange(span, device=policy.device) <= kv.slot[:n, None]                                # (n, span)
+    hidden = trunk(policy.model, kv.token[:n, None], kv, position_ids=kv.slot[:n, None],
+                   attention_mask=seen[:, None, None])                                                  # (n, 1, D)
+    return policy.head(hidden[:, -1])
+
+
+def record_step(policy, kv, n, span):
+    """A CUDA graph of decode_step, whose replay fills kv.logits[:n]."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # libraries set themselves up in a first call, which must not be recorded
+        logits = decode_step(policy, kv, n, span)
+    torch.cuda.current_stream().wait_stream(side)
+    if kv.logits is None:  # one buffer for all graphs: what a graph makes for itself, it keeps
+        kv.logits = logits.new_zeros(kv.rows, logits.shape[1])
+    graph, shared = torch.cuda.CUDAGraph(), next((graph.pool() for graph in kv.graphs.values()), None)
+    with torch.cuda.graph(graph, pool=shared):
+        kv.logits[:n] = decode_step(policy, kv, n, span)
+    return graph
+
+
+def fast_step(policy, kv, n, span):
+    """decode_step, on a GPU as a CUDA graph: one launch instead of some hundred, which take longer than their work. A
+    graph repeats kernels on fixed addresses. That is safe here: token, slots, keys, values and logits lie in kv's
+    buffers; the optimizer changes weights in place; the logits are read before the next step; and sizes come in coarse
+    buckets, so that few graphs are made, once each. What a bucket adds is masked or never looked at."""
+    if kv.graphs is None:
+        return decode_step(policy, kv, n, span)
+    size = min(-(-n // 16) * 16 if n > 8 else 1 << (n - 1).bit_length(), kv.rows)
+    many = min(-(-span // 256) * 256, kv.length)
+    if (size, many) not in kv.graphs:
+        try:
+            kv.graphs[size, many] = record_step(policy, kv, size, many)
+        except RuntimeError as error:
+            if out_of_memory(error):
+                raise
+            say_once(f"no CUDA graph can be made of this model ({first_line(error)}); decoding is slower without")
+            kv.graphs = None
+            return decode_step(policy, kv, n, span)
+    kv.graphs[size, many].replay()
+    return kv.logits[:n]
+
+
+LOOK = {"cuda": 8}  # decode steps between two looks at the sampled tokens: to look is to wait for the device
+
+
+def decode_batch(policy, prompts, limits, s, temperature, stop, generator):
+    """`generate` for one batch. Rows that have ended leave it; what a row wrote between its end and the next look (see
+    LOOK) is thrown away."""
+    longest, steps, look = max(map(len, prompts)), max(limits), LOOK.get(policy.device.type, 1)
+    kv = policy.cache
+    if kv is None or kv.rows < len(prompts) or kv.length < longest + steps:
+        rows, length = max(len(prompts), kv.rows if kv else 0), max(longest + steps, kv.length if kv else 0)
+        policy.cache = kv = None  # frees the old one first
+        policy.cache = kv = KeyValues(rows, -(-length // 256) * 256, policy.device)
+    logits = prefill(policy, kv, prompts, s)                                                            # (B, V)
+    kv.slot[:len(prompts)] = torch.tensor([len(p) for p in prompts], device=policy.device)
+    responses, rows, ended, drawn = [[] for _ in prompts], list(range(len(prompts))), [False] * len(prompts), []
+    for step in range(1, steps + 1):
+        token = sample(logits, temperature, generator)                                                  # (n,)
+        kv.token[:len(rows)] = token
+        drawn.append(token)
+        if step % look == 0 or step == steps:
+            for row, values in zip(rows, torch.stack(drawn, 1).tolist()):
+                for value in values:
+                    if not ended[row]:
+                        responses[row].append(value)
+                        ended[row] = len(responses[row]) == limits[row] or response_ended(policy, responses[row], stop)
+            drawn, live = [], [j for j, row in enumerate(rows) if not ended[row]]
+            if not live:
+                break
+            if len(live) <= 0.8 * len(rows):  # copying has a price: wait until a fifth of the rows can go
+                kv.keep(live, longest + step - 1)
+                rows = [rows[j] for j in live]
+                longest = max(len(prompts[row]) for row in rows)
+        logits = fast_step(policy, kv, len(rows), longest + step)
+        kv.slot[:len(rows)] += 1
+    return responses
+
+
+# ======== The vocabulary head in chunks ===============================================================================
+# Full logits of a micro-batch are gigabytes: only `chunk` rows exist at a time, and backward makes them again.
+
+class ByChunks(torch.autograd.Function):
+    """function(logits of some rows, those rows of `others`) -> tuple of (rows,) tensors, over all rows of hidden
+    (N, D), `chunk` at a time. The first of the tuple has a gradient; `others` have none. Checkpointing would do the
+    same, but with a gradient of the whole head for every chunk beside their sum: gigabytes again."""
+
+    @staticmethod
+    def forward(ctx, function, chunk, hidden, weight, bias, *others):
+        ctx.function, ctx.chunk = function, chunk
+        ctx.save_for_backward(hidden, weight, bias, *others)
+        results = [function(F.linear(h, weight, bias), *rest)
+                   for h, *rest in zip(*(x.split(chunk) for x in (hidden, *others)))]
+        values = tuple(map(torch.cat, zip(*results)))
+        ctx.mark_non_differentiable(*values[1:])
+        return values
+
+    @staticmethod
+    def backward(ctx, grad, *_):
+        hidden, weight, bias, *others = (x if x is None else x.detach() for x in ctx.saved_tensors)
+        d_hidden, d_weight, d_bias = (x if x is None else torch.zeros_like(x) for x in (hidden, weight, bias))
+        for start in range(0, len(hidden), ctx.chunk):
+            rows = slice(start, start + ctx.chunk)
+            h = hidden[rows].requires_grad_()
+
+            def add(d_logits):  # as soon as it is known, for nothing of its size to be kept
+                d_weight.addmm_(d_logits.T, h.detach())
+                if bias is not None:
+                    d_bias.add_(d_logits.sum(0))
+            with torch.enable_grad():
+                logits = F.linear(h, weight, bias)                                                # (chunk, V)
+                logits.register_hook(add)
+                values = ctx.function(logits, *(x[rows] for x in others))[0]
+            del logits
+            d_hidden[rows], = torch.autograd.grad(values, h, grad[rows])
+            del values
+        return None, None, d_hidden, d_weight, d_bias, *[None for _ in others]
+
+
+def _log_softmax(logits, temperature):
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    return torch.log_softmax(logits if temperature == 1 else logits / temperature, dim=-1)
+
+
+def chunked_logps(hidden, weight, targets, bias=None, chunk=1024, temperature=1.0, with_entropy=False):
+    """log pi(target) (N,) in fp32 from hidden states (N, D), head weight (V, D), targets (N,) [bias (V,)], holding at
+    most (chunk, V) logits. with_entropy: -> (logp, entropy (N,) in nats, no gradient)."""
+    def one(logits, t):
+        logp = _log_softmax(logits, temperature)
+        p = logp.detach()
+        return logp.gather(1, t[:, None])[:, 0], *([-(p.exp() * p).sum(-1)] if with_entropy else [])
+    values = ByChunks.apply(one, chunk, hidden, weight, bias, targets)
+    return values if with_entropy else values[0]
+
+
+def chunked_divergence(student_hidden, teacher_hidden, weight, kind="reverse-kl", chunk=1024, bias=None,
+                       temperature=1.0):
+    """Exact divergence over the vocabulary per token, (N,) in nats, from hidden states (N, D) and head weight (V, D).
+    reverse-kl: KL(pi || pi_T); forward-kl: KL(pi_T || pi); jsd: [KL(pi || M) + KL(pi_T || M)] / 2, M = (pi + pi_T) / 2.
+    The teacher's side is detached, its use of the head included. ValueError for another kind."""
+    if kind not in ("reverse-kl", "forward-kl", "jsd"):
+        raise ValueError(f"divergence {kind!r}: use reverse-kl, forward-kl or jsd")
+
+    def one(logits, teacher_h):
+        p = _log_softmax(logits, temperature)
+        with torch.no_grad():
+            q = _log_softmax(F.linear(teacher_h, weight, bias), temperature)
+        if kind == "reverse-kl":
+            return (p.exp() * (p - q)).sum(-1),
+        if kind == "forward-kl":
+            return (q.exp() * (q - p)).sum(-1),
+        m = torch.logaddexp(p, q) - math.log(2)
+        return 0.5 * (p.exp() * (p - m) + q.exp() * (q - m)).sum(-1),
+    return ByChunks.apply(one, chunk, student_hidden, weight, bias, teacher_hidden.detach())[0]
+
+
+# ======== Warm start: behaviour cloning on expert episodes ============================================================
+
+def expert_turns(policy, env, task_id, s, seed):
+    """An expert's episode as (prompt ids, response ids); in every other turn, by lot, the skill is in the prompt, so
+    that the teacher knows how to use it."""
+    session, lot, turns = env.start(task_id, seed=seed), random.Random(seed), []
+    while not session.done and len(turns) < s.max_turns:
+        skill = env.skill(session.category, s.prompt_style == "brief") if lot.random() < 0.5 else ""
+        text = session.expert()
+        ids, _ = student_prompt(policy, session, s, skill)
+        turns.append((ids, policy.tokenizer(text, add_special_tokens=False)["input_ids"]))
+        env.step([session], [text])
+    return turns
+
+
+def warm_start_step(state, env, s):
+    """One optimizer step of behaviour cloning on s.warm_tasks expert episodes. Returns the mean loss per response
+    token in nats. The prompt's own tokens count s.warm_prompt_loss each: guessing them teaches copying. The last step
+    leaves a fresh optimizer for RL behind, so that no interruption can come between the two."""
+    policy, turns = state.policy, []
+    tasks = draw_tasks(env, s.split or env.splits[0], s, state.warm_step * s.warm_tasks, s.warm_tasks)
+    for i, task in enumerate(tasks):
+        turns += expert_turns(policy, env, task, s, stream(s, "expert", state.warm_step, i))
+    count, total = sum(len(response) for _, response in turns), 0.0
+    policy.model.train()
+    for rows in share(micro_batches([len(p) + len(r) for p, r in turns], s.micro_tokens)):
+        cut = [(1 if s.warm_prompt_loss else len(turns[i][0]), *turns[i]) for i in rows]  # 1: score prompts as well
+        logp, mask, _, _ = response_logps(policy.model, [p[:n] for n, p, _ in cut], [p[n:] + r for n, p, r in cut], s)
+        lengths = torch.tensor([[len(p) - n] for n, p, _ in cut], device=policy.device)
+        prompt = (torch.arange(mask.shape[1], device=policy.device) < lengths) & mask                      # (B, T)
+        weights = (mask.float() - (1 - s.warm_prompt_loss) * prompt.float()) / count
+        (-logp * weights).sum().backward()
+        collect_gradients(state)
+        total -= float(logp.detach()[mask & ~prompt].sum())
+    progress = state.warm_step / s.warm_start
+    lr = s.warm_lr * min(1.0, (state.warm_step + 1) / 20) * (0.55 + 0.45 * math.cos(math.pi * progress))
+    apply_update(state, lr, s.grad_clip)
+    policy.model.eval()
+    state.warm_step += 1
+    if state.warm_step == s.warm_start:
+        fresh = make_state(policy, s)
+        state.optimizer, state.masters = fresh.optimizer, fresh.masters
+    return sum(gather([total])) / count
+
+
+def run_warm_start(state, env, s):
+    """What is left of the behaviour cloning, with a checkpoint at its end."""
+    if state.warm_step >= s.warm_start:
+        return
+    with progress(total=s.warm_start, initial=state.warm_step, desc="warm start", unit="step") as bar:
+        while state.warm_step < s.warm_start:
+            with uninterrupted():
+                loss = warm_start_step(state, env, s)
+                write_log(s, "metrics.jsonl", [{"step": 0, "warm_step": state.warm_step, "warm_loss": loss}])
+            bar.set_postfix_str(f"{loss:.3f} nats a token")
+            bar.update()
+            if state.warm_step % (10 * s.save_every) == 0 or state.warm_step == s.warm_start:
+                save_checkpoint(state, s)
+
+
 # ======== What the log says ===========================================================================================
 
 def term_gradients(policy, turns, s, step, baseline):
@@ -1489,64 +1517,44 @@ def step_line(m, s):
     return "  ".join(parts + [f"grad {m['grad_norm']:.2f}", f"{m['seconds']:.1f} s ({phases})"])
 
 
-# ======== Warm start: behaviour cloning on expert episodes ============================================================
+# ======== Several GPUs of one machine, started by torchrun ============================================================
+# Every rank plays its share of the groups and takes its share of the micro-batches. All know all episodes, and the
+# gradients are summed: of the same episodes every rank computes what one process would.
 
-def expert_turns(policy, env, task_id, s, seed):
-    """An expert's episode as (prompt ids, response ids); in every other turn, by lot, the skill is in the prompt, so
-    that the teacher knows how to use it."""
-    session, lot, turns = env.start(task_id, seed=seed), random.Random(seed), []
-    while not session.done and len(turns) < s.max_turns:
-        skill = env.skill(session.category, s.prompt_style == "brief") if lot.random() < 0.5 else ""
-        text = session.expert()
-        ids, _ = student_prompt(policy, session, s, skill)
-        turns.append((ids, policy.tokenizer(text, add_special_tokens=False)["input_ids"]))
-        env.step([session], [text])
-    return turns
+def ranks():
+    """(this process's rank, their number)."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def warm_start_step(state, env, s):
-    """One optimizer step of behaviour cloning on s.warm_tasks expert episodes. Returns the mean loss per response
-    token in nats. The prompt's own tokens count s.warm_prompt_loss each: guessing them teaches copying. The last step
-    leaves a fresh optimizer for RL behind, so that no interruption can come between the two."""
-    policy, turns = state.policy, []
-    tasks = draw_tasks(env, s.split or env.splits[0], s, state.warm_step * s.warm_tasks, s.warm_tasks)
-    for i, task in enumerate(tasks):
-        turns += expert_turns(policy, env, task, s, stream(s, "expert", state.warm_step, i))
-    count, total = sum(len(response) for _, response in turns), 0.0
-    policy.model.train()
-    for rows in share(micro_batches([len(p) + len(r) for p, r in turns], s.micro_tokens)):
-        cut = [(1 if s.warm_prompt_loss else len(turns[i][0]), *turns[i]) for i in rows]  # 1: score prompts as well
-        logp, mask, _, _ = response_logps(policy.model, [p[:n] for n, p, _ in cut], [p[n:] + r for n, p, r in cut], s)
-        lengths = torch.tensor([[len(p) - n] for n, p, _ in cut], device=policy.device)
-        prompt = (torch.arange(mask.shape[1], device=policy.device) < lengths) & mask                      # (B, T)
-        weights = (mask.float() - (1 - s.warm_prompt_loss) * prompt.float()) / count
-        (-logp * weights).sum().backward()
-        collect_gradients(state)
-        total -= float(logp.detach()[mask & ~prompt].sum())
-    progress = state.warm_step / s.warm_start
-    lr = s.warm_lr * min(1.0, (state.warm_step + 1) / 20) * (0.55 + 0.45 * math.cos(math.pi * progress))
-    apply_update(state, lr, s.grad_clip)
-    policy.model.eval()
-    state.warm_step += 1
-    if state.warm_step == s.warm_start:
-        fresh = make_state(policy, s)
-        state.optimizer, state.masters = fresh.optimizer, fresh.masters
-    return sum(gather([total])) / count
+def join_ranks():
+    """Meet the other processes, if torchrun started us; only the first of them prints."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group(timeout=datetime.timedelta(hours=2))  # one rank may play far longer episodes
+        if ranks()[0] > 0:
+            sys.stdout = open(os.devnull, "w")
 
 
-def run_warm_start(state, env, s):
-    """What is left of the behaviour cloning, with a checkpoint at its end."""
-    if state.warm_step >= s.warm_start:
-        return
-    with progress(total=s.warm_start, initial=state.warm_step, desc="warm start", unit="step") as bar:
-        while state.warm_step < s.warm_start:
-            with uninterrupted():
-                loss = warm_start_step(state, env, s)
-                write_log(s, "metrics.jsonl", [{"step": 0, "warm_step": state.warm_step, "warm_loss": loss}])
-            bar.set_postfix_str(f"{loss:.3f} nats a token")
-            bar.update()
-            if state.warm_step % (10 * s.save_every) == 0 or state.warm_step == s.warm_start:
-                save_checkpoint(state, s)
+def share(items):
+    """This rank's part of a list that all ranks have."""
+    rank, count = ranks()
+    return items[rank::count]
+
+
+def gather(part, unit=1):
+    """The list whose shares were worked on by all ranks, in its order; `unit` results came of each of its items."""
+    if ranks()[1] == 1:
+        return part
+    parts = [None] * ranks()[1]
+    dist.all_gather_object(parts, part)
+    rounds = range(0, max(map(len, parts)), unit)
+    return [result for i in rounds for own in parts for result in own[i:i + unit]]
+
+
+def progress(*args, **kwargs):
+    """A progress bar that vanishes when done; the first rank's alone."""
+    return tqdm(*args, leave=False, dynamic_ncols=True, disable=ranks()[0] > 0, **kwargs)
 
 
 # ======== Files: checkpoints and logs =================================================================================
