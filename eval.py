@@ -54,7 +54,7 @@ PAPER = {  # ALFWorld's columns and average | Search-QA's columns and average | 
 NOTE = ("Published: Qwen2.5-3B-Instruct, arXiv 2605.15155; another protocol (128 sampled tasks), for orientation.\n"
         "The header counts tasks. Intervals: one run, Wilson's over its episodes; several, Student's over their rates.")
 KEPT = ("skills", "data", "env_args", "search_url", "corpus", "prompt_style", "history", "max_turns", "max_prompt",
-        "max_teacher_prompt", "max_response", "rollout_rows")  # settings that come from the checkpoint
+        "max_teacher_prompt", "max_response", "rollout_rows", "no_graphs")  # settings that come from the checkpoint
 CHUNK = 1024  # episodes played together: bounds the memory of a panel of 50,000 questions
 
 
@@ -416,7 +416,8 @@ LENGTHS = [6, 7, 7, 8, 9, 10, 11, 12, 15, 19, 19, 20, 22, 22, 24, 28, 31, 31, 32
            50, 59, 69, 71, 74, 75, 86, 98, 112, 122, 123, 129, 153, 159, 209, 229, 299, 351, 373, *[512] * 17]
 HEAD_TOKENS, HEAD_VOCAB = (4096, 8192), 151936  # response tokens (on a CPU, on a GPU) and words of the memory row
 LEGEND = """plain: in rollouts model.generate of transformers, same prompts and response lengths; else padded batches of
-as many turns in the order given, with full fp32 logits. ratio: how many times as fast, or as small, sdar.py is."""
+as many turns in the order given, with full fp32 logits. ratio: how many times as fast, or as small, sdar.py is.
+teacher: what its prompts share counts for each of them, though it is read once."""
 
 
 def random_policy(config, s, env):
@@ -431,8 +432,8 @@ def random_policy(config, s, env):
                                f"config.json, its folder, or one of {', '.join(SHAPES)}")
     try:
         with device:
-            model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**shape), dtype=(
-                torch.float32 if device.type == "cpu" else torch.bfloat16)).eval()
+            model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**shape),
+                                                                  dtype=sdar.weight_dtype(device)).eval()
     except Exception as error:  # a file of the user's can be wrong in any way
         raise UserError(f"no model can be built from {config!r}: {sdar.first_line(error)}") from None
     return sdar.wrap_policy(model, sdar.build_tiny(sdar.tiny_texts(env, s, 50), s)[1])
@@ -445,15 +446,22 @@ def draw_lengths(count, s):
 
 
 def alternate(calls, pairs, device):
-    """Median seconds of each function in `calls`, run in turns, `pairs` rounds after one to warm up."""
+    """Median seconds of each function in `calls`, run in turns, `pairs` rounds after one to warm up; nan for one that
+    runs out of memory."""
     seconds = [[] for _ in calls]
     for call, kept in list(zip(calls, seconds)) * (pairs + 1):
         began = time.perf_counter()
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        kept.append(time.perf_counter() - began)
-    return [statistics.median(kept[1:]) for kept in seconds]
+        try:
+            if math.nan not in kept:
+                call()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            kept.append(time.perf_counter() - began)
+        except (MemoryError, RuntimeError) as error:
+            if not sdar.out_of_memory(error):
+                raise
+            kept += [math.nan] * (pairs + 1)
+    return [math.nan if math.nan in kept else statistics.median(kept[1:]) for kept in seconds]
 
 
 def compared(title, tokens, seconds):
@@ -616,10 +624,11 @@ def bench_step(policy, env, s, flags):
              f"{m['response_tokens']:.0f} tokens", f"{m['seconds']:.2f}", "", "", "s"]]
     for name in [key.removeprefix("seconds_") for key in m if key.startswith("seconds_")]:
         seconds, speed, share = m[f"seconds_{name}"], m[f"tokens_per_s_{name}"], ""
-        if flags.peak_tflops and name != "rollout":
+        if flags.peak_tflops and name not in ("rollout", "teacher"):  # the teacher reads what its prompts share once
             work = weights_met(policy, speed * seconds, turns * m["response_tokens"]) * (6 if name == "update" else 2)
             share = f", MFU {work / seconds / flags.peak_tflops / 1e10:.1f} %"
         rows.append([f"  {name}: {speed:,.0f} tokens/s{share}", f"{seconds:.2f}", "", "", "s"])
+    policy.cache = None
     where = "of the step" if policy.device.type == "cuda" else "of the process so far"
     return rows + [[f"  peak memory {where}", f"{m['peak_memory_mib'] or math.nan:,.0f}", "", "", "MiB"]]
 
@@ -634,11 +643,12 @@ def bench_flags(argv):
                    "weight and token forward, 6 with backward; attention, padding and recomputation do not count")
     p.add_argument("--peak-gbps", type=float, metavar="X", help="GB/s of its memory: prints the share that decoding "
                    "reaches, counting the weights and the keys and values of rows that have not ended")
+    p.add_argument("--cap-gb", type=float, metavar="X", help="let this process have no more GPU memory than so many GB")
     p.add_argument("--pairs", type=int, default=3, metavar="N", help="timed pairs of each comparison (default: 3)")
     p.add_argument("--model", default="tiny", help=argparse.SUPPRESS)
     flags, rest = p.parse_known_args(argv)
-    if not all(x is None or 0 < x < math.inf for x in (flags.pairs, flags.peak_tflops, flags.peak_gbps)):
-        raise UserError("--pairs, --peak-tflops and --peak-gbps must be above 0")
+    if not all(x is None or 0 < x < math.inf for x in (flags.pairs, flags.peak_tflops, flags.peak_gbps, flags.cap_gb)):
+        raise UserError("--pairs, --peak-tflops, --peak-gbps and --cap-gb must be above 0")
     model = flags.random_weights or flags.model
     small = ["--groups", "8", "--max-turns", "2"] + ALFWORLD_LIKE * (model == "tiny")
     return flags, sdar.read_settings(["--model", model, *small, *rest])[0]
@@ -648,6 +658,12 @@ def bench(argv):
     """python eval.py bench: one table on speed and memory."""
     flags, s = bench_flags(argv)
     env = sdar.open_env(s)
+    if flags.cap_gb:
+        device = sdar.pick_device(s.device)
+        if device.type != "cuda":
+            raise UserError("--cap-gb needs a GPU: the memory of a CPU process cannot be capped from within")
+        whole = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(flags.cap_gb * 1e9 / whole, 1.0), device)
     policy = (random_policy(s.model, s, env) if flags.random_weights
               else sdar.load_policy(s.model, s.device, sdar.tiny_texts(env, s), s))
     played, rows = bench_env(policy, env, s)
@@ -689,7 +705,7 @@ def main(argv=None):
     except KeyboardInterrupt:
         sys.exit(130)
     except (MemoryError, RuntimeError) as error:
-        if "memory" not in str(error).lower() and not isinstance(error, MemoryError):
+        if not sdar.out_of_memory(error):
             raise
         sdar.fail("out of memory; lower --rollout-rows (or, in bench, --micro-tokens)")
 

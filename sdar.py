@@ -101,6 +101,7 @@ class Settings:
     prompt_style: str = opt("paper", "wording of the prompts; brief: the same parts in few tokens", ("paper", "brief"))
     temperature: float = opt(1.0, "sampling temperature of training rollouts")
     rollout_rows: int = opt(128, "sequences decoded together; lower it if a rollout runs out of memory")
+    no_graphs: bool = opt(False, "decode without CUDA graphs, for a model that they cannot record; slower")
     # objective
     success_reward: float = opt(10.0, "reward of a solved task; everything else gets 0")
     invalid_penalty: float = opt(0.1, "taken from the advantage of a turn whose response is malformed")
@@ -127,7 +128,7 @@ class Settings:
     lr_warmup: float = opt(0.0, "share of the steps over which the learning rate rises from 0")
     weight_decay: float = opt(0.01, "weight decay of AdamW")
     mini_batch: int = opt(256, "turns per optimizer step; 0: one optimizer step per rollout")
-    micro_tokens: int = opt(16384, "tokens per forward-backward: memory, not the gradient; lower it if memory runs out")
+    micro_tokens: int = opt(8192, "tokens per forward-backward: memory, not the gradient; lower it if memory runs out")
     recompute: bool = opt(False, "recompute activations in the backward pass: one more forward, much less memory")
     offload: bool = opt(False, "keep fp32 masters and Adam's moments in host memory, for small cards; slower updates")
     head_chunk: int = opt(256, "response positions per chunk of the output head")
@@ -158,11 +159,11 @@ PRESETS = {
                    invalid_penalty=0.01, lr_warmup=0.1, val_temperature=0.0),
 }
 METHOD_PRESETS = {"skill-sd": dict(lam=0.001)}
-TINY = dict(prompt_style="brief", groups=4, max_prompt=512, max_teacher_prompt=768, max_response=48, micro_tokens=8192,
-            lr=3e-4, kl=0.0, steps=4, warm_start=150, warm_lr=3e-3, warm_tasks=4, warm_prompt_loss=0.3, val_every=4,
+TINY = dict(prompt_style="brief", groups=4, max_prompt=512, max_teacher_prompt=768, max_response=48, lr=3e-4,
+            kl=0.0, steps=4, warm_start=150, warm_lr=3e-3, warm_tasks=4, warm_prompt_loss=0.3, val_every=4,
             val_episodes=64)
 TINY_ENV = {"alfworld": dict(env_args="house=5 detours=3", max_turns=15)}
-MAY_CHANGE = ("data device keep log_episodes micro_tokens offload recompute rollout_rows save_every steps "
+MAY_CHANGE = ("data device keep log_episodes micro_tokens no_graphs offload recompute rollout_rows save_every steps "
               "val_every").split()  # on --resume
 
 
@@ -285,24 +286,29 @@ def pick_device(name):
     if name == "auto":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     try:
-        torch.zeros(1, device=name)
+        device = torch.zeros(1, device=name).device  # with its index
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(f"--device {name} cannot be used here ({first_line(error)}); try --device cpu") from None
-    if name.startswith("cuda"):
-        torch.cuda.set_device(name)  # CUDA graphs and streams take the current device
-    return torch.device(name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # CUDA graphs and streams take the current device
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every shape, and nearly all are new
+    return device
+
+
+def weight_dtype(device):
+    """What weights are held in: bf16, on a CPU fp32."""
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
 def load_policy(name, device="auto", texts=(), settings=None):
-    """A policy, bf16 on a GPU, fp32 on a CPU. name: a Hugging Face model, a local folder (a run folder stands for its
+    """A policy, its weights of weight_dtype. name: a Hugging Face model, a local folder (a run folder stands for its
     last checkpoint), a .gguf file, or `tiny`, built from `texts` (an iterable of strings) and the sizes in `settings`.
     UserError when the model cannot be had, has no chat template, or hides its logits behind more than a head."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, logging
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     device = pick_device(device)
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    path = Path(name)
+    dtype, path = weight_dtype(device), Path(name)
     if name == "tiny":
         model, tokenizer = build_tiny(texts, settings or Settings())
     else:
@@ -323,7 +329,9 @@ def load_policy(name, device="auto", texts=(), settings=None):
     for module in model.modules():  # the losses compare log-probabilities of one and the same function
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    policy = wrap_policy(model.to(device, dtype).eval(), tokenizer)
+    for p in model.parameters():  # model.to(dtype) would round the rotary frequencies too, and so shift far positions
+        p.data = p.data.to(dtype)
+    policy = wrap_policy(model.to(device).eval(), tokenizer)
     check_head(policy, name)
     return policy
 
@@ -853,9 +861,13 @@ def make_state(policy, s, beta2=0.999):
 
 def collect_gradients(state):
     """After a backward: add the gradients to state.grads, in fp32, so that micro-batches are summed exactly."""
-    for i, p in enumerate(state.policy.model.parameters()):
+    params = list(state.policy.model.parameters())
+    for i, p in enumerate(params):
+        if p.grad is not None and state.grads[i] is None:  # if memory runs out here, nothing is added yet
+            state.grads[i] = torch.zeros_like(p, dtype=torch.float32)
+    for total, p in zip(state.grads, params):
         if p.grad is not None:
-            state.grads[i] = p.grad.float() if state.grads[i] is None else state.grads[i].add_(p.grad)
+            total.add_(p.grad)
             p.grad = None
 
 
@@ -1083,8 +1095,8 @@ def learn_step(state, episodes, bandit, phases, s):
 
 
 # ======== Generation: what a rollout spends its time on ==============================================================
-# `generate` is all that the rest of the file knows of it: prompts in, sampled token ids out. The greedy ones are those of
-# model.generate; the machinery is here because that one copies its cache for every token and pads what has ended.
+# `generate` is all that the rest of the file knows of it: prompts in, sampled token ids out. The greedy ones are those
+# of model.generate; the machinery is here because that one copies its cache for every token and pads what has ended.
 
 def response_ended(policy, ids, stop):
     """Whether the last of these sampled ids ends the response: an EOS, or the last piece of a closing tag."""
@@ -1123,9 +1135,9 @@ class KeyValues:
     """Keys and values of a batch in buffers of a fixed size, row i's token t in slot t, in the place of transformers'
     cache: that one copies all it holds for every token, and moves, which a CUDA graph could not follow."""
 
-    def __init__(self, rows, length, device):
+    def __init__(self, rows, length, device, graphs):
         self.rows, self.length, self.layers = rows, length, []
-        self.graphs = {} if device.type == "cuda" else None                   # of decode_step, by its n and span
+        self.graphs = {} if graphs else None                                  # of decode_step, by its n and span
         self.logits = None                                                    # (rows, V), filled by the graphs
         self.index = torch.arange(rows, device=device)
         self.token, self.slot = torch.zeros_like(self.index), torch.zeros_like(self.index)  # what each row reads next
@@ -1224,9 +1236,8 @@ def fast_step(policy, kv, n, span):
         except RuntimeError as error:
             if out_of_memory(error):
                 raise
-            say_once(f"no CUDA graph can be made of this model ({first_line(error)}); decoding is slower without")
-            kv.graphs = None
-            return decode_step(policy, kv, n, span)
+            raise UserError(f"no CUDA graph can be made of this model ({first_line(error)}); decode without them: "
+                            "--no-graphs") from None  # a recording cut short leaves the allocator of no use
     kv.graphs[size, many].replay()
     return kv.logits[:n]
 
@@ -1242,7 +1253,8 @@ def decode_batch(policy, prompts, limits, s, temperature, stop, generator):
     if kv is None or kv.rows < len(prompts) or kv.length < longest + steps:
         rows, length = max(len(prompts), kv.rows if kv else 0), max(longest + steps, kv.length if kv else 0)
         policy.cache = kv = None  # frees the old one first
-        policy.cache = kv = KeyValues(rows, -(-length // 256) * 256, policy.device)
+        policy.cache = kv = KeyValues(rows, -(-length // 256) * 256, policy.device,
+                                      policy.device.type == "cuda" and not s.no_graphs)
     logits = prefill(policy, kv, prompts, s)                                                            # (B, V)
     kv.slot[:len(prompts)] = torch.tensor([len(p) for p in prompts], device=policy.device)
     responses, rows, ended, drawn = [[] for _ in prompts], list(range(len(prompts))), [False] * len(prompts), []
@@ -1664,9 +1676,9 @@ def load_checkpoint(path, s):
         for master, own in zip(state.masters, saved["masters"]):
             if own is not None:
                 master.copy_(own)
-    fused = state.optimizer.param_groups[0]["fused"]
+    for old, new in zip(saved["optimizer"]["param_groups"], state.optimizer.param_groups):
+        old["fused"] = new["fused"]  # the device and --offload may have changed; it says where the step counts belong
     state.optimizer.load_state_dict(saved["optimizer"])
-    state.optimizer.param_groups[0]["fused"] = fused  # the device and --offload may change on the way
     for name in ("step", "warm_step", "cursor", "bandit"):
         setattr(state, name, progress[name])
     return state
