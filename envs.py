@@ -14,7 +14,7 @@ Each is one class (`Alfworld`, `WebShopEnv`, `SearchQA`; open_env) with the same
 A session has task, category, group, observation, turns, prompt(skill, history, room, brief), expert(), and after a step
 action, valid, admissible, done, won, score, details. Nothing here knows of torch or of training.
 
-    python envs.py download alfworld|webshop [DIR]     fetch a benchmark's data
+    python envs.py download alfworld|webshop|webshop-full [DIR]     fetch a benchmark's data
     python envs.py bench DATA [GAMES]                  the speed of ALFWorld, beside the original where it is installed
 """
 
@@ -74,7 +74,7 @@ def find_data(name, data=None):
     variable = name.upper() + "_DATA"
     if not (named := data or os.environ.get(variable)):
         cache = Path.home() / ".cache" / name
-        return cache if cache.exists() else None
+        return cache if cache.is_dir() and any(cache.iterdir()) else None
     path = Path(os.path.expandvars(os.path.expanduser(str(named))))
     if not path.exists():
         source = "--data" if data else "$" + variable
@@ -83,8 +83,8 @@ def find_data(name, data=None):
 
 
 def panel_hash(ids):
-    """First 12 hex digits of the sha256 of the ids joined by newlines: names a set of test tasks."""
-    return hashlib.sha256("\n".join(ids).encode()).hexdigest()[:12]
+    """First 12 hex digits of the sha256 of texts joined by newlines: names a set of test tasks."""
+    return hashlib.sha256("\n".join(ids).encode("utf-8", "replace")).hexdigest()[:12]
 
 
 def shorten_middle(text, room):
@@ -159,10 +159,10 @@ def skill_text(library, category=None, brief=False):
 
 # ---- downloads ----
 
-def download(url, path, sha256=None, size=None, tries=5):
+def download(url, path, sha256=None, tries=5):
     """Fetches `url` into `path` with a progress bar. A broken transfer is taken up again where it stopped (HTTP Range),
-    in this call or a later one: until it is complete the data is in `path` + ".part". Checks the length, `size` (bytes)
-    and `sha256` where known. Returns the path; raises UserError."""
+    in this call or a later one: until it is complete the data is in `path` + ".part". Checks the length, and `sha256`
+    where known. Returns the path; raises UserError."""
     path = Path(path)
     part = path.with_name(path.name + ".part")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -182,9 +182,9 @@ def download(url, path, sha256=None, size=None, tries=5):
             time.sleep(min(0.2 * 2 ** attempt, 5))
     else:
         raise UserError(f"{url}: {trouble}; run the same command again to resume")
-    if size not in (None, have) or sha256 not in (None, hashlib.sha256(part.read_bytes()).hexdigest()):
+    if sha256 not in (None, hashlib.sha256(part.read_bytes()).hexdigest()):
         part.unlink()
-        raise UserError(f"{url} is not the expected file (size or sha256 differ); it was removed, download it again")
+        raise UserError(f"{url} is not the expected file (its sha256 differs); it was removed, download it again")
     part.replace(path)
     return path
 
@@ -397,6 +397,7 @@ class BM25:
 # --------------------------------------------------------------------------------------------------------------------
 
 ALFWORLD_URL = "https://github.com/alfworld/alfworld/releases/download/0.4.2/json_2.1.3_tw-pddl.zip"
+ALFWORLD_SHA256 = "5df77ea759f2211a4106082839ddbbb790f1ba4e7d097ed732cf453f72aa36cf"
 ALFWORLD_TYPES = {  # task type, as in a game's path: (column of the paper's table, predicate of the goal that tells it)
     "look_at_obj_in_light": ("Look", "istoggled"), "pick_clean_then_place_in_recep": ("Clean", "isclean"),
     "pick_heat_then_place_in_recep": ("Heat", "ishot"), "pick_cool_then_place_in_recep": ("Cool", "iscool"),
@@ -955,7 +956,9 @@ class Alfworld:
 
     def __init__(self, data=None, seed=233, skills=None, house=6, task_types="", detours=0):
         self.seed, self.house, self.detours, self.skill_names = seed, house, detours, list(ALFWORLD_TYPES)
-        self._skills = read_skills(skills, self.skill_names, _SKILL_ALIASES) if skills else ALFWORLD_SKILLS
+        library = read_skills(skills, self.skill_names, _SKILL_ALIASES) if skills else ALFWORLD_SKILLS
+        # skill(category, brief) for the teacher of one task, all_skills() for one who is told everything
+        self.skill = self.all_skills = functools.partial(skill_text, library)
         self._ids, self._parsed = {}, lru_cache(maxsize=512)(self._read)
         for option, value, least, most in (("house", house, 4, 12), ("detours", detours, 0, 100)):
             if value not in range(least, most + 1):
@@ -1009,14 +1012,6 @@ class Alfworld:
         for session, response in zip(sessions, responses):
             session.step(response, think_closed)
 
-    def skill(self, category, brief=False):
-        """General skills, those of the category, common mistakes; brief: the category's alone. UserError if unknown."""
-        return skill_text(self._skills, category, brief)
-
-    def all_skills(self):
-        """The whole library as one text."""
-        return skill_text(self._skills)
-
 
 class GameFiles:
     """The game files of a release, in a folder or in its zip, which is read in place. files: sorted id -> file."""
@@ -1059,7 +1054,7 @@ def download_alfworld(folder, url=ALFWORLD_URL):
     """Fetches the official games into `folder` as a zip, which is played in place; returns its path. UserError."""
     path = Path(folder) / url.rsplit("/", 1)[-1]
     if not path.exists():
-        download(url, path)
+        download(url, path, ALFWORLD_SHA256 if url == ALFWORLD_URL else None)
     try:
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()
@@ -1193,8 +1188,8 @@ class Catalogue:
             files = [Path(data) / f"{name}{suffix}.json" for name in ("items_shuffle", "items_ins_v2")]
             if all(file.is_file() for file in files):
                 return (*files, Path(data) / "items_human_ins.json")
-        raise UserError(f"no {which or ''} WebShop catalogue (items_shuffle*.json and items_ins_v2*.json) in {data}; "
-                        "run: python envs.py download webshop")
+        raise UserError(f"no {which + ' ' if which else ''}WebShop catalogue (items_shuffle*.json, items_ins_v2*.json) "
+                        f"in {data}; run: python envs.py download webshop{'-full' if which == 'full' else ''}")
 
     def _scan(self, places, price_ranges):
         """Yields the text to index of every product (the original's convert_product_file_format.py); notes the rest."""
@@ -1762,6 +1757,8 @@ class WebShopEnv:
     name, stop, splits, skill_names = "webshop", ("</action>",), ("train", "test", "test500"), list(SHOP_KEYWORDS)
 
     def __init__(self, data=None, seed=233, skills=None, human_goals=False, catalogue=None, nouns=""):
+        if catalogue not in (None, "small", "full") or human_goals not in (0, 1):
+            raise UserError("catalogue is small or full, human_goals 0 or 1")
         path = find_data("webshop", data)
         self.builtin = path is None
         source = build_catalogue(seed) if self.builtin else path
@@ -1777,7 +1774,7 @@ class WebShopEnv:
                        "test500": np.arange(held_out)}
         kind = "an invented catalogue (the real one: python envs.py download webshop)" if self.builtin else str(path)
         self.source = (f"{kind}: {len(self.catalogue.asins)} products, {count} goals, {len(self._goals['train'])} "
-                       f"for training; panel {panel_hash(self.tasks('test'))}: {len(panel)} of the first {held_out}")
+                       f"for training; test: {len(panel)} of the first {held_out}")
 
     def _unseen(self, held_out, count):
         """Indices of the training goals: no product with the same instruction is among the test goals."""
@@ -1975,8 +1972,8 @@ def search_server(url, timeout=30.0, retries=4, delay=1.0):
                 problem = one_line(f"{type(error).__name__}: {error}")
                 if isinstance(error, urllib.error.HTTPError) and error.code < 500 and error.code != 429:
                     break  # refused: repeating it cannot help
-        raise ServerError(f"search server {url} failed {attempt + 1} times ({problem}); no step was lost: see that it "
-                          "answers POST /retrieve, then run again or resume")
+        raise ServerError(f"search server {url} failed {attempt + 1} times ({problem}); see that it answers "
+                          "POST /retrieve, then run again (a training is saved and goes on with --resume)")
     return retrieve
 
 
@@ -2132,6 +2129,10 @@ class SearchQA:
 
     def __init__(self, data=None, seed=233, skills=None, search_url=None, corpus=None, topk=3, max_turns=4,
                  timeout=30.0, retries=4):
+        for option, value, least in (("topk", topk, 1), ("max_turns", max_turns, 1), ("timeout", timeout, 1),
+                                     ("retries", retries, 0)):
+            if isinstance(value, str) or value < least:
+                raise UserError(f"{option}={value} must be a number of {least} or more")
         path, self.topk, self.max_turns = find_data("search", data), topk, max_turns
         self.builtin, library = path is None, read_skills(skills, SEARCH_CATEGORIES) if skills else SEARCH_SKILLS
         # skill(category, brief) for the teacher of one task, all_skills() for one who is told everything
@@ -2151,8 +2152,7 @@ class SearchQA:
         else:
             raise UserError(f"{path} comes with {len(files)} passage files; give corpus=FILE or search_url=ADDRESS")
         self.splits = tuple(split for split in ("train", "dev", "test") if split in self.questions)
-        counts = ", ".join(f"{split} {len(self.questions[split])} (panel {panel_hash(sorted(self.questions[split]))})"
-                           for split in self.splits)
+        counts = ", ".join(f"{split} {len(self.questions[split])}" for split in self.splits)
         built_in = (f"BUILT-IN generated world (seed {seed}), not the benchmark: for that give --data with Search-R1's "
                     "questions and corpus= or search_url=")
         self.source = f"search: {path or built_in}; questions: {counts}; {where}"
@@ -2184,14 +2184,14 @@ class SearchQA:
 
 
 def panel(env, split, episodes=None, seed=233):
-    """(sorted task ids, their panel_hash) of a test panel: the whole split, or the first `episodes` of an order by
-    sha256(seed, id), so that a smaller panel lies within a larger one. Raises UserError for an empty panel."""
+    """(sorted task ids, panel_hash of ids and task texts) of a test panel: the whole split, or the first `episodes` of
+    an order by sha256(seed, id), so that a smaller panel lies in a larger one. Raises UserError for an empty panel."""
     ids = sorted(set(env.tasks(split)))
     if episodes is not None and episodes < 1:
         raise UserError(f"a panel of {episodes} episodes is empty; give 1 to {len(ids)}, or nothing for all of {split}")
     if episodes is not None:
         ids = sorted(ids, key=lambda i: hashlib.sha256(f"{seed}\n{i}".encode("utf-8", "replace")).digest())[:episodes]
-    return sorted(ids), panel_hash(sorted(ids))
+    return sorted(ids), panel_hash([text for i in sorted(ids) for text in (i, env.start(i).task)])
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -2249,18 +2249,20 @@ def bench_alfworld(data, games=20, wandering=10):
 
 
 def main(argv=None):
-    """python envs.py download alfworld|webshop [DIR], or bench DATA [GAMES]; returns the exit status."""
+    """python envs.py download alfworld|webshop|webshop-full [DIR], or bench DATA [GAMES]; returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
     try:
-        if len(argv) in (2, 3) and argv[0] == "download" and argv[1] in ("alfworld", "webshop"):
-            default = os.environ.get(argv[1].upper() + "_DATA") or Path.home() / ".cache" / argv[1]
-            fetch = download_alfworld if argv[1] == "alfworld" else download_webshop
+        fetch = {"alfworld": download_alfworld, "webshop": download_webshop,
+                 "webshop-full": functools.partial(download_webshop, full=True)}.get("".join(argv[1:2]))
+        if len(argv) in (2, 3) and argv[0] == "download" and fetch:
+            name = argv[1].split("-")[0]
+            default = os.environ.get(name.upper() + "_DATA") or Path.home() / ".cache" / name
             fetch(Path(argv[2] if len(argv) == 3 else default))
         elif len(argv) in (2, 3) and argv[0] == "bench" and argv[-1].isdigit() >= (len(argv) == 3):
             bench_alfworld(*argv[1:])
         else:
-            raise UserError("usage: python envs.py download alfworld|webshop [DIR], or: bench DATA [GAMES]")
-    except UserError as error:
+            raise UserError("usage: python envs.py download alfworld|webshop|webshop-full [DIR], or: bench DATA [GAMES]")
+    except (UserError, OSError) as error:  # OSError: a folder that may not be written, a full disk
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

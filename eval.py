@@ -13,7 +13,6 @@ batches; Search-QA's `Avg` is the mean over its data sets, as in the paper. Rate
 """
 
 import argparse
-import contextlib
 import copy
 import dataclasses
 import json
@@ -35,7 +34,7 @@ import envs
 import sdar
 from envs import UserError
 
-FORMAT = "sdar-eval-1"
+FORMAT = "sdar-eval-2"
 COLUMNS = {"alfworld": ("Pick", "Look", "Clean", "Heat", "Cool", "Pick2"),
            "search": ("NQ", "TriviaQA", "PopQA", "HotpotQA", "2Wiki", "MuSiQue", "Bamboogle"), "webshop": ()}
 # Table 1 of arXiv 2605.15155, percent, Qwen2.5-3B-Instruct; a star: with skills in the agent's prompt.
@@ -55,6 +54,8 @@ NOTE = ("Published: Qwen2.5-3B-Instruct, arXiv 2605.15155; another protocol (128
         "The header counts tasks. Intervals: one run, Wilson's over its episodes; several, Student's over their rates.")
 KEPT = ("skills", "data", "env_args", "search_url", "corpus", "prompt_style", "history", "max_turns", "max_prompt",
         "max_teacher_prompt", "max_response", "rollout_rows", "no_graphs")  # settings that come from the checkpoint
+OF_NO_WEIGHT = ("seed out data device corpus search_url keep log_episodes micro_tokens head_chunk rollout_rows offload "
+                "recompute no_graphs save_every diagnose_every val_every val_episodes val_split val_temperature").split()
 CHUNK = 1024  # episodes played together: bounds the memory of a panel of 50,000 questions
 
 
@@ -171,14 +172,7 @@ def find_checkpoint(name):
     folder = None if name == "tiny" else sdar.last_checkpoint(Path(name))
     if not folder or not (folder / "state.json").is_file():
         return folder, {}
-    state, whole = sdar.read_json(folder / "state.json", f"{folder / 'state.json'} cannot be read"), False
-    with contextlib.suppress(AttributeError, KeyError, TypeError, OSError):
-        whole = {"step", "settings"} <= set(state) and all(
-            sdar.file_digest(folder / file) == digest
-            for file, digest in state["files"].items() if file != "optimizer.pt")
-    if not whole:
-        raise UserError(f"the checkpoint {folder} is damaged; delete that folder to use the one before it")
-    return folder, state
+    return folder, sdar.read_state(folder, unread=("optimizer.pt",))
 
 
 def read_flags(argv):
@@ -225,7 +219,8 @@ def play(policy, env, ids, s, with_skills):
         generator = sdar.generator_for(policy, s, "evaluation", start)
         label = f"tasks {start + 1}-{start + len(part)} of {len(ids)}"
         for e in sdar.rollout(policy, env, part, s, generator, s.val_temperature, skills, label=label):
-            rows.append({"id": e.task_id, "group": e.group, "won": e.won, "score": e.score, "done": e.done,
+            rows.append({"id": e.task_id, "task": env.start(e.task_id).task, "group": e.group, "won": e.won,
+                         "score": e.score, "done": e.done,
                          "f1": float(e.details.get("f1", 0.0)), "turns": len(e.turns),
                          "valid": sum(bool(t.valid) for t in e.turns),
                          "admissible": sum(bool(t.admissible) for t in e.turns)})
@@ -255,7 +250,7 @@ def evaluate(argv):
     result = {"format": FORMAT, "env": s.env, "source": env.source, "builtin": env.builtin, "split": split,
               "panel": {"name": panel, "hash": digest}, "model": s.model, "checkpoint": str(folder or ""),
               "algo": saved.get("algo"), "base_model": saved.get("model", s.model), "step": state.get("step"),
-              "steps": saved.get("steps"), "skills": skills, "device": str(policy.device),
+              "steps": saved.get("steps"), "training": saved, "skills": skills, "device": str(policy.device),
               "settings": {key: getattr(s, key) for key in (*KEPT, "seed", "val_temperature")},
               "torch": torch.__version__, "transformers": transformers.__version__,
               "seconds": time.time() - began, "finished": time.time(), "summary": summary, "results": rows}
@@ -286,7 +281,8 @@ def load_result(path):
     result = sdar.read_json(path, f"{path} cannot be read; give a JSON that python eval.py wrote")
     try:
         panel = result["panel"]
-        whole = envs.panel_hash([r["id"] for r in result["results"]]) == panel["hash"] and result["format"] == FORMAT
+        whole = result["format"] == FORMAT and panel["hash"] == envs.panel_hash(
+            [text for r in result["results"] for text in (r["id"], r["task"])])
         result["summary"] = summarize(result["env"], result["results"])
         # what two evaluations must share to be compared; built-in tasks are other ones if their world has other options
         result["tasks"] = f"{result['env']}, {panel['name']}, hash {panel['hash']}" + (
@@ -359,20 +355,34 @@ def table(argv):
         if results and results[0]["step"] != results[0]["steps"]:
             notes.append(f"{run}: not finished, step {results[0]['step']} of {results[0]['steps']}")
     for (tasks, base), methods in sorted(tables.items()):
-        print(f"{tasks}, model {base}\n\n{render(*method_table(methods), flags.markdown)}\n\n{NOTE}\n")
+        print(f"{tasks}, model {base}\n\n{render(*method_table(told_apart(methods)), flags.markdown)}\n\n{NOTE}\n")
     print("\n".join(notes), end="\n" if notes else "")
 
 
+def told_apart(methods):
+    """{name: {run: its evaluation}} with a row of its own for each setting that runs of a method differ in, called as
+    "SDAR, beta 0.0": only runs that differ in nothing but seed and bookkeeping (OF_NO_WEIGHT) may be averaged."""
+    rows = {}
+    for name, runs in methods.items():
+        keys = dict.fromkeys(key for r in runs.values() for key in r["training"] if key not in OF_NO_WEIGHT)
+        differing = [key for key in keys if len({str(r["training"].get(key)) for r in runs.values()}) > 1]
+        for run, r in runs.items():
+            label = ", ".join([name, *(f"{key} {r['training'].get(key)}" for key in differing)])
+            rows.setdefault(label, {})[run] = r
+    return rows
+
+
 def method_table(methods):
-    """(header, rows) of one table in the paper's order; methods: {name: {run: its evaluation}}."""
+    """(header, rows) of one table in the paper's order; methods: what told_apart returns."""
     first = next(r for runs in methods.values() for r in runs.values())
     env, counts = first["env"], {g["group"]: g["n"] for g in first["summary"]}
     columns = ("Score", "Avg") if env == "webshop" else tuple(counts)
     rows = []
-    for name in dict.fromkeys([*sorted(set(methods) - set(PAPER)), *PAPER]):
-        if name in methods:
-            results = list(methods[name].values())
-            rows.append([name, len(results), *(cell(results, column) for column in columns)])
+    owner = {label: label.split(", ")[0] for label in methods}
+    for name in dict.fromkeys([*sorted(set(owner.values()) - set(PAPER)), *PAPER]):
+        for label in sorted(label for label in methods if owner[label] == name):
+            results = list(methods[label].values())
+            rows.append([label, len(results), *(cell(results, column) for column in columns)])
         if name in PAPER:
             rows.append([f"{name}, published", "", *(published(env, name).get(column, "-") for column in columns)])
     return ["method", "runs", *(f"{c} ({counts[c]})" if c in counts else c for c in columns)], rows
@@ -393,8 +403,7 @@ def gates(argv):
     p.add_argument("run", metavar="RUN", help="run folder of a method with a teacher")
     path = Path(p.parse_args(argv).run) / "episodes.jsonl"
     try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        shown = [row for row in rows if any("gates" in turn for turn in row["turns"])][-1]
+        shown = [row for row in sdar.read_lines(path) if any("gates" in turn for turn in row["turns"])][-1]
     except (OSError, ValueError, KeyError, TypeError, IndexError):
         raise UserError(f"{path} holds no gate values; give the folder of a run whose method has a teacher") from None
     outcome = "won" if shown["won"] else "not won"
@@ -643,7 +652,7 @@ def bench_flags(argv):
                    "weight and token forward, 6 with backward; attention, padding and recomputation do not count")
     p.add_argument("--peak-gbps", type=float, metavar="X", help="GB/s of its memory: prints the share that decoding "
                    "reaches, counting the weights and the keys and values of rows that have not ended")
-    p.add_argument("--cap-gb", type=float, metavar="X", help="let this process have no more GPU memory than so many GB")
+    p.add_argument("--cap-gb", type=float, metavar="X", help="let this process have no more than so many GB of the GPU")
     p.add_argument("--pairs", type=int, default=3, metavar="N", help="timed pairs of each comparison (default: 3)")
     p.add_argument("--model", default="tiny", help=argparse.SUPPRESS)
     flags, rest = p.parse_known_args(argv)

@@ -7,7 +7,7 @@ privileged prompt is the teacher; each token's detached gap opens or closes a ga
 
     Delta_t = log pi(y_t | s_t, skill) - log pi(y_t | s_t)            the teacher-student gap
     g_t     = sigmoid(beta * Delta_t)                                 the gate            -> sdar_gate
-    L       = L_GRPO + lambda * mean_t( g_t * (log pi_teacher - log pi_student) )         -> grpo_loss, sdar_loss
+    L       = L_GRPO + lambda * mean_t( g_t * (log pi_teacher - log pi_student) )         -> sdar_tokens, step_loss
 
 At test time the skills are gone.
 
@@ -78,7 +78,7 @@ class Settings:
     env: str = opt("alfworld", "benchmark", ("alfworld", "webshop", "search"))
     model: str = opt("tiny", "Hugging Face name, folder, GGUF file, or `tiny` (a million parameters, no download)")
     algo: str = opt("sdar", "training objective", METHODS)
-    as_released: bool = opt(False, "where the public code differs from the paper's pseudo-code, do as the code")
+    as_released: bool = opt(False, "the public code's objective where it differs from the paper's (see AS_RELEASED)")
     out: str = opt("", "run folder (default: runs/ENV-ALGO-MODEL)")
     seed: int = opt(233, "seed of task order, sampling and initial weights; the world itself never depends on it")
     device: str = opt("auto", "auto, cpu, cuda, cuda:1, mps")
@@ -159,12 +159,13 @@ PRESETS = {
                    invalid_penalty=0.01, lr_warmup=0.1, val_temperature=0.0),
 }
 METHOD_PRESETS = {"skill-sd": dict(lam=0.001)}
+AS_RELEASED = dict(advantage_over="turns", loss_agg="token")  # and OPSD, GRPO+OPSD, Skill-SD, RLSD: see method_tokens
 TINY = dict(prompt_style="brief", groups=4, max_prompt=512, max_teacher_prompt=768, max_response=48, lr=3e-4,
             kl=0.0, steps=4, warm_start=150, warm_lr=3e-3, warm_tasks=4, warm_prompt_loss=0.3, val_every=4,
             val_episodes=64)
-TINY_ENV = {"alfworld": dict(env_args="house=5 detours=3", max_turns=15)}
-MAY_CHANGE = ("data device keep log_episodes micro_tokens no_graphs offload recompute rollout_rows save_every steps "
-              "val_every").split()  # on --resume
+TINY_ENV = {"alfworld": dict(env_args="house=5 detours=3", max_turns=15), "webshop": dict(mini_batch=256, lr=1e-4)}
+MAY_CHANGE = ("data device keep log_episodes max_prompt max_teacher_prompt micro_tokens no_graphs offload recompute "
+              "rollout_rows save_every steps val_episodes val_every val_split").split()  # on --resume
 
 
 SECTIONS = {"env": "what is trained", "data": "data", "groups": "rollout", "success_reward": "objective",
@@ -206,7 +207,8 @@ def read_settings(argv):
         name = explicit.get("env", Settings.env)
         tiny = {**TINY, **TINY_ENV.get(name, {})} if explicit.get("model", Settings.model) == "tiny" else {}
         method = METHOD_PRESETS.get(explicit.get("algo"), {})
-        settings = Settings(**{**PRESETS[name], **method, **tiny, **explicit})
+        released = {**AS_RELEASED, **({"kl": 0.001} if name == "search" else {})} if "as_released" in explicit else {}
+        settings = Settings(**{**PRESETS[name], **method, **released, **tiny, **explicit})
         short = re.sub(r"[^\w.-]+", "-", Path(settings.model).name)
         settings.out = settings.out or f"runs/{settings.env}-{settings.algo}-{short}"
     else:
@@ -226,6 +228,10 @@ def check_settings(s):
     positive = ("groups", "group_size", "max_turns", "max_prompt", "max_teacher_prompt", "max_response", "rollout_rows",
                 "temperature", "micro_tokens", "head_chunk", "grad_clip", "keep", "save_every", "lr", "warm_lr",
                 "warm_tasks", "clip", "tiny_width", "tiny_layers")
+    for f in dataclasses.fields(s):  # a config.json may hold anything
+        value, kind = getattr(s, f.name), type(f.default)
+        if type(value) not in (kind, int if kind is float else kind) or value not in (f.metadata["choices"] or [value]):
+            raise UserError(f"{flag(f.name)} cannot be {value!r}")
     for name, value in dataclasses.asdict(s).items():
         if name in positive and not 0 < value < math.inf:
             raise UserError(f"{flag(name)} must be above 0, not {value}")
@@ -239,6 +245,7 @@ def check_settings(s):
             (s.retrieval != "km" and not (uses_teacher(s) or s.algo == "skill-grpo"),
              f"--retrieval has no effect with --algo {s.algo}: it uses no skills"),
             (s.group_size < 2, "--group-size must be at least 2: an advantage is a comparison within a group"),
+            (not -2**63 <= s.seed < 2**63, "--seed must be a number of 64 bits"),
             (s.dual_clip <= 1, f"--dual-clip must be above 1, not {s.dual_clip}"),
             (s.gate_baseline and (s.gate != "gap" or s.divergence != "sampled" or not gated),
              "--gate-baseline goes with SDAR's own term only: --algo sdar, --gate gap and --divergence sampled"),
@@ -286,9 +293,11 @@ def pick_device(name):
     if name == "auto":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.zeros(1, device=name).device  # with its index
+        probe = torch.zeros(1, device=name)
+        probe.cpu()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(f"--device {name} cannot be used here ({first_line(error)}); try --device cpu") from None
+    device = probe.device  # with its index
     if device.type == "cuda":
         torch.cuda.set_device(device)  # CUDA graphs and streams take the current device
         torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every shape, and nearly all are new
@@ -348,13 +357,18 @@ def wrap_policy(model, tokenizer):
 
 @torch.no_grad()
 def check_head(policy, name):
-    """UserError if the model's logits are not its head applied to its last hidden states (soft-capped or scaled)."""
+    """UserError if the model's logits are not its head applied to its last hidden states (soft-capped or scaled), or if
+    it remembers otherwise than by all keys and values (sliding windows, state spaces), which KeyValues does not."""
+    from transformers import DynamicCache
+    good = "take a Qwen2.5, Qwen3, Llama or SmolLM2 model"
+    if odd := {type(layer).__name__ for layer in DynamicCache(config=policy.model.config).layers} - {"DynamicLayer"}:
+        raise UserError(f"{name!r} does not attend to all it has read ({', '.join(sorted(odd))}), which the generation "
+                        f"here takes for granted; {good}")
     ids = torch.tensor([policy.tokenizer("Hello there", add_special_tokens=False)["input_ids"]], device=policy.device)
     hidden = trunk(policy.model, ids)
     logits = policy.model(input_ids=ids, use_cache=False).logits
     if not torch.allclose(policy.head(hidden), logits, rtol=1e-2, atol=1e-2):
-        raise UserError(f"{name!r} scales or caps its logits, which the chunked head does not; take a Qwen2.5, Qwen3, "
-                        "Llama or SmolLM2 model")
+        raise UserError(f"{name!r} scales or caps its logits, which the chunked head does not; {good}")
 
 
 def trunk(model, ids, cache=None, **options):
@@ -1048,8 +1062,8 @@ def update(state, episodes, s, lr):
     the mean loss and gradient norm of the mini-batches."""
     turns = [t for e in episodes for t in e.turns]
     random.Random(stream(s, "minis", state.step)).shuffle(turns)
-    size = s.mini_batch or len(turns)
-    minis = [turns[i:i + size] for i in range(0, len(turns), size)]
+    count = -(-len(turns) // (s.mini_batch or len(turns)))
+    minis = [turns[i::count] for i in range(count)]  # of equal size: Adam makes as much of two turns as of many
     assign_weights(episodes, minis, s)
     totals, norms, apart, baseline = {}, [], {}, 0.0
     state.policy.model.train()
@@ -1072,6 +1086,8 @@ def update(state, episodes, s, lr):
             norm, applied = apply_update(state, lr, s.grad_clip)
             norms += [norm] * applied
     state.policy.model.eval()
+    if not norms:
+        raise UserError("no gradient of this step is finite, the training has diverged; start again with a lower --lr")
     loss, tokens = totals.pop("loss"), totals.pop("tokens")
     return {"loss": loss / len(minis), **{name: value / tokens for name, value in totals.items()}, **apart,
             "grad_norm": sum(norms) / max(len(norms), 1), "updates": len(minis),
@@ -1526,6 +1542,8 @@ def step_line(m, s):
     if "kl" in m:
         parts.append(f"kl {m['kl']:.4f}")
     phases = " ".join(f"{k[8:]} {v:.1f}" for k, v in m.items() if k.startswith("seconds_"))
+    if m["updates_skipped"]:
+        parts.append(f"{m['updates_skipped']} of {m['updates']} updates skipped: not finite")
     return "  ".join(parts + [f"grad {m['grad_norm']:.2f}", f"{m['seconds']:.1f} s ({phases})"])
 
 
@@ -1605,12 +1623,12 @@ def write_log(s, name, rows):
 
 
 def read_lines(path):
-    """The rows of a JSON-lines file, [] if there is none; a line that was half written is left out."""
+    """The rows of one of a run's logs, [] if there is none; a line that was half written is left out."""
     rows = []
     for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else []:  # splitlines cuts at U+2028 too
         with contextlib.suppress(ValueError):
             rows.append(json.loads(line))
-    return rows
+    return [row for row in rows if isinstance(row, dict) and "step" in row]
 
 
 def file_digest(path):
@@ -1634,7 +1652,7 @@ def last_checkpoint(path):
 
 def save_checkpoint(state, s):
     """Write RUN/checkpoints/step-N[-warm-M]: a model folder for from_pretrained, optimizer.pt, and state.json with all
-    digests; renamed to this when whole, so that an interrupted write costs nothing. UserError when the disk is full."""
+    digests; renamed to this when whole, so that an interrupted write costs nothing. OSError when the disk is full."""
     if ranks()[0] > 0:
         return
     folder = Path(s.out) / "checkpoints"
@@ -1658,18 +1676,27 @@ def save_checkpoint(state, s):
         part.rename(folder / name)
     except (OSError, RuntimeError, SafetensorError) as error:  # each library has an error of its own for a full disk
         shutil.rmtree(part, ignore_errors=True)
-        raise UserError(f"cannot save to {folder}: {first_line(error)}; the previous checkpoint is whole: make room, "
-                        f"then python sdar.py --resume {s.out}") from None
+        raise OSError(f"cannot save to {folder}: {first_line(error)}; the previous checkpoint is whole: make room, then "
+                      f"python sdar.py --resume {s.out}") from None
     for old in checkpoints(s.out)[:-s.keep]:
         shutil.rmtree(old)
 
 
+def read_state(path, unread=()):
+    """The state.json of a checkpoint folder. UserError if a file is missing or differs from its digest; those named in
+    `unread` are not looked at."""
+    state, whole = read_json(path / "state.json", f"{path} is no checkpoint (no state.json)"), False
+    with contextlib.suppress(AttributeError, KeyError, TypeError, OSError):
+        whole = {"step", "warm_step", "cursor", "bandit", "settings"} <= set(state) and all(
+            file_digest(path / name) == digest for name, digest in state["files"].items() if name not in unread)
+    if not whole:
+        raise UserError(f"the checkpoint {path} is damaged; delete that folder to use the one before it")
+    return state
+
+
 def load_checkpoint(path, s):
-    """State from a checkpoint folder. UserError if a file is missing or differs from its digest."""
-    progress = read_json(path / "state.json", f"{path} is no checkpoint (no state.json)")
-    for name, digest in progress["files"].items():
-        if not (path / name).is_file() or file_digest(path / name) != digest:
-            raise UserError(f"checkpoint {path} is damaged ({name}); delete that folder and resume from the one before")
+    """State from a checkpoint folder; UserError as read_state."""
+    progress = read_state(path)
     state = make_state(load_policy(str(path), s.device), s)
     saved = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
     with torch.no_grad():
@@ -1703,6 +1730,8 @@ def begin(s, env, resume):
     if not found:  # killed before its first checkpoint
         raise UserError(f"{out} has no checkpoint yet; start it again without --resume")
     state = load_checkpoint(found[-1], s)
+    if first:
+        write_text(out / "config.json", json.dumps(dataclasses.asdict(s), indent=1))  # flags given now hold from now on
     for name in LOGS if first else ():
         rows = [row for row in read_lines(out / name)
                 if row["step"] <= state.step and row.get("warm_step", 0) <= state.warm_step]
@@ -1759,9 +1788,11 @@ def uninterrupted():
 
 
 def train(s, resume=None):
-    """Run a training from its settings. Ctrl-C, or a search server that stays away, saves and raises."""
+    """Run a training from its settings. Ctrl-C, or an error that the user can mend, saves and raises."""
     join_ranks()
     env = open_env(s)
+    if s.val_every:
+        envs.panel(env, s.val_split or env.splits[1], s.val_episodes)  # if it cannot be had, say so before the training
     print(env.source, flush=True)
     state, out = begin(s, env, resume), Path(s.out)
     model = state.policy.model
@@ -1782,7 +1813,7 @@ def train(s, resume=None):
             if state.step % s.save_every == 0 or state.step == s.steps:
                 save_checkpoint(state, s)
             validate(state, env, s)
-    except (KeyboardInterrupt, envs.ServerError):  # neither can strike within an update
+    except (KeyboardInterrupt, UserError):  # neither can strike within an update
         save_checkpoint(state, s)
         print(f"\nstopped and saved after step {state.step}; continue with: python sdar.py --resume {out}", flush=True)
         raise

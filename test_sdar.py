@@ -582,9 +582,24 @@ def test_gradients_that_are_not_finite_are_dropped_and_counted(policy, episodes,
     before = [p.detach().clone() for p in state.masters]
     original = sdar.step_loss
     monkeypatch.setattr(sdar, "step_loss", lambda *a: (original(*a)[0] * math.nan, *original(*a)[1:]))
-    metrics = sdar.update(state, episodes, settings(), 1e-3)
-    assert metrics["updates_skipped"] == metrics["updates"] == 1
+    with pytest.raises(UserError, match="diverged"):
+        sdar.update(state, episodes, settings(), 1e-3)
     assert all(torch.equal(a, b) for a, b in zip(before, state.masters))
+    calls = itertools.count()
+    monkeypatch.setattr(sdar, "step_loss", lambda *a: (original(*a)[0] * (1 if next(calls) else math.nan), *original(*a)[1:]))
+    metrics = sdar.update(state, episodes, settings(mini_batch=9), 1e-3)
+    assert metrics["updates_skipped"] == 1 < metrics["updates"] and math.isfinite(metrics["grad_norm"])
+    assert not all(torch.equal(a, b) for a, b in zip(before, state.masters))
+
+
+def test_mini_batches_are_of_equal_size(policy, episodes, monkeypatch):
+    """A remainder of two turns would be a whole step of Adam for them. Every turn is in one of them."""
+    seen, turns = [], [t for e in episodes for t in e.turns]
+    monkeypatch.setattr(sdar, "batches_of", lambda mini, s: seen.append(mini) or [mini])
+    state = sdar.make_state(dataclasses.replace(policy, model=copy.deepcopy(policy.model)), settings())
+    sdar.update(state, episodes, settings(mini_batch=len(turns) - 1), 1e-3)
+    assert [len(mini) for mini in seen] == [len(turns) - len(turns) // 2, len(turns) // 2]
+    assert sorted(id(t) for mini in seen for t in mini) == sorted(map(id, turns))
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -818,12 +833,77 @@ def test_a_damaged_checkpoint_is_refused(finished, tmp_path, name, capsys):
     (["--resume", "/no/such/run"], "/no/such/run"), (["--split", "holidays"], "holidays"), (["--dual-clip", "0.5"], "dual"),
     (["--gate-baseline", "--algo", "rlsd"], "--gate-baseline"), (["--gate-baseline", "--gate", "entropy"], "--gate-baseline"),
     (["--gate", "none", "--algo", "grpo"], "--gate"), (["--divergence", "jsd", "--algo", "skill-sd"], "--divergence"),
-    (["--retrieval", "ucb", "--algo", "grpo"], "--retrieval")])
+    (["--retrieval", "ucb", "--algo", "grpo"], "--retrieval"), (["--seed", "-99999999999999999999999"], "--seed"),
+    (["--device", "meta"], "--device"), (["--val-split", "valid_unsen", "--warm-start", "9"], "valid_unsen"),
+    (["--env", "search", "--env-args", "topk=0"], "topk=0"), (["--env", "search", "--env-args", "timeout=soon"], "timeout"),
+    (["--env", "webshop", "--env-args", "catalogue=medium"], "catalogue"),
+    (["--env", "webshop", "--env-args", "human_goals=false"], "human_goals")])
 def test_bad_input_is_one_line_and_status_2(argv, hint, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         sdar.main(argv + ([] if "--resume" in argv else ["--out", str(tmp_path / "x"), "--steps", "1"]))
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert stop.value.code == 2 and len(errors) == 1 and hint in errors[0]
+
+
+@pytest.mark.parametrize("file, text, hint", [
+    ("checkpoints/step-000004/state.json", "{}", "damaged"), ("checkpoints/step-000004/state.json", "[]", "damaged"),
+    ("config.json", {"groups": "two"}, "--groups"), ("config.json", {"algo": "magic"}, "--algo"),
+    ("config.json", {"from_the_future": 1}, "another version")])
+def test_a_run_folder_of_nonsense_is_one_line(finished, tmp_path, capsys, file, text, hint):
+    path = tmp_path / "run" / file
+    shutil.copytree(finished, tmp_path / "run")
+    path.write_text(text if isinstance(text, str) else json.dumps({**json.loads(path.read_text()), **text}))
+    with pytest.raises(SystemExit) as stop:
+        sdar.main(["--resume", str(tmp_path / "run")])
+    assert stop.value.code == 2 and hint in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_flags_given_on_resume_are_remembered(finished, tmp_path):
+    """A log with foreign lines in it does not matter."""
+    shutil.copytree(finished, tmp_path / "run")
+    with open(tmp_path / "run" / "metrics.jsonl", "a") as f:
+        f.write('5\n{"no": "step"}\n')
+    sdar.main(["--resume", str(tmp_path / "run"), "--steps", "5"])
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["steps"] == 5
+    sdar.main(["--resume", str(tmp_path / "run")])
+    assert log_of(tmp_path / "run")[-1]["step"] == 5
+
+
+def test_an_error_that_can_be_mended_loses_no_step(tmp_path, capsys, monkeypatch):
+    """A prompt that cannot be shortened in the third rollout: two steps are saved, and a larger budget goes on."""
+    original, out = sdar.student_prompt, tmp_path / "run"
+    def strict(policy, session, s, skill=""):
+        if s.max_prompt == 1024 and any(row["step"] == 2 for row in sdar.read_lines(out / "metrics.jsonl")):
+            raise UserError("a prompt cannot be shortened; raise --max-prompt")
+        return original(policy, session, s, skill)
+    monkeypatch.setattr(sdar, "student_prompt", strict)
+    with pytest.raises(SystemExit):
+        sdar.main([*RUN, "--out", str(out), "--save-every", "100", "--val-every", "0"])
+    assert "saved after step 2" in capsys.readouterr().out
+    sdar.main(["--resume", str(out), "--max-prompt", "1025"])
+    assert [r["step"] for r in log_of(out) if r["step"]] == [1, 2, 3, 4]
+
+
+def test_as_released_is_the_public_codes_recipe():
+    """Row-wise advantages, token mean, Search's KL weight; flags given by hand go first."""
+    s = sdar.read_settings(["--env", "search", "--model", "m", "--as-released"])[0]
+    assert (s.advantage_over, s.loss_agg, s.kl) == ("turns", "token", 0.001)
+    s = sdar.read_settings(["--env", "alfworld", "--model", "m", "--as-released", "--loss-agg", "trajectory"])[0]
+    assert (s.advantage_over, s.loss_agg, s.kl) == ("turns", "trajectory", 0.01)
+
+
+def test_models_that_forget_are_refused(tmp_path, policy, capsys):
+    """A sliding window or a state space is not in KeyValues: generation would go wrong without a word."""
+    from transformers import MistralConfig, MistralForCausalLM
+    for window in (16, None):
+        MistralForCausalLM(MistralConfig(
+            vocab_size=len(policy.tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=1, sliding_window=window,
+            num_attention_heads=2, num_key_value_heads=1, eos_token_id=2, pad_token_id=0)).save_pretrained(tmp_path)
+        policy.tokenizer.save_pretrained(tmp_path)
+        if window:
+            with pytest.raises(UserError, match="does not attend to all.*Qwen2.5"):
+                sdar.load_policy(str(tmp_path), "cpu")
+    assert sdar.load_policy(str(tmp_path), "cpu").model.config.model_type == "mistral"
 
 
 def test_out_of_memory_names_what_to_lower(tmp_path, capsys, monkeypatch):
@@ -1963,7 +2043,7 @@ def test_real_panels():
     env = Alfworld(data=archive)
     panels = {split: env.tasks(split) for split in env.splits}
     assert {split: len(ids) for split, ids in panels.items()} == {"train": 3553, "valid_seen": 140, "valid_unseen": 134}
-    assert panel_hash(panels["valid_seen"]) == "cc3d2e964ba3" and panel_hash(panels["valid_unseen"]) == "c2da12ecefba"
+    assert panel(env, "valid_seen")[1] == "b23f6c5e9648" and panel(env, "valid_unseen")[1] == "6a86f0aa15f9"
     assert all(ids == sorted(set(ids)) for ids in panels.values())
 
 
@@ -2318,8 +2398,6 @@ def test_a_broken_download_is_resumed(file_server, tmp_path):
 def test_downloads_are_checked(file_server, tmp_path):
     with pytest.raises(UserError, match="expected"):
         download(file_server.url, tmp_path / "x", sha256="0" * 64)
-    with pytest.raises(UserError):
-        download(file_server.url, tmp_path / "x", size=7)
     with pytest.raises(UserError, match="404"):
         download(file_server.url + "missing", tmp_path / "x")
     assert not list(tmp_path.glob("x*"))
@@ -2345,8 +2423,10 @@ def test_download_alfworld_is_played_in_place(file_server, tmp_path, capsys):
 
 
 def test_command_line_reports_mistakes_in_one_line(capsys):
-    assert envs.main(["download", "moon"]) == 2 and envs.main([]) == 2
-    assert "Traceback" not in capsys.readouterr().err
+    assert envs.main(["download", "moon"]) == 2 and envs.main([]) == 2 and envs.main(["download"]) == 2
+    assert envs.main(["download", "alfworld", __file__ + "/no folder"]) == 2  # cannot be made
+    error = capsys.readouterr().err
+    assert "Traceback" not in error and error.count("\n") == 4
 
 
 def test_shorten_middle_and_panel_hash():
@@ -3343,18 +3423,23 @@ def test_real_questions_with_real_passages(home, tmp_path):
 # ------------------------------------------------------------------------------------------------------------------
 
 
+def hash_of(ids):
+    """The hash of the panel of these tasks in a result_file."""
+    return envs.panel_hash([text for i in ids for text in (i, f"do {i}")])
+
+
 def result_file(path, wins, groups=None, env="alfworld", algo="sdar", step=5, ids=None, **more):
     """A file such as `python eval.py` writes."""
     ids = ids or [f"t{i:03d}" for i in range(len(wins))]
     groups = groups or ["Pick"] * len(wins)
-    rows = [{"id": i, "group": g, "won": bool(w), "score": float(w), "done": True, "turns": 2,
+    rows = [{"id": i, "task": f"do {i}", "group": g, "won": bool(w), "score": float(w), "done": True, "turns": 2,
              "valid": 2, "admissible": 1} for i, g, w in zip(ids, groups, wins)]
     settings = {**{k: 0 for k in ev.KEPT}, "env_args": more.pop("env_args", ""), "seed": more.pop("seed", 233)}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({
         "format": ev.FORMAT, "env": env, "source": "", "builtin": True, "split": "valid_seen", "model": "m",
-        "step": step, "panel": {"name": "all", "hash": envs.panel_hash(ids)}, "algo": algo, "steps": step and 5,
-        "base_model": "tiny", "skills": None, "settings": settings, "finished": 1.0,
+        "step": step, "panel": {"name": "all", "hash": hash_of(ids)}, "algo": algo, "steps": step and 5,
+        "training": more.pop("training", {}), "base_model": "tiny", "skills": None, "settings": settings, "finished": 1.0,
         "checkpoint": f"step-{step or 0:06d}",
         "results": rows, **more}))
     return str(path)
@@ -3482,7 +3567,8 @@ def test_panels_are_sorted_nested_and_hashed():
     env = envs.open_env("alfworld")
     split = env.splits[1]
     everything, digest = envs.panel(env, split)
-    assert everything == sorted(env.tasks(split)) and digest == envs.panel_hash(everything)
+    assert everything == sorted(env.tasks(split))
+    assert digest == envs.panel_hash([text for i in everything for text in (i, env.start(i).task)])
     panels = [envs.panel(env, split, n)[0] for n in (1, 8, 16, 10 ** 6)]
     assert [len(p) for p in panels] == [1, 8, 16, len(everything)]
     assert all(p == sorted(p) and len(set(p)) == len(p) for p in panels)
@@ -3495,6 +3581,16 @@ def test_panels_are_sorted_nested_and_hashed():
 
 
 # ---- compare, table ----
+
+
+def test_a_panel_is_named_by_its_tasks_and_not_by_their_numbers(tmp_path):
+    """Two files number their questions alike, but they are other questions: another hash."""
+    (tmp_path / "corpus.jsonl").write_text('{"id": 0, "contents": "a passage"}')
+    panels = []
+    for text in ("Who wrote Emma?", "Who wrote Ulysses?", "Who wrote Emma?"):
+        (tmp_path / "test.jsonl").write_text(json.dumps({"id": 7, "question": text, "answer": "x", "data_source": "nq"}))
+        panels.append(envs.panel(envs.SearchQA(tmp_path / "test.jsonl", corpus=tmp_path / "corpus.jsonl"), "test"))
+    assert panels[0] == panels[2] != panels[1] and {tuple(ids) for ids, _ in panels} == {("NQ/7",)}
 
 
 def test_compare_pairs_task_by_task(tmp_path, capsys):
@@ -3521,11 +3617,11 @@ def test_compare_refuses_other_panels_worlds_and_files(tmp_path, capsys):
     a = result_file(tmp_path / "a.json", [1, 0, 1])
     other = result_file(tmp_path / "b.json", [1, 0, 1], ids=["t000", "t001", "t009"])
     error = refused(capsys, "compare", a, other)
-    assert all(envs.panel_hash(ids) in error for ids in (["t000", "t001", "t002"], ["t000", "t001", "t009"]))
+    assert all(hash_of(ids) in error for ids in (["t000", "t001", "t002"], ["t000", "t001", "t009"]))
     refused(capsys, "compare", a, result_file(tmp_path / "c.json", [1, 0, 1], env_args="house=9"))
     refused(capsys, "compare", a, result_file(tmp_path / "d.json", [1, 0, 1], env="search"))
     changed = json.loads((tmp_path / "a.json").read_text())
-    changed["results"][0]["id"] = "t0"
+    changed["results"][0]["task"] = "do something else"
     broken = {"changed": json.dumps(changed), "list": "[]", "torn": "{",
               "empty": json.dumps({**changed, "results": []})}
     for name, text in broken.items():
@@ -3538,7 +3634,7 @@ def test_compare_refuses_other_panels_worlds_and_files(tmp_path, capsys):
 def make_run(path, step=5, steps=5):
     folder = path / "checkpoints" / f"step-{step:06d}"
     folder.mkdir(parents=True)
-    state = {"step": step, "warm_step": 0, "settings": {"steps": steps}, "files": {}}
+    state = {"step": step, "warm_step": 0, "cursor": 0, "bandit": {}, "settings": {"steps": steps}, "files": {}}
     (folder / "state.json").write_text(json.dumps(state))
     return path
 
@@ -3564,6 +3660,15 @@ def test_table_shows_runs_beside_the_paper_and_says_what_is_missing(tmp_path, ca
     marked = [row for row in capsys.readouterr().out.splitlines() if row.startswith("|")]
     assert len({row.count("|") for row in marked}) == 1 and set(marked[1]) <= set("|-: ")
     assert "nothing" in refused(capsys, "table", tmp_path / "nothing")
+
+
+def test_table_averages_only_runs_that_differ_in_nothing_but_seed(tmp_path, capsys):
+    for name, seed, beta in (("a", 1, 5.0), ("b", 2, 5.0), ("c", 1, 0.0)):
+        training = {"seed": seed, "beta": beta, "out": name, "lam": 0.01}
+        result_file(make_run(tmp_path / name) / "eval-x.json", [1, 0, 1], training=training)
+    ev.main(["table", *(str(tmp_path / n) for n in "abc")])
+    rows = [row.split("  ")[0] for row in capsys.readouterr().out.splitlines() if row.startswith("SDAR")]
+    assert rows == ["SDAR, beta 0.0", "SDAR, beta 5.0", "SDAR, published"]
 
 
 # ---- evaluating ----
@@ -3693,10 +3798,12 @@ def test_a_closed_pipe_is_no_traceback(tmp_path):
 def test_gates_prints_tokens_with_their_gates(tmp_path, capsys):
     turns = [{"observation": "a room", "response": "go", "gates": "go[0.52]"}]
     lines = [{"step": n, "task_id": "t", "skill": "s", "won": True, "turns": turns} for n in (1, 2)]
-    (tmp_path / "episodes.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    lines[1]["turns"][0]["observation"] += "\u2028"
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines) + '{"step": 3, "half'
+    (tmp_path / "episodes.jsonl").write_text(text, encoding="utf-8")
     ev.main(["gates", str(tmp_path)])
     text = capsys.readouterr().out
-    assert "step 2, task t" in text and "> a room\ngo[0.52]" in text
+    assert "step 2, task t" in text and "> a room\u2028\ngo[0.52]" in text
 
 
 SMALL_BENCH = ("bench --device cpu --tiny-width 32 --tiny-layers 1 --tiny-vocab 400 --groups 2 --group-size 2 "
