@@ -900,7 +900,7 @@ class AlfworldSession:
         self.action, self.valid, self.admissible, self.done, self.won, self.score = "", True, True, False, False, 0.0
 
     def prompt(self, skill="", history=2, room=None, brief=False):
-        """The user message of this turn, in the parts of the public code's; each observation is cut to `room` characters."""
+        """The user message of this turn, with the public code's parts; observations are cut to `room` characters."""
         count, seen = len(self.turns), shorten_middle(self.observation, room)
         past = [(i, shorten_middle(text, room), action) for i, (text, action) in enumerate(self.turns, 1)]
         past = past[max(count - history, 0):]

@@ -878,11 +878,11 @@ def collect_gradients(state):
     params = list(state.policy.model.parameters())
     for i, p in enumerate(params):
         if p.grad is not None and state.grads[i] is None:  # if memory runs out here, nothing is added yet
-            state.grads[i] = torch.zeros_like(p, dtype=torch.float32)
+            state.grads[i] = p.grad if p.dtype == torch.float32 else torch.zeros_like(p, dtype=torch.float32)
     for total, p in zip(state.grads, params):
-        if p.grad is not None:
+        if p.grad is not None and p.grad is not total:
             total.add_(p.grad)
-            p.grad = None
+        p.grad = None
 
 
 @torch.no_grad()
