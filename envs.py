@@ -14,8 +14,8 @@ Each is one class (`Alfworld`, `WebShopEnv`, `SearchQA`; open_env) with the same
 A session has task, category, group, observation, turns, prompt(skill, history, room, brief), expert(), and after a step
 action, valid, admissible, done, won, score, details. Nothing here knows of torch or of training.
 
-    python envs.py download alfworld|webshop|webshop-full [DIR]     fetch a benchmark's data
-    python envs.py bench DATA [GAMES]                  the speed of ALFWorld, beside the original where it is installed
+    python envs.py download NAME [DIR]     fetch a benchmark's data; NAME is alfworld, webshop or webshop-full
+    python envs.py bench DATA [GAMES]      the speed of ALFWorld, beside the original where it is installed
 """
 
 import copy
@@ -82,9 +82,9 @@ def find_data(name, data=None):
     return path
 
 
-def panel_hash(ids):
+def panel_hash(texts):
     """First 12 hex digits of the sha256 of texts joined by newlines: names a set of test tasks."""
-    return hashlib.sha256("\n".join(ids).encode("utf-8", "replace")).hexdigest()[:12]
+    return hashlib.sha256("\n".join(texts).encode("utf-8", "replace")).hexdigest()[:12]
 
 
 def shorten_middle(text, room):
@@ -2249,19 +2249,19 @@ def bench_alfworld(data, games=20, wandering=10):
 
 
 def main(argv=None):
-    """python envs.py download alfworld|webshop|webshop-full [DIR], or bench DATA [GAMES]; returns the exit status."""
+    """python envs.py download NAME [DIR], or bench DATA [GAMES]; returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
+    fetch = {"alfworld": download_alfworld, "webshop": download_webshop,
+             "webshop-full": functools.partial(download_webshop, full=True)}
     try:
-        fetch = {"alfworld": download_alfworld, "webshop": download_webshop,
-                 "webshop-full": functools.partial(download_webshop, full=True)}.get("".join(argv[1:2]))
-        if len(argv) in (2, 3) and argv[0] == "download" and fetch:
-            name = argv[1].split("-")[0]
+        if len(argv) in (2, 3) and argv[0] == "download" and argv[1] in fetch:
+            name = argv[1].removesuffix("-full")
             default = os.environ.get(name.upper() + "_DATA") or Path.home() / ".cache" / name
-            fetch(Path(argv[2] if len(argv) == 3 else default))
+            fetch[argv[1]](Path(argv[2] if len(argv) == 3 else default))
         elif len(argv) in (2, 3) and argv[0] == "bench" and argv[-1].isdigit() >= (len(argv) == 3):
             bench_alfworld(*argv[1:])
         else:
-            raise UserError("usage: python envs.py download alfworld|webshop|webshop-full [DIR], or: bench DATA [GAMES]")
+            raise UserError(f"usage: python envs.py download {'|'.join(fetch)} [DIR], or: bench DATA [GAMES]")
     except (UserError, OSError) as error:  # OSError: a folder that may not be written, a full disk
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -55,7 +55,7 @@ NOTE = ("Published: Qwen2.5-3B-Instruct, arXiv 2605.15155; another protocol (128
 KEPT = ("skills", "data", "env_args", "search_url", "corpus", "prompt_style", "history", "max_turns", "max_prompt",
         "max_teacher_prompt", "max_response", "rollout_rows", "no_graphs")  # settings that come from the checkpoint
 OF_NO_WEIGHT = ("seed out data device corpus search_url keep log_episodes micro_tokens head_chunk rollout_rows offload "
-                "recompute no_graphs save_every diagnose_every val_every val_episodes val_split val_temperature").split()
+                "recompute no_graphs save_every diagnose_every val_every val_episodes val_split").split()
 CHUNK = 1024  # episodes played together: bounds the memory of a panel of 50,000 questions
 
 
@@ -220,8 +220,7 @@ def play(policy, env, ids, s, with_skills):
         label = f"tasks {start + 1}-{start + len(part)} of {len(ids)}"
         for e in sdar.rollout(policy, env, part, s, generator, s.val_temperature, skills, label=label):
             rows.append({"id": e.task_id, "task": env.start(e.task_id).task, "group": e.group, "won": e.won,
-                         "score": e.score, "done": e.done,
-                         "f1": float(e.details.get("f1", 0.0)), "turns": len(e.turns),
+                         "score": e.score, "done": e.done, "f1": float(e.details.get("f1", 0.0)), "turns": len(e.turns),
                          "valid": sum(bool(t.valid) for t in e.turns),
                          "admissible": sum(bool(t.admissible) for t in e.turns)})
     return rows

@@ -78,7 +78,7 @@ class Settings:
     env: str = opt("alfworld", "benchmark", ("alfworld", "webshop", "search"))
     model: str = opt("tiny", "Hugging Face name, folder, GGUF file, or `tiny` (a million parameters, no download)")
     algo: str = opt("sdar", "training objective", METHODS)
-    as_released: bool = opt(False, "the public code's objective where it differs from the paper's (see AS_RELEASED)")
+    as_released: bool = opt(False, "the public code's objective: advantages over turns, token mean, its baselines")
     out: str = opt("", "run folder (default: runs/ENV-ALGO-MODEL)")
     seed: int = opt(233, "seed of task order, sampling and initial weights; the world itself never depends on it")
     device: str = opt("auto", "auto, cpu, cuda, cuda:1, mps")
@@ -160,6 +160,7 @@ PRESETS = {
 }
 METHOD_PRESETS = {"skill-sd": dict(lam=0.001)}
 AS_RELEASED = dict(advantage_over="turns", loss_agg="token")  # and OPSD, GRPO+OPSD, Skill-SD, RLSD: see method_tokens
+AS_RELEASED_ENV = {"search": dict(kl=0.001)}
 TINY = dict(prompt_style="brief", groups=4, max_prompt=512, max_teacher_prompt=768, max_response=48, lr=3e-4,
             kl=0.0, steps=4, warm_start=150, warm_lr=3e-3, warm_tasks=4, warm_prompt_loss=0.3, val_every=4,
             val_episodes=64)
@@ -207,7 +208,7 @@ def read_settings(argv):
         name = explicit.get("env", Settings.env)
         tiny = {**TINY, **TINY_ENV.get(name, {})} if explicit.get("model", Settings.model) == "tiny" else {}
         method = METHOD_PRESETS.get(explicit.get("algo"), {})
-        released = {**AS_RELEASED, **({"kl": 0.001} if name == "search" else {})} if "as_released" in explicit else {}
+        released = {**AS_RELEASED, **AS_RELEASED_ENV.get(name, {})} if "as_released" in explicit else {}
         settings = Settings(**{**PRESETS[name], **method, **released, **tiny, **explicit})
         short = re.sub(r"[^\w.-]+", "-", Path(settings.model).name)
         settings.out = settings.out or f"runs/{settings.env}-{settings.algo}-{short}"
@@ -341,7 +342,7 @@ def load_policy(name, device="auto", texts=(), settings=None):
     for p in model.parameters():  # model.to(dtype) would round the rotary frequencies too, and so shift far positions
         p.data = p.data.to(dtype)
     policy = wrap_policy(model.to(device).eval(), tokenizer)
-    check_head(policy, name)
+    check_model(policy, name)
     return policy
 
 
@@ -356,7 +357,7 @@ def wrap_policy(model, tokenizer):
 
 
 @torch.no_grad()
-def check_head(policy, name):
+def check_model(policy, name):
     """UserError if the model's logits are not its head applied to its last hidden states (soft-capped or scaled), or if
     it remembers otherwise than by all keys and values (sliding windows, state spaces), which KeyValues does not."""
     from transformers import DynamicCache
@@ -1090,7 +1091,7 @@ def update(state, episodes, s, lr):
         raise UserError("no gradient of this step is finite, the training has diverged; start again with a lower --lr")
     loss, tokens = totals.pop("loss"), totals.pop("tokens")
     return {"loss": loss / len(minis), **{name: value / tokens for name, value in totals.items()}, **apart,
-            "grad_norm": sum(norms) / max(len(norms), 1), "updates": len(minis),
+            "grad_norm": sum(norms) / len(norms), "updates": len(minis),
             "updates_skipped": len(minis) - len(norms), "lr": lr, "update_tokens": int(tokens)}
 
 
@@ -1676,8 +1677,8 @@ def save_checkpoint(state, s):
         part.rename(folder / name)
     except (OSError, RuntimeError, SafetensorError) as error:  # each library has an error of its own for a full disk
         shutil.rmtree(part, ignore_errors=True)
-        raise OSError(f"cannot save to {folder}: {first_line(error)}; the previous checkpoint is whole: make room, then "
-                      f"python sdar.py --resume {s.out}") from None
+        raise OSError(f"cannot save to {folder}: {first_line(error)}; the previous checkpoint is whole: make room, "
+                      f"then python sdar.py --resume {s.out}") from None
     for old in checkpoints(s.out)[:-s.keep]:
         shutil.rmtree(old)
 

@@ -906,6 +906,27 @@ def test_models_that_forget_are_refused(tmp_path, policy, capsys):
     assert sdar.load_policy(str(tmp_path), "cpu").model.config.model_type == "mistral"
 
 
+def test_a_wrong_validation_split_is_said_before_the_training(tmp_path):
+    with pytest.raises(SystemExit):
+        sdar.main([*RUN, "--out", str(tmp_path / "run"), "--val-split", "valid_unsen"])
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("before, after", [(False, True), (True, False)])
+def test_a_resumed_optimizer_takes_the_kernel_of_its_new_place(policy, tmp_path, before, after):
+    """--offload has a fused AdamW, and which it is decides where the step counts lie: the saved one must not win."""
+    states = [sdar.make_state(dataclasses.replace(policy, model=copy.deepcopy(policy.model)), settings(offload=x))
+              for x in (before, after)]
+    for p in states[0].policy.model.parameters():
+        p.grad = torch.ones_like(p)
+    sdar.collect_gradients(states[0])
+    sdar.apply_update(states[0], 1e-3, 1.0)
+    sdar.save_checkpoint(states[0], settings(offload=before, out=str(tmp_path)))
+    again = sdar.load_checkpoint(sdar.last_checkpoint(tmp_path), settings(offload=after, out=str(tmp_path)))
+    fused = [state.optimizer.param_groups[0]["fused"] for state in (*states, again)]
+    assert fused[0] != fused[1] == fused[2] and len(again.optimizer.state) == len(again.masters)
+
+
 def test_out_of_memory_names_what_to_lower(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sdar, "generate", lambda *a: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory")))
     with pytest.raises(SystemExit) as stop:
@@ -2422,7 +2443,11 @@ def test_download_alfworld_is_played_in_place(file_server, tmp_path, capsys):
         download_alfworld(tmp_path / "other", url)
 
 
-def test_command_line_reports_mistakes_in_one_line(capsys):
+def test_command_line_reports_mistakes_in_one_line(capsys, monkeypatch):
+    fetched = []
+    monkeypatch.setattr(envs, "download_webshop", lambda folder, full=False: fetched.append((folder.name, full)))
+    assert envs.main(["download", "webshop"]) == envs.main(["download", "webshop-full", "shop"]) == 0
+    assert fetched == [("webshop", False), ("shop", True)]
     assert envs.main(["download", "moon"]) == 2 and envs.main([]) == 2 and envs.main(["download"]) == 2
     assert envs.main(["download", "alfworld", __file__ + "/no folder"]) == 2  # cannot be made
     error = capsys.readouterr().err
