@@ -359,15 +359,16 @@ def table(argv):
 
 
 def told_apart(methods):
-    """{name: {run: its evaluation}} with a row of its own for each setting that runs of a method differ in, called as
-    "SDAR, beta 0.0": only runs that differ in nothing but seed and bookkeeping (OF_NO_WEIGHT) may be averaged."""
+    """{name: {run: its evaluation}} with a row of its own for each setting, of training or evaluation, that runs of a
+    method differ in, called as "SDAR, beta 0.0": only runs that differ in nothing but seed and bookkeeping
+    (OF_NO_WEIGHT) may be averaged."""
     rows = {}
     for name, runs in methods.items():
-        keys = dict.fromkeys(key for r in runs.values() for key in r["training"] if key not in OF_NO_WEIGHT)
-        differing = [key for key in keys if len({str(r["training"].get(key)) for r in runs.values()}) > 1]
+        used = {run: {**r["training"], **r["settings"]} for run, r in runs.items()}
+        keys = dict.fromkeys(key for own in used.values() for key in own if key not in OF_NO_WEIGHT)
+        differing = [key for key in keys if len({str(own.get(key)) for own in used.values()}) > 1]
         for run, r in runs.items():
-            label = ", ".join([name, *(f"{key} {r['training'].get(key)}" for key in differing)])
-            rows.setdefault(label, {})[run] = r
+            rows.setdefault(", ".join([name, *(f"{key} {used[run].get(key)}" for key in differing)]), {})[run] = r
     return rows
 
 

@@ -3694,6 +3694,12 @@ def test_table_averages_only_runs_that_differ_in_nothing_but_seed(tmp_path, caps
     ev.main(["table", *(str(tmp_path / n) for n in "abc")])
     rows = [row.split("  ")[0] for row in capsys.readouterr().out.splitlines() if row.startswith("SDAR")]
     assert rows == ["SDAR, beta 0.0", "SDAR, beta 5.0", "SDAR, published"]
+    changed = json.loads((tmp_path / "b" / "eval-x.json").read_text())
+    changed["settings"]["val_temperature"] = 0.4
+    (tmp_path / "b" / "eval-x.json").write_text(json.dumps(changed))
+    ev.main(["table", str(tmp_path / "a"), str(tmp_path / "b")])
+    rows = [row.split("  ")[0] for row in capsys.readouterr().out.splitlines() if row.startswith("SDAR")]
+    assert rows == ["SDAR, val_temperature 0.4", "SDAR, val_temperature None", "SDAR, published"]
 
 
 # ---- evaluating ----
