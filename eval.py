@@ -6,6 +6,7 @@
     python eval.py table RUN ... [--markdown]         # the paper's Table 1 from finished runs, published rows beside
     python eval.py bench [flags of sdar.py]           # speed and memory beside the plain way, --random-weights CONFIG
     python eval.py gates RUN                          # a logged episode with the gate value behind each token
+    python eval.py plot RUN ... [--out FILE]          # learning curves as a picture (needs matplotlib)
 
 A panel is a sorted list of task ids, named by its hash. Every task is played once; an episode cut off at the turn
 limit has failed. It is the last checkpoint that is measured, never the best. Means are over episodes, never over
@@ -178,7 +179,7 @@ def find_checkpoint(name):
 def read_flags(argv):
     """(flags, Settings, checkpoint folder or None, its state.json or {}) of an evaluation; UserError for what cannot
     work. Settings are, in this order: those given as flags, those of the checkpoint, the paper's."""
-    p = parser_for("", __doc__, "--model MODEL [flags] | compare ... | table ... | bench ... | gates ...")
+    p = parser_for("", __doc__, "--model MODEL [flags] | compare ... | table ... | bench ... | gates ... | plot ...")
     p.add_argument("--model", required=True, help="run folder, model folder, GGUF file, Hugging Face name, or tiny")
     p.add_argument("--env", choices=list(COLUMNS), help="benchmark (default: the run's, else alfworld)")
     p.add_argument("--split", help="split of the panel (default: test, in ALFWorld valid_seen)")
@@ -410,6 +411,46 @@ def gates(argv):
     print(f"step {shown['step']}, task {shown['task_id']}, skill {shown['skill']}, {outcome}")
     for turn in shown["turns"]:
         print(f"\n> {turn['observation']}\n{turn.get('gates', turn['response'])}")
+
+
+def plot(argv):
+    """python eval.py plot RUN ...: success on the validation panel with its 95 % interval, and the mean gap between
+    teacher and student, over the steps of RL; a column for each benchmark."""
+    p = parser_for("plot", "Draw learning curves from the logs of runs, a column for each benchmark.", "RUN ...")
+    p.add_argument("runs", nargs="+", metavar="RUN", help="run folder")
+    p.add_argument("--out", default="curves.png", metavar="FILE", help="picture to write (default: %(default)s)")
+    flags, columns = p.parse_args(argv), {}
+    try:
+        from matplotlib.figure import Figure  # without pyplot there is no window and no global state
+    except ImportError:
+        raise UserError("plot needs matplotlib, which is no requirement: pip install matplotlib") from None
+    for run in map(Path, flags.runs):
+        config = sdar.read_json(run / "config.json", f"{run} holds no run (no config.json)")
+        columns.setdefault(config.get("env"), []).append(run)
+    figure = Figure(figsize=(1 + 4 * len(columns), 6), layout="constrained")
+    for (env, runs), (above, below) in zip(columns.items(), figure.subplots(2, len(columns), squeeze=False).T):
+        for run in runs:
+            plot_run(run, above, below)
+        above.set(title=env, ylabel="validation success, %", ylim=(0, 100))
+        above.legend()
+        below.set(xlabel="step", ylabel="mean gap, nats per token")
+    try:
+        figure.savefig(flags.out, dpi=120)
+    except ValueError as error:  # a format that matplotlib does not write
+        raise UserError(f"cannot write {flags.out}: {sdar.first_line(error)}") from None
+    print(f"written: {flags.out}")
+
+
+def plot_run(run, above, below):
+    """The curves of one run on two of matplotlib's axes; UserError if its log holds no validation."""
+    tests = [row for row in sdar.read_lines(run / "validation.jsonl") if "success_95" in row]
+    gaps = [row for row in sdar.read_lines(run / "metrics.jsonl") if "gap" in row]
+    if not tests:
+        raise UserError(f"{run} has no validation in its log; leave it out")
+    steps, (low, high) = [row["step"] for row in tests], zip(*(row["success_95"] for row in tests))
+    line, = above.plot(steps, [100 * row["success"] for row in tests], label=run.name)
+    above.fill_between(steps, [100 * p for p in low], [100 * p for p in high], color=line.get_color(), alpha=0.15)
+    below.plot([row["step"] for row in gaps], [row["gap"] for row in gaps], color=line.get_color())
 
 
 # ---- speed and memory: what is compared runs in one process on the same inputs, turn by turn ----
@@ -698,7 +739,7 @@ def bench(argv):
 def main(argv=None):
     """The command line; a user's mistake is one line and exit status 2."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    commands = {"compare": compare, "table": table, "bench": bench, "gates": gates}
+    commands = {"compare": compare, "table": table, "bench": bench, "gates": gates, "plot": plot}
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a model may write what this terminal cannot show
     try:

@@ -22,6 +22,7 @@ import sys
 import tempfile
 import threading
 import time
+import types
 import zipfile
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -3835,6 +3836,52 @@ def test_gates_prints_tokens_with_their_gates(tmp_path, capsys):
     ev.main(["gates", str(tmp_path)])
     text = capsys.readouterr().out
     assert "step 2, task t" in text and "> a room\u2028\ngo[0.52]" in text
+
+
+def logged_run(folder, env, algo):
+    """A run folder with the logs of two validations and two steps, as far as `plot` reads them."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"env": env, "algo": algo}))
+    tests = [{"step": n, "success": p, "success_95": (p - 0.1, p + 0.1)} for n, p in ((0, 0.2), (10, 0.5))]
+    steps = [{"step": 0, "warm_step": 1, "warm_loss": 2.0}, {"step": 1, "gap": -0.2}, {"step": 2, "gap": -0.1}]
+    for name, rows in (("validation", tests), ("metrics", steps if algo == "sdar" else steps[:1])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(folder)
+
+
+def test_plot_draws_each_run_in_the_column_of_its_benchmark(tmp_path, monkeypatch):
+    drawn, axes = [], np.array([[types.SimpleNamespace() for _ in range(2)] for _ in range(2)])
+    for place, ax in np.ndenumerate(axes):
+        ax.plot = lambda x, y, place=place, **kw: [drawn.append((place, kw.get("label"), x, y)) or ax]
+        ax.fill_between = lambda x, low, high, place=place, **_: drawn.append((place, "band", low, high))
+        ax.get_color = ax.set = ax.legend = lambda *_, **__: None
+    figure = types.SimpleNamespace(subplots=lambda *shape, **_: axes, savefig=lambda path, **_: drawn.append(path))
+    monkeypatch.setitem(sys.modules, "matplotlib", types.ModuleType("matplotlib"))
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", types.SimpleNamespace(Figure=lambda **_: figure))
+    runs = [logged_run(tmp_path / f"{env}-{algo}", env, algo)
+            for env, algo in (("alfworld", "sdar"), ("search", "sdar"), ("alfworld", "grpo"))]
+    ev.main(["plot", *runs, "--out", "x.png"])
+    assert drawn.pop() == "x.png" and len(drawn) == 9
+    for run, column in zip(runs, (0, 1, 0)):
+        assert ((0, column), Path(run).name, [0, 10], [20.0, 50.0]) in drawn
+    assert [(place, x, y) for place, label, x, y in drawn if place[0] == 1] == [
+        ((1, 0), [1, 2], [-0.2, -0.1]), ((1, 0), [], []), ((1, 1), [1, 2], [-0.2, -0.1])]
+    assert all(low == [pytest.approx(10), pytest.approx(40)] for _, label, low, _ in drawn if label == "band")
+
+
+def test_plot_writes_a_picture_or_says_what_it_needs(tmp_path, capsys, monkeypatch):
+    run, out = logged_run(tmp_path / "run", "alfworld", "sdar"), tmp_path / "x.png"
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "matplotlib.figure", None)
+        assert "pip install matplotlib" in refused(capsys, "plot", run)
+    pytest.importorskip("matplotlib")
+    ev.main(["plot", run, "--out", str(out)])
+    assert out.read_bytes().startswith(b"\x89PNG")
+    for wrong in (["plot", tmp_path], ["plot", run, "--out", tmp_path / "x.nonsense"],
+                  ["plot", run, "--out", tmp_path / "no" / "x.png"]):
+        refused(capsys, *wrong)
+    (Path(run) / "validation.jsonl").unlink()
+    assert "no validation" in refused(capsys, "plot", run)
 
 
 SMALL_BENCH = ("bench --device cpu --tiny-width 32 --tiny-layers 1 --tiny-vocab 400 --groups 2 --group-size 2 "
