@@ -1714,22 +1714,38 @@ def load_checkpoint(path, s):
 
 # ======== A run from its first line to its last, and the command line =================================================
 
+@functools.cache
+def claim(out):
+    """Lock a run folder as long as this process lives; UserError if another one has: two would mix their logs and
+    checkpoints."""
+    with contextlib.suppress(ImportError, OSError):  # Windows has no fcntl, some file systems have no locks
+        import fcntl
+        handle = open(out / "lock", "w")
+        try:
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise UserError(f"another process is writing to {out}; choose another --out, or wait for it") from None
+        return handle  # closing it would unlock
+
+
 def begin(s, env, resume):
     """State of a new run, its folder made, or of a resumed one, its log cut back to the last checkpoint: later steps
     will be taken again."""
     out, found, first = Path(s.out), checkpoints(s.out), ranks()[0] == 0
+    if resume is None and found and first:
+        raise UserError(f"{out} already holds a run; continue it with --resume {out}, or choose another --out")
+    if resume is not None and not found:  # killed before its first checkpoint
+        raise UserError(f"{out} has no checkpoint yet; start it again without --resume")
+    if first:
+        out.mkdir(parents=True, exist_ok=True)
+        claim(out)
     if resume is None:
-        if found and first:
-            raise UserError(f"{out} already holds a run; continue it with --resume {out}, or choose another --out")
         if first:
-            out.mkdir(parents=True, exist_ok=True)
             for name in LOGS:
                 (out / name).unlink(missing_ok=True)
             write_text(out / "config.json", json.dumps(dataclasses.asdict(s), indent=1))
         texts = tiny_texts(env, s) if s.model == "tiny" else ()
         return make_state(load_policy(s.model, s.device, texts, s), s, 0.98 if s.warm_start else 0.999)
-    if not found:  # killed before its first checkpoint
-        raise UserError(f"{out} has no checkpoint yet; start it again without --resume")
     state = load_checkpoint(found[-1], s)
     if first:
         write_text(out / "config.json", json.dumps(dataclasses.asdict(s), indent=1))  # flags given now hold from now on

@@ -941,6 +941,24 @@ def test_a_second_run_does_not_overwrite_the_first(finished, capsys):
     assert stop.value.code == 2 and "--resume" in capsys.readouterr().err
 
 
+def test_two_processes_cannot_write_one_run(tmp_path, capsys):
+    """Not even before the first checkpoint, which may be hours away: a sweep may forget --out."""
+    pytest.importorskip("fcntl")
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text("the other's")
+    hold = f"import sdar, pathlib; sdar.claim(pathlib.Path({str(folder)!r})); print('held', flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", hold], cwd=Path(sdar.__file__).parent, stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(SystemExit) as stop:
+            sdar.main([*RUN, "--out", str(folder)])
+        other.stdin.close()
+    assert stop.value.code == 2 and "another process" in capsys.readouterr().err
+    assert (folder / "metrics.jsonl").read_text() == "the other's"
+    sdar.claim(folder)  # it has ended
+
+
 def test_warm_start_lowers_the_loss(env):
     s = settings(warm_start=40, warm_tasks=2, warm_lr=1e-2)
     state = sdar.make_state(sdar.load_policy("tiny", "cpu", sdar.tiny_texts(env, s, 20), s), s)
