@@ -1793,19 +1793,20 @@ def validate(state, env, s):
 
 @contextlib.contextmanager
 def uninterrupted():
-    """Hold Ctrl-C back until the block is done."""
-    held = []
-    previous = signal.signal(signal.SIGINT, lambda *_: held.append(True))
+    """Hold Ctrl-C and SIGTERM back until the block is done."""
+    held, signals = [], (signal.SIGINT, signal.SIGTERM)
+    previous = [signal.signal(number, lambda *_: held.append(True)) for number in signals]
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in zip(signals, previous):
+            signal.signal(number, handler)
     if held:
         raise KeyboardInterrupt
 
 
 def train(s, resume=None):
-    """Run a training from its settings. Ctrl-C, or an error that the user can mend, saves and raises."""
+    """Run a training from its settings. Ctrl-C, SIGTERM, or an error that the user can mend, saves and raises."""
     join_ranks()
     env = open_env(s)
     if s.val_every:
@@ -1846,6 +1847,7 @@ def fail(message):
 
 def main(argv=None):
     """The command line."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler that wants its machine back: as Ctrl-C
     try:
         train(*read_settings(argv))
         if dist.is_initialized():

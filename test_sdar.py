@@ -743,11 +743,13 @@ def test_a_full_disk_costs_the_new_checkpoint_only(finished, tmp_path, monkeypat
     assert weights_of(tmp_path / "full") == weights_of(finished)
 
 
-@pytest.mark.parametrize("where", ["warm_start_step", "validate"])
-def test_ctrl_c_at_odd_moments_loses_nothing(finished, tmp_path, monkeypatch, where):
-    """In the last step of the warm start, and within a validation: the same log, validations and weights in the end."""
+@pytest.mark.parametrize("where, sent", [("warm_start_step", "SIGINT"), ("validate", "SIGINT"),
+                                         ("warm_start_step", "SIGTERM"), ("validate", "SIGTERM")])
+def test_ctrl_c_at_odd_moments_loses_nothing(finished, tmp_path, monkeypatch, where, sent):
+    """In the last step of the warm start, and within a validation: the same log, validations and weights in the end.
+    SIGTERM, which a cluster's scheduler sends, is no other."""
     original, calls, last = getattr(sdar, where), itertools.count(1), {"warm_start_step": 4, "validate": 1}[where]
-    inner, kill = sdar.generate, lambda: os.kill(os.getpid(), signal.SIGINT)
+    inner, kill = sdar.generate, lambda: os.kill(os.getpid(), getattr(signal, sent))
 
     def struck(*args):
         if next(calls) == last:
