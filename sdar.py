@@ -1574,11 +1574,15 @@ def share(items):
 
 
 def gather(part, unit=1):
-    """The list whose shares were worked on by all ranks, in its order; `unit` results came of each of its items."""
+    """The list whose shares were worked on by all ranks, in its order; `unit` results came of each of its items.
+    ConnectionError if one of them is gone."""
     if ranks()[1] == 1:
         return part
     parts = [None] * ranks()[1]
-    dist.all_gather_object(parts, part)
+    try:
+        dist.all_gather_object(parts, part)
+    except RuntimeError:
+        raise ConnectionError("another process of this run has ended, see what it said") from None
     rounds = range(0, max(map(len, parts)), unit)
     return [result for i in rounds for own in parts for result in own[i:i + unit]]
 
@@ -1831,7 +1835,7 @@ def train(s, resume=None):
             if state.step % s.save_every == 0 or state.step == s.steps:
                 save_checkpoint(state, s)
             validate(state, env, s)
-    except (KeyboardInterrupt, UserError):  # neither can strike within an update
+    except (KeyboardInterrupt, UserError):  # neither can strike within an update, and so both may be saved after
         save_checkpoint(state, s)
         print(f"\nstopped and saved after step {state.step}; continue with: python sdar.py --resume {out}", flush=True)
         raise

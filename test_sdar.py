@@ -526,12 +526,24 @@ def test_a_micro_batch_that_does_not_fit_is_halved(policy, episodes, monkeypatch
     policy.model.zero_grad(set_to_none=True)
 
 
-def rank_of_two(rank, folder):
-    """One of two processes: scores and updates the episodes in `folder`; the first writes what came out."""
+def on_two_ranks(function, folder):
+    """Run function(rank, folder) in two processes that have met over gloo."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(one_rank, (function, folder, port), nprocs=2)
+
+
+def one_rank(rank, function, folder, port):
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-                   "MASTER_PORT": (folder / "port").read_text()}
+                   "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     sdar.join_ranks()
+    function(rank, folder)
+
+
+def score_and_update(rank, folder):
+    """One of two processes: scores and updates the episodes in `folder`; the first writes what came out."""
     policy, out, s = torch.load(folder / "in.pt", weights_only=False)
     result = after_an_update(policy, out, s)
     assert sdar.gather(sdar.share(list(range(7)))) == list(range(7)) and sdar.gather([rank] * 2, 2) == [0, 0, 1, 1]
@@ -550,17 +562,27 @@ def after_an_update(policy, episodes, s):
 def test_two_ranks_compute_what_one_does(policy, episodes, tmp_path):
     """Data parallelism over gloo: the same scores, metrics and weights after two mini-batches as in one process."""
     s = settings(micro_tokens=1500, mini_batch=14)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        (tmp_path / "port").write_text(str(free.getsockname()[1]))
     torch.save((dataclasses.replace(policy, cache=None), episodes, s), tmp_path / "in.pt")
-    torch.multiprocessing.spawn(rank_of_two, (tmp_path,), nprocs=2)
+    on_two_ranks(score_and_update, tmp_path)
     alone = after_an_update(dataclasses.replace(policy, model=copy.deepcopy(policy.model)), episodes, s)
     both = torch.load(tmp_path / "out.pt", weights_only=False)
     for i in (0, 1, 3):
         assert len(alone[i]) == len(both[i])
         assert all(torch.allclose(a, b, atol=2e-5) for a, b in zip(alone[i], both[i]))
     assert both[2] == pytest.approx(alone[2], rel=1e-4, abs=1e-6) and alone[2]["updates"] == 2
+
+
+def lose_the_other(rank, folder):
+    if rank == 0:
+        with pytest.raises(ConnectionError, match="another process"):
+            sdar.gather([1])
+        (folder / "said").touch()
+
+
+def test_a_rank_that_ends_is_said_in_one_line(tmp_path):
+    """The others must not wait for it, nor bury its message under tracebacks of their own."""
+    on_two_ranks(lose_the_other, tmp_path)
+    assert (tmp_path / "said").exists()
 
 
 def test_torchrun_trains_with_one_log_and_resumes(tmp_path):
