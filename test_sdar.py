@@ -194,6 +194,18 @@ def test_sampling_follows_the_softmax():
     assert sdar.sample(logits[:3], 0, None).tolist() == [0, 0, 0]
 
 
+def test_sampling_can_reach_every_rare_word(monkeypatch):
+    """150,000 words of probability 1e-8 behind a likely one: a sum in fp32, whose steps near 1 are 6e-8 wide, would make
+    most of them impossible."""
+    logits = torch.full((1, 150_001), math.log(1e-8))
+    logits[0, 0] = 0.0
+    above = np.cumsum(torch.softmax(logits, -1)[0].double().numpy())
+    for word in (1, 2, 70_000, 149_999, 150_000):
+        middle = (above[word - 1] + above[word]) / 2 / above[-1]
+        monkeypatch.setattr(torch, "rand", lambda *a, dtype, **k: torch.tensor([[middle]], dtype=dtype))
+        assert sample(logits, 1.0, None).item() == word
+
+
 def test_sampled_responses_follow_the_policy_through_row_dropping(policy):
     """First and second tokens of 6,000 responses have the probabilities that scoring gives them, although rows with an
     early end leave the batch."""
@@ -608,10 +620,12 @@ def test_gradients_that_are_not_finite_are_dropped_and_counted(policy, episodes,
     with pytest.raises(UserError, match="diverged"):
         sdar.update(state, episodes, settings(), 1e-3)
     assert all(torch.equal(a, b) for a, b in zip(before, state.masters))
-    calls = itertools.count()
+    calls, norms, apply = itertools.count(), [], sdar.apply_update
     monkeypatch.setattr(sdar, "step_loss", lambda *a: (original(*a)[0] * (1 if next(calls) else math.nan), *original(*a)[1:]))
+    monkeypatch.setattr(sdar, "apply_update", lambda *a: norms.append(apply(*a)) or norms[-1])
     metrics = sdar.update(state, episodes, settings(mini_batch=9), 1e-3)
-    assert metrics["updates_skipped"] == 1 < metrics["updates"] and math.isfinite(metrics["grad_norm"])
+    assert metrics["updates_skipped"] == 1 < metrics["updates"] == len(norms)
+    assert metrics["grad_norm"] == pytest.approx(np.mean([norm for norm, applied in norms if applied]))
     assert not all(torch.equal(a, b) for a, b in zip(before, state.masters))
 
 
@@ -1449,6 +1463,30 @@ def loss_of(method, b, weights, rows=slice(None), **options):
     tokens = method_tokens(method, logp, b["old"][rows], b["adv"][rows], b["teacher"][rows], b["ref"][rows], **options)
     loss = aggregate(tokens, weights[rows])
     return loss.item(), torch.autograd.grad(loss, logp)[0]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_only_the_student_learns(method):
+    """No loss has a gradient in the teacher's, the reference's or the old log-probabilities, even where a caller forgot
+    to detach them."""
+    b, others = batch(), ("old", "teacher", "ref")
+    b |= {name: b[name].clone().requires_grad_() for name in others}
+    for as_released in (False, True):
+        logp = b["logp"].clone().requires_grad_()
+        tokens = method_tokens(method, logp, b["old"], b["adv"], b["teacher"], b["ref"], coef=0.1, kl_coef=0.3,
+                               as_released=as_released)
+        grads = torch.autograd.grad(tokens.sum(), [logp, *(b[name] for name in others)], allow_unused=True)
+        assert grads[0].abs().max() > 0 and grads[1:] == (None,) * 3
+    assert not rlsd_advantages(b["adv"], b["old"], b["teacher"], b["mask"]).requires_grad
+
+
+def test_the_clock_of_the_log(monkeypatch):
+    times = iter([5.0, 7.0, 8.0])
+    monkeypatch.setattr(sdar.time, "perf_counter", lambda: next(times))
+    phases = {}
+    lap = sdar.stopwatch(phases, torch.device("cpu"))
+    lap("rollout", 10), lap("update", 30)
+    assert phases == {"seconds_rollout": 2.0, "tokens_per_s_rollout": 5.0, "seconds_update": 1.0, "tokens_per_s_update": 30.0}
 
 
 def test_methods_are_what_they_are():
