@@ -9,7 +9,7 @@ Each is one class (`Alfworld`, `WebShopEnv`, `SearchQA`; open_env) with the same
     tasks(split)                sorted task ids
     start(task_id, seed)        a session: one episode
     step(sessions, responses)   advance many sessions by the raw text that a model wrote
-    skill(category)             what the teacher is told; all_skills(), skill_names
+    skill(category, brief)      what the teacher of one task is told; all_skills() for one told everything; skill_names
 
 A session has task, category, group, observation, turns, prompt(skill, history, room, brief), expert(), and after a step
 action, valid, admissible, done, won, score, details. Nothing here knows of torch or of training.
@@ -19,7 +19,6 @@ action, valid, admissible, done, won, score, details. Nothing here knows of torc
 """
 
 import copy
-import functools
 import glob
 import gzip
 import hashlib
@@ -43,7 +42,7 @@ import zlib
 from array import array
 from collections import Counter, namedtuple
 from contextlib import suppress
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -101,25 +100,34 @@ def one_line(text, limit=200):
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:limit]
 
 
+def _table(text):
+    """{name: text} from paragraphs "name: text", whose further lines are indented; one that ends in | or , goes on."""
+    text = re.sub(r"([|,])\n\s+", r"\1", text)
+    return {name: " ".join(body.split()) for name, body in re.findall(r"^(\w+): (.*?)(?=^\w|\Z)", text, re.S | re.M)}
+
+
 # ---- skills in the form of the public skill directories ----
 
 def _read_cards(text):
-    """{"general", "mistakes" and every category: text} of a claude_style_skills.json."""
+    """{name of a group of skills: its text} of a claude_style_skills.json."""
     def line(card):
         fields = (("{}:", card.get("title")), ("{}", card.get("principle") or card.get("description")),
                   ("When: {}", card.get("when_to_apply")), ("Instead: {}", card.get("how_to_avoid")))
         return "- " + " ".join(wording.format(str(field).strip()) for wording, field in fields if field)
 
     data = json.loads(text)
-    cards = {"general": data.get("general_skills", []), "mistakes": data.get("common_mistakes", []),
-             **data.get("task_specific_skills", {}), **data.get("query_type_skills", {})}
+    cards = {name: data.get(name, []) for name in ("general_skills", "common_mistakes")}
+    cards.update(data.get("task_specific_skills", {}), **data.get("query_type_skills", {}))
     return {name: "\n".join(map(line, items)) for name, items in cards.items()}
 
 
-def read_skills(folder, categories, aliases=None):
-    """{"general", "mistakes" and each of the `categories`: text} from a public skill directory: skill_mapping.json with
-    its .md files, or claude_style_skills*.json. `aliases`: category -> further names it may have there. UserError if a
-    file is missing or broken, or a category has no text of its own (general skills alone are no library)."""
+def read_skills(folder, own, categories, aliases=None):
+    """{"general", "mistakes" and each of the `categories`: text}: `own` without a folder, else from a public skill
+    directory: skill_mapping.json with its .md files, or claude_style_skills*.json. `aliases`: category -> further names
+    it may have there. UserError if a file is missing or broken, or a category has no text of its own (general skills
+    alone are no library)."""
+    if not folder:
+        return own
     folder, found = Path(os.path.expanduser(str(folder))), {}
     mapping_file, card_files = folder / "skill_mapping.json", sorted(folder.glob("claude_style_skills*.json"))
     if not mapping_file.is_file() and not card_files:
@@ -132,15 +140,14 @@ def read_skills(folder, categories, aliases=None):
             mapping = json.loads(file.read_text(encoding="utf-8"))
             for name, filename in mapping["skill_files"].items():
                 file = folder / filename
-                texts["general" if name == "general_skills" else name] = file.read_text(encoding="utf-8").strip()
+                texts[name] = file.read_text(encoding="utf-8").strip()
             tasks = mapping.get("task_to_skill", {}).items()
             found.update(texts, **{task: texts[name] for task, name in tasks if name in texts})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"cannot read skills from {file} ({type(error).__name__}: {error})") from None
-    library = {"general": found.get("general", ""), "mistakes": found.get("mistakes", "")}
-    for category in categories:
-        names = (category, *(aliases or {}).get(category, ()))
-        library[category] = next((found[name] for name in names if found.get(name)), "")
+    aliases = {"general": ("general_skills",), "mistakes": ("common_mistakes",), **(aliases or {})}
+    library = {name: next(filter(None, map(found.get, (name, *aliases.get(name, ())))), "")
+               for name in ("general", "mistakes", *categories)}
     if missing := [category for category in categories if not library[category]]:
         only = "only general skills" if len(missing) == len(categories) else "no skills for " + ", ".join(missing)
         raise UserError(f"{folder} holds {only}; it needs a text for each of {', '.join(categories)}")
@@ -226,8 +233,7 @@ _POINT = ".,;'\u066c\u2018\u2019\u2024\u2044\uff07\uff0c\uff0e\uff1b"  # joins d
 _WORD = re.compile(rf"(?:{_LETTER}+(?:[{_MIDDLE}]{_LETTER}+)*|\d+(?:[{_POINT}]\d+)*[{_EXTEND}]*|_+)+|[{_CJK}]"
                    rf"|[{_PICTURE}](?:\u200d[{_PICTURE}]|[{_EXTEND}\U0001f3fb-\U0001f3ff])*")
 _ASCII_WORD = re.compile(r"(?:[A-Za-z]+(?:[:.'][A-Za-z]+)*|[0-9]+(?:[.,;'][0-9]+)*|_+)+")  # the same, twice as fast
-_STEP2, _STEP3, _STEP4 = [sorted((tuple(rule.split(":")) for rule in rules.split()), key=lambda rule: -len(rule[0]))
-                          for rules in (
+_STEP2, _STEP3, _STEP4 = [dict(rule.split(":") for rule in rules.split()) for rules in (
     "ational:ate tional:tion enci:ence anci:ance izer:ize bli:ble alli:al entli:ent eli:e ousli:ous ization:ize "
     "ation:ate ator:ate alism:al iveness:ive fulness:ful ousness:ous aliti:al iviti:ive biliti:ble logi:log",
     "icate:ic ative: alize:al iciti:ic ical:ic ful: ness:",
@@ -258,18 +264,17 @@ def _ends_cvc(word):
 
 
 def _replace_suffix(word, rules, least_measure):
-    suffix, new = next((rule for rule in rules if word.endswith(rule[0])), ("", ""))  # the longest, fit or not
+    suffix = max(filter(word.endswith, rules), key=len, default="")  # the longest, fit or not
     stem = word.removesuffix(suffix)
     fits = suffix and _measure(stem) > least_measure and (suffix != "ion" or stem.endswith(("s", "t")))
-    return stem + new if fits else word
+    return stem + rules[suffix] if fits else word
 
 
 def porter_stem(word):
     """The original Porter stemmer with the two changes of its author's own code (bli, logi), as in Lucene."""
     if len(word) <= 2:
         return word
-    if word.endswith("s"):
-        word = word[:-2] if word.endswith(("sses", "ies")) else word if word.endswith("ss") else word[:-1]
+    word = re.sub("(ss|i)es$|(?<!s)s$", r"\1", word)
     ending = re.search("(eed|ed|ing)$", word)
     if ending and ending[0] == "eed":
         word = word[:-1] if _measure(word[:-3]) > 0 else word
@@ -308,7 +313,7 @@ class BM25:
     BLOCK = 4096  # documents inverted at a time
     tie_rank = None  # an array: equal scores are ordered by it instead of by index
 
-    def __init__(self, texts=(), k1=0.9, b=0.4):
+    def __init__(self, texts, k1=0.9, b=0.4):
         self.k1, self.b, self.terms = float(k1), float(b), {}
         ids, texts, blocks, n_docs, total_length = self.terms, iter(texts), [], 0, 0
         while block := [[ids.setdefault(term, len(ids)) for term in map(analyse_word, words(text)) if term]
@@ -673,42 +678,41 @@ _ROOMS = {  # room: kinds of receptacle, repeated where several are usual
     "bedroom": "drawer drawer desk bed dresser shelf sidetable sofa safe garbagecan"}
 _OPENABLE, _NARROW = set("cabinet drawer fridge microwave safe".split()), {"microwave", "stoveburner", "toilet"}
 _THINGS = {  # object: (room, the two kinds of receptacle where it usually is, what can be done to it)
-    name: [room, *rest] for room, things in {
-        "kitchen": """apple fridge diningtable clean heat cool, potato fridge countertop clean heat cool,
-            tomato fridge countertop clean heat cool, egg fridge garbagecan clean heat cool,
-            bread countertop diningtable heat cool, lettuce fridge diningtable clean cool,
-            mug cabinet countertop clean heat cool, cup cabinet shelf clean heat cool,
-            plate cabinet countertop clean heat cool, bowl cabinet shelf clean cool, pan stoveburner cabinet clean cool,
-            fork drawer diningtable clean, spoon drawer sinkbasin clean, saltshaker shelf cabinet""",
-        "bathroom": """candle countertop shelf, soapbar sinkbasin bathtubbasin clean, cloth bathtubbasin drawer clean,
-            toiletpaper toilet cabinet, spraybottle cabinet toilet""",
-        "bedroom": """alarmclock desk sidetable, book bed desk, cd drawer shelf, cellphone bed sidetable,
-            creditcard drawer dresser, keychain drawer safe, laptop desk bed, pen desk drawer, pencil desk drawer,
-            pillow bed sofa, vase shelf dresser, remotecontrol sofa sidetable, watch dresser sidetable"""}.items()
-    for name, *rest in map(str.split, things.split(","))}
-_TASKS = {kind: parts.split(", ") for kind, parts in {  # task type: (treatment, where, two wordings)
-    "pick_and_place": ", , put a {o} in {r}., put some {o} on {r}.",
-    "look_at_obj_in_light": ", , look at {o} under the desklamp., examine the {o} with the desklamp.",
-    "pick_two_obj_and_place": ", , put two {o} in {r}., find two {o} and put them in {r}.",
-    "pick_clean_then_place_in_recep": "clean, sinkbasin, put a clean {o} in {r}., clean some {o} and put it in {r}.",
-    "pick_heat_then_place_in_recep": "heat, microwave, put a hot {o} in {r}., heat some {o} and put it in {r}.",
-    "pick_cool_then_place_in_recep": "cool, fridge, put a cool {o} in {r}., cool some {o} and put it in {r}."}.items()}
+    name: (room, usual, can) for room, things in _table("""
+kitchen: apple fridge diningtable clean heat cool, potato fridge countertop clean heat cool,
+    tomato fridge countertop clean heat cool, egg fridge garbagecan clean heat cool,
+    bread countertop diningtable heat cool, lettuce fridge diningtable clean cool,
+    mug cabinet countertop clean heat cool, cup cabinet shelf clean heat cool, plate cabinet countertop clean heat cool, bowl cabinet shelf clean cool, pan stoveburner cabinet clean cool,
+    fork drawer diningtable clean, spoon drawer sinkbasin clean, saltshaker shelf cabinet
+bathroom: candle countertop shelf, soapbar sinkbasin bathtubbasin clean, cloth bathtubbasin drawer clean,
+    toiletpaper toilet cabinet, spraybottle cabinet toilet
+bedroom: alarmclock desk sidetable, book bed desk, cd drawer shelf, cellphone bed sidetable, creditcard drawer dresser,
+    keychain drawer safe, laptop desk bed, pen desk drawer, pencil desk drawer, pillow bed sofa, vase shelf dresser,
+    remotecontrol sofa sidetable, watch dresser sidetable""").items()
+    for name, *usual, can in re.findall(r"(\w+) (\w+) (\w+)([\w ]*)", things)}
+_TASKS = {kind: parts.split("|") for kind, parts in _table("""
+pick_and_place: ||put a {o} in {r}.|put some {o} on {r}.
+look_at_obj_in_light: ||look at {o} under the desklamp.|examine the {o} with the desklamp.
+pick_two_obj_and_place: ||put two {o} in {r}.|find two {o} and put them in {r}.
+pick_clean_then_place_in_recep: clean|sinkbasin|put a clean {o} in {r}.|clean some {o} and put it in {r}.
+pick_heat_then_place_in_recep: heat|microwave|put a hot {o} in {r}.|heat some {o} and put it in {r}.
+pick_cool_then_place_in_recep: cool|fridge|put a cool {o} in {r}.|cool some {o} and put it in {r}.""").items()}
 _BUILT_IN_SIZES = {"train": 2000, "valid_seen": 140, "valid_unseen": 134}  # the last two as in the release
 
 
 @lru_cache(maxsize=None)
 def _hosts(thing):
     """Kinds of receptacle that can hold the object."""
-    room, *usual = _THINGS[thing][:3]
+    room, usual, _ = _THINGS[thing]
     return sorted(set(_ROOMS[room].split()) - _NARROW | set(usual))
 
 
 def _draw_house(rng, task_type, house):
     """(object, its target, kinds of receptacle, [objects in each], indices where it is, index of where it is to go)."""
     (treatment, tool, *_), look = _TASKS[task_type], task_type == "look_at_obj_in_light"
-    thing = rng.choice([name for name, (room, _, _, *can) in _THINGS.items()
+    thing = rng.choice([name for name, (room, _, can) in _THINGS.items()
                         if (not treatment or treatment in can) and (not look or room == "bedroom")])
-    room, *usual = _THINGS[thing][:3]
+    room, usual, _ = _THINGS[thing]
     target = rng.choice(["desk", "sidetable"] if look else [kind for kind in _hosts(thing) if kind != tool])
     sources = []
     for _ in range(2 if task_type == "pick_two_obj_and_place" else 1):
@@ -722,7 +726,7 @@ def _draw_house(rng, task_type, house):
     at = sorted(rng.choice([i for i, kind in enumerate(kinds) if kind == source]) for source in sources)
     inside = [[thing] * at.count(i) for i in range(house)]
     for other in rng.choices([name for name in _THINGS if _THINGS[name][0] == room and name != thing], k=house):
-        likely = [i for i, kind in enumerate(kinds) if kind in _THINGS[other][1:3]] if rng.random() < 0.85 else []
+        likely = [i for i, kind in enumerate(kinds) if kind in _THINGS[other][1]] if rng.random() < 0.85 else []
         spots = likely or [i for i, kind in enumerate(kinds) if kind in _hosts(other)]
         if spots and len(inside[spot := rng.choice(spots)]) < 3:
             inside[spot].append(other)
@@ -735,15 +739,15 @@ def _build_game(rng, task_type, house):
     """A generated game: the parts that AlfworldGame takes (see _read_game), and `pair`, its object and target."""
     thing, target, kinds, inside, at, goal = _draw_house(rng, task_type, house)
     (treatment, tool, *wordings), look = _TASKS[task_type], task_type == "look_at_obj_in_light"
-    init = "(atlocation agent1 loc_bar_99)" + ""
+    init = "(atlocation agent1 loc_bar_99)"
     spots = [re.sub("(basin)?$", rf"_bar_{i:02d}\1", kind, count=1) for i, kind in enumerate(kinds)]
     for i, (spot, kind) in enumerate(zip(spots, kinds)):
         init += (f"(receptacletype {spot} {kind})(receptacleatlocation {spot} loc_bar_{i:02d})"
                  f"({'openable' if kind in _OPENABLE else 'open'} {spot})")
         for n, what in enumerate(inside[i]):
-            it, can = f"{what}_bar_{i:02d}_{n}", ["toggle"] if what == "desklamp" else ["pickup", *_THINGS[what][3:]]
+            it, can = f"{what}_bar_{i:02d}_{n}", "toggle" if what == "desklamp" else "pickup" + _THINGS[what][2]
             init += f"(objecttype {it} {what})(inreceptacle {it} {spot})(objectatlocation {it} loc_bar_{i:02d})"
-            init += "".join(f"({verb}able {it})" for verb in can)
+            init += "".join(f"({verb}able {it})" for verb in can.split())
     variables, wanted = "?o ?r", f"(objecttype ?o {thing}) (receptacletype ?r {target}) (inreceptacle ?o ?r)"
     if treatment:
         wanted += f" ({_TREATMENTS[treatment][0]} ?o)"
@@ -784,24 +788,24 @@ def built_in_game(split, index, task_type, seed, house):
 
 # ---- skills: what the teacher is told ----
 
-ALFWORLD_SKILLS = dict(line.split(": ", 1) for line in """
-general: Search likely receptacles first, each once; open what is closed before you call it empty. Take the object \
-as soon as you see it. Food: fridge, countertop, diningtable. Dishes: cabinet, countertop, shelf. Cutlery: drawer. \
-Pens, laptops, clocks: desk. Cards, keys, cds: drawer. Books, phones: bed. You can hold one object.
-pick_and_place: Pick and place: 1. Find the object where its kind usually is. 2. Take it. 3. Go to the target \
-receptacle. 4. Open it if closed. 5. Move the object to it.
-look_at_obj_in_light: Look under a lamp: 1. Find the object and take it. 2. Find the desklamp: on a desk or a \
-sidetable. 3. Still holding the object, use the desklamp.
-pick_clean_then_place_in_recep: Clean and place: 1. Find and take the object. 2. Go to the sinkbasin. 3. Clean the \
-object with it. 4. Go to the target, open it if closed. 5. Move the object to it.
-pick_heat_then_place_in_recep: Heat and place: 1. Find and take the object. 2. Go to the microwave, leave it closed. \
-3. Heat the object with it. 4. Go to the target, open it if closed. 5. Move the object to it.
-pick_cool_then_place_in_recep: Cool and place: 1. Find and take the object, food often in the fridge. 2. Go to the \
-fridge. 3. Cool the object with it. 4. Go to the target, open it if closed. 5. Move the object to it.
-pick_two_obj_and_place: Two objects: 1. Find and take the first. 2. Move it to the target. 3. Find another of the \
-same kind, not the one already placed. 4. Move it to the same target receptacle.
-mistakes: Avoid: going back to searched places; leaving closed receptacles unopened; placing the object before it is \
-clean, hot or cool; naming an action that is not offered.""".strip().split("\n"))
+ALFWORLD_SKILLS = _table("""
+general: Search likely receptacles first, each once; open what is closed before you call it empty. Take the object as
+    soon as you see it. Food: fridge, countertop, diningtable. Dishes: cabinet, countertop, shelf. Cutlery: drawer.
+    Pens, laptops, clocks: desk. Cards, keys, cds: drawer. Books, phones: bed. You can hold one object.
+pick_and_place: Pick and place: 1. Find the object where its kind usually is. 2. Take it. 3. Go to the target
+    receptacle. 4. Open it if closed. 5. Move the object to it.
+look_at_obj_in_light: Look under a lamp: 1. Find the object and take it. 2. Find the desklamp: on a desk or a sidetable.
+    3. Still holding the object, use the desklamp.
+pick_clean_then_place_in_recep: Clean and place: 1. Find and take the object. 2. Go to the sinkbasin. 3. Clean the
+    object with it. 4. Go to the target, open it if closed. 5. Move the object to it.
+pick_heat_then_place_in_recep: Heat and place: 1. Find and take the object. 2. Go to the microwave, leave it closed. 3.
+    Heat the object with it. 4. Go to the target, open it if closed. 5. Move the object to it.
+pick_cool_then_place_in_recep: Cool and place: 1. Find and take the object, food often in the fridge. 2. Go to the
+    fridge. 3. Cool the object with it. 4. Go to the target, open it if closed. 5. Move the object to it.
+pick_two_obj_and_place: Two objects: 1. Find and take the first. 2. Move it to the target. 3. Find another of the same
+    kind, not the one already placed. 4. Move it to the same target receptacle.
+mistakes: Avoid: going back to searched places; leaving closed receptacles unopened; placing the object before it is
+    clean, hot or cool; naming an action that is not offered.""")
 _SKILL_ALIASES = {"look_at_obj_in_light": ("examine",), "pick_clean_then_place_in_recep": ("clean",),
                   "pick_heat_then_place_in_recep": ("heat",), "pick_cool_then_place_in_recep": ("cool",),
                   "pick_two_obj_and_place": ("pick_and_place",)}
@@ -842,7 +846,7 @@ def _searches(game, sought, place, visited, count, rng):
     kind = {key: name.rsplit(" ", 1)[0] for key, name in game._name.items()}
     has = {spot for thing, spot in game._facts["inreceptacle"] if kind[thing] == sought}
     thing, near, drawn = next(key for key in kind if kind[key] == sought), game.beside(place), []
-    usual = ["desk", "sidetable"] if sought == "desklamp" else _THINGS.get(sought, ())[1:3]
+    usual = ["desk", "sidetable"] if sought == "desklamp" else _THINGS[sought][1] if sought in _THINGS else ()
     for spot, where in game._place.items():
         if not ({game._name[spot]} & (visited | set(near)) or has & set(game._near[where])):
             weight = 1 if kind[spot] in usual else 0.2 if game.fits(thing, spot) else 0.02
@@ -956,9 +960,8 @@ class Alfworld:
 
     def __init__(self, data=None, seed=233, skills=None, house=6, task_types="", detours=0):
         self.seed, self.house, self.detours, self.skill_names = seed, house, detours, list(ALFWORLD_TYPES)
-        library = read_skills(skills, self.skill_names, _SKILL_ALIASES) if skills else ALFWORLD_SKILLS
-        # skill(category, brief) for the teacher of one task, all_skills() for one who is told everything
-        self.skill = self.all_skills = functools.partial(skill_text, library)
+        library = read_skills(skills, ALFWORLD_SKILLS, self.skill_names, _SKILL_ALIASES)
+        self.skill = self.all_skills = partial(skill_text, library)
         self._ids, self._parsed = {}, lru_cache(maxsize=512)(self._read)
         for option, value, least, most in (("house", house, 4, 12), ("detours", detours, 0, 100)):
             if value not in range(least, most + 1):
@@ -1542,12 +1545,6 @@ class WebShop:
 
 # ---- the built-in catalogue ----
 
-def _table(text):
-    """{name: text} from paragraphs "name: text", whose further lines are indented; one that ends in | or , goes on."""
-    text = re.sub(r"([|,])\n\s+", r"\1", text)
-    return {name: " ".join(body.split()) for name, body in re.findall(r"^(\w+): (.*?)(?=^\w|\Z)", text, re.S | re.M)}
-
-
 # skill category: WebShop's category | product types | attributes | options
 SHOP_WORLD = _table("""
 apparel: fashion|shirt,dress,jacket,jeans,sweater|machine wash,slim fit,long sleeve,cotton blend,quick dry|
@@ -1764,9 +1761,7 @@ class WebShopEnv:
         source = build_catalogue(seed) if self.builtin else path
         self.catalogue = Catalogue(source, seed, human_goals, catalogue, nouns)
         self._page_size = 5 if self.builtin else RESULTS_PER_PAGE  # 5: few products, yet pages to turn
-        library = read_skills(skills, self.skill_names) if skills else SHOP_SKILLS
-        # skill(category, brief) for the teacher of one task, all_skills() for one who is told everything
-        self.skill = self.all_skills = functools.partial(skill_text, library)
+        self.skill = self.all_skills = partial(skill_text, read_skills(skills, SHOP_SKILLS, self.skill_names))
         count = len(self.catalogue.goals)
         held_out = min(TEST_GOALS, count // 4)
         panel = sorted(random.Random(233).sample(range(held_out), min(PANEL_GOALS, held_out)))
@@ -1811,19 +1806,19 @@ class WebShopEnv:
 SEARCH_DATASETS = ("NQ", "TriviaQA", "PopQA", "HotpotQA", "2Wiki", "MuSiQue", "Bamboogle")  # the paper's columns
 DATASET_ALIASES = {"hotpot": "HotpotQA", "2wikimultihopqa": "2Wiki", **{name.lower(): name for name in SEARCH_DATASETS}}
 MAX_QUERY, MAX_ANSWER, MAX_PASSAGE, MAX_REPLY = 400, 1000, 4000, 1 << 28  # characters kept; bytes read from a server
-SEARCH_SKILLS = {
-    "general": "Name the missing fact before searching. Query with the entity's full name and the wanted property. "
-        "Check that a passage speaks of the right entity; answer once one states the fact, or in the last turn.",
-    "direct_retrieval": "One passage usually holds the answer. Search the question's rarest words together. If the "
-        "passages miss, try synonyms or the likely page title, not the same query. Answer in the passage's words.",
-    "entity_attribute_lookup": "Search the entity's exact name plus the property (birthplace, genre, capital). Where "
-        "several entities share a name, add occupation, year or country. Answer with the property's value alone.",
-    "multi_hop_reasoning": "Find the innermost entity first: who made, led or founded the thing. Put the name found "
-        "into the next query, with the next property. One link per search. Answer the outermost question.",
-    "compare": "Search each candidate by itself and note its date, number or place. Compare when both are known; mind "
-        "the direction: older means the earlier year. Answer what is asked: candidate, property, or yes or no.",
-    "mistakes": "Common mistakes: answering from memory while searches are left; repeating a failed query; searching "
-        "and answering in one response; explaining inside the answer tags instead of giving the bare fact."}
+SEARCH_SKILLS = _table("""
+general: Name the missing fact before searching. Query with the entity's full name and the wanted property. Check that a
+    passage speaks of the right entity; answer once one states the fact, or in the last turn.
+direct_retrieval: One passage usually holds the answer. Search the question's rarest words together. If the passages
+    miss, try synonyms or the likely page title, not the same query. Answer in the passage's words.
+entity_attribute_lookup: Search the entity's exact name plus the property (birthplace, genre, capital). Where several
+    entities share a name, add occupation, year or country. Answer with the property's value alone.
+multi_hop_reasoning: Find the innermost entity first: who made, led or founded the thing. Put the name found into the
+    next query, with the next property. One link per search. Answer the outermost question.
+compare: Search each candidate by itself and note its date, number or place. Compare when both are known; mind the
+    direction: older means the earlier year. Answer what is asked: candidate, property, or yes or no.
+mistakes: Common mistakes: answering from memory while searches are left; repeating a failed query; searching and
+    answering in one response; explaining inside the answer tags instead of giving the bare fact.""")
 DIRECT, ATTRIBUTE, HOPS, COMPARE = SEARCH_CATEGORIES = tuple(SEARCH_SKILLS)[1:5]
 Question = namedtuple("Question", "id text answers group chain", defaults=((),))  # chain: queries that lead to it
 COMPARING = re.compile(r"^(which|who|what|where|are|is|was|were|do|does|did|between)\b.*\bor\b|\b(both|same|share)\b.*"
@@ -2133,10 +2128,9 @@ class SearchQA:
                                      ("retries", retries, 0)):
             if isinstance(value, str) or value < least:
                 raise UserError(f"{option}={value} must be a number of {least} or more")
+        self.skill = self.all_skills = partial(skill_text, read_skills(skills, SEARCH_SKILLS, self.skill_names))
         path, self.topk, self.max_turns = find_data("search", data), topk, max_turns
-        self.builtin, library = path is None, read_skills(skills, SEARCH_CATEGORIES) if skills else SEARCH_SKILLS
-        # skill(category, brief) for the teacher of one task, all_skills() for one who is told everything
-        self.skill = self.all_skills = functools.partial(skill_text, library)
+        self.builtin = path is None
         if self.builtin and (search_url or corpus):
             raise UserError("a search server or corpus needs questions; give them with --data FILE (JSONL or parquet)")
         self.questions, files = build_world(seed) if self.builtin else load_questions(path)
@@ -2252,7 +2246,7 @@ def main(argv=None):
     """python envs.py download NAME [DIR], or bench DATA [GAMES]; returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
     fetch = {"alfworld": download_alfworld, "webshop": download_webshop,
-             "webshop-full": functools.partial(download_webshop, full=True)}
+             "webshop-full": partial(download_webshop, full=True)}
     try:
         if len(argv) in (2, 3) and argv[0] == "download" and argv[1] in fetch:
             name = argv[1].removesuffix("-full")
