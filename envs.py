@@ -100,6 +100,22 @@ def one_line(text, limit=200):
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:limit]
 
 
+QUOTED_TURN = "[Observation {0}: '{1}', Action {0}: '{2}']"  # the public code's form
+
+
+def last_turns(turns, history, room):
+    """(number, observation cut to `room` characters, action) of the last `history` turns."""
+    first = max(len(turns) - history, 0)
+    return [(i, shorten_middle(seen, room), action) for i, (seen, action) in enumerate(turns[first:], first + 1)]
+
+
+def step_each(sessions, responses, think_closed=False):
+    """Advances every session by one raw response; those that are done stay as they are. think_closed: the chat template
+    has closed the think block in the prompt, so that a response without <think> is valid."""
+    for session, response in zip(sessions, responses, strict=True):
+        session.step(response, think_closed)
+
+
 def _table(text):
     """{name: text} from paragraphs "name: text", whose further lines are indented; one that ends in | or , goes on."""
     text = re.sub(r"([|,])\n\s+", r"\1", text)
@@ -682,7 +698,8 @@ _THINGS = {  # object: (room, the two kinds of receptacle where it usually is, w
 kitchen: apple fridge diningtable clean heat cool, potato fridge countertop clean heat cool,
     tomato fridge countertop clean heat cool, egg fridge garbagecan clean heat cool,
     bread countertop diningtable heat cool, lettuce fridge diningtable clean cool,
-    mug cabinet countertop clean heat cool, cup cabinet shelf clean heat cool, plate cabinet countertop clean heat cool, bowl cabinet shelf clean cool, pan stoveburner cabinet clean cool,
+    mug cabinet countertop clean heat cool, cup cabinet shelf clean heat cool,
+    plate cabinet countertop clean heat cool, bowl cabinet shelf clean cool, pan stoveburner cabinet clean cool,
     fork drawer diningtable clean, spoon drawer sinkbasin clean, saltshaker shelf cabinet
 bathroom: candle countertop shelf, soapbar sinkbasin bathtubbasin clean, cloth bathtubbasin drawer clean,
     toiletpaper toilet cabinet, spraybottle cabinet toilet
@@ -690,13 +707,22 @@ bedroom: alarmclock desk sidetable, book bed desk, cd drawer shelf, cellphone be
     keychain drawer safe, laptop desk bed, pen desk drawer, pencil desk drawer, pillow bed sofa, vase shelf dresser,
     remotecontrol sofa sidetable, watch dresser sidetable""").items()
     for name, *usual, can in re.findall(r"(\w+) (\w+) (\w+)([\w ]*)", things)}
-_TASKS = {kind: parts.split("|") for kind, parts in _table("""
-pick_and_place: ||put a {o} in {r}.|put some {o} on {r}.
-look_at_obj_in_light: ||look at {o} under the desklamp.|examine the {o} with the desklamp.
-pick_two_obj_and_place: ||put two {o} in {r}.|find two {o} and put them in {r}.
-pick_clean_then_place_in_recep: clean|sinkbasin|put a clean {o} in {r}.|clean some {o} and put it in {r}.
-pick_heat_then_place_in_recep: heat|microwave|put a hot {o} in {r}.|heat some {o} and put it in {r}.
-pick_cool_then_place_in_recep: cool|fridge|put a cool {o} in {r}.|cool some {o} and put it in {r}.""").items()}
+_TASKS = {  # task type: [treatment, where, two wordings, the goal's variables, its conditions]
+    kind: parts.split("|") for kind, parts in _table("""
+pick_and_place: ||put a {o} in {r}.|put some {o} on {r}.|
+    ?o ?r|(objecttype ?o {o}) (receptacletype ?r {r}) (inreceptacle ?o ?r)
+look_at_obj_in_light: ||look at {o} under the desklamp.|examine the {o} with the desklamp.|
+    ?o ?p ?r ?l|(objecttype ?o {o}) (holds agent1 ?o) (objecttype ?p desklamp) (istoggled ?p) (inreceptacle ?p ?r)
+    (receptacleatlocation ?r ?l) (atlocation agent1 ?l)
+pick_two_obj_and_place: ||put two {o} in {r}.|find two {o} and put them in {r}.|
+    ?o ?r ?p|(objecttype ?o {o}) (receptacletype ?r {r}) (inreceptacle ?o ?r) (objecttype ?p {o}) (inreceptacle ?p ?r)
+    (not (= ?o ?p))
+pick_clean_then_place_in_recep: clean|sinkbasin|put a clean {o} in {r}.|clean some {o} and put it in {r}.|
+    ?o ?r|(objecttype ?o {o}) (receptacletype ?r {r}) (inreceptacle ?o ?r) (isclean ?o)
+pick_heat_then_place_in_recep: heat|microwave|put a hot {o} in {r}.|heat some {o} and put it in {r}.|
+    ?o ?r|(objecttype ?o {o}) (receptacletype ?r {r}) (inreceptacle ?o ?r) (ishot ?o)
+pick_cool_then_place_in_recep: cool|fridge|put a cool {o} in {r}.|cool some {o} and put it in {r}.|
+    ?o ?r|(objecttype ?o {o}) (receptacletype ?r {r}) (inreceptacle ?o ?r) (iscool ?o)""").items()}
 _BUILT_IN_SIZES = {"train": 2000, "valid_seen": 140, "valid_unseen": 134}  # the last two as in the release
 
 
@@ -738,7 +764,7 @@ def _draw_house(rng, task_type, house):
 def _build_game(rng, task_type, house):
     """A generated game: the parts that AlfworldGame takes (see _read_game), and `pair`, its object and target."""
     thing, target, kinds, inside, at, goal = _draw_house(rng, task_type, house)
-    (treatment, tool, *wordings), look = _TASKS[task_type], task_type == "look_at_obj_in_light"
+    treatment, tool, *wordings, variables, conditions = _TASKS[task_type]
     init = "(atlocation agent1 loc_bar_99)"
     spots = [re.sub("(basin)?$", rf"_bar_{i:02d}\1", kind, count=1) for i, kind in enumerate(kinds)]
     for i, (spot, kind) in enumerate(zip(spots, kinds)):
@@ -748,29 +774,19 @@ def _build_game(rng, task_type, house):
             it, can = f"{what}_bar_{i:02d}_{n}", "toggle" if what == "desklamp" else "pickup" + _THINGS[what][2]
             init += f"(objecttype {it} {what})(inreceptacle {it} {spot})(objectatlocation {it} loc_bar_{i:02d})"
             init += "".join(f"({verb}able {it})" for verb in can.split())
-    variables, wanted = "?o ?r", f"(objecttype ?o {thing}) (receptacletype ?r {target}) (inreceptacle ?o ?r)"
-    if treatment:
-        wanted += f" ({_TREATMENTS[treatment][0]} ?o)"
-    elif task_type == "pick_two_obj_and_place":
-        variables, wanted = "?o ?r ?p", f"{wanted} (objecttype ?p {thing}) (inreceptacle ?p ?r) (not (= ?o ?p))"
-    elif look:
-        variables, wanted = "?o ?p ?r ?l", (
-            f"(objecttype ?o {thing}) (holds agent1 ?o) (objecttype ?p desklamp) (istoggled ?p) (inreceptacle ?p ?r) "
-            "(receptacleatlocation ?r ?l) (atlocation agent1 ?l)")
     facts = _parse_facts(init) | {"cancontain": {(kind, name) for name in _THINGS for kind in _hosts(name)}}
     name, walkthrough, here, opened = _player_names(facts), [], None, set()
     for k, source in enumerate(at):
         it = name[f"{thing}_bar_{source:02d}_{at[:k].count(source)}"]
-        acts = [(source, f"take {it} from {{}}"), (goal, "use desklamp 1" if look else f"move {it} to {{}}")]
-        if tool:
-            acts.insert(1, (kinds.index(tool), f"{treatment} {it} with {{}}"))
-        for i, command in acts:
+        treat = [(kinds.index(tool), f"{treatment} {it} with {{}}")] if tool else []
+        finish = "use desklamp 1" if task_type == "look_at_obj_in_light" else f"move {it} to {{}}"
+        for i, command in [(source, f"take {it} from {{}}"), *treat, (goal, finish)]:
             spot, enter = name[spots[i]], command[:4] in ("take", "move") and kinds[i] in _OPENABLE and i not in opened
             walkthrough += ["go to " + spot] * (i != here) + ["open " + spot] * enter + [command.format(spot)]
             here, opened = i, opened | {i} if enter else opened
-    return dict(facts=facts, goal=_parse_goal(f"(:goal (exists ({variables}) (and {wanted})))"), help=True,
-                task=rng.choice(wordings).format(o=thing, r=target), pair=f"{thing} {target}", walkthrough=walkthrough,
-                put="move {} to {}", arrives_at_name=True)
+    condition = f"(:goal (exists ({variables}) (and {conditions})))".format(o=thing, r=target)
+    return dict(facts=facts, goal=_parse_goal(condition), task=rng.choice(wordings).format(o=thing, r=target),
+                pair=f"{thing} {target}", walkthrough=walkthrough, put="move {} to {}", help=True, arrives_at_name=True)
 
 
 def built_in_game(split, index, task_type, seed, house):
@@ -871,14 +887,14 @@ When it is done, choose one admissible action for this step and put it between <
 """
 
 
-def parse_action(response, think_closed=False):
+def parse_action(response, think_closed=False, kept=30):
     """(action, valid) of a response, judged as the public alfworld_projection does: in lower case, what stands between
-    the first <action> and the first </action>; without these the last 30 characters, invalid. Invalid too: <think> or
-    </think> missing (not demanded with think_closed), or any CJK character."""
+    the first <action> and the first </action>; without these the last `kept` characters, invalid. Invalid too: <think>
+    or </think> missing (not demanded with think_closed), or any CJK character."""
     low = response.lower()
     start, end = low.find("<action>"), low.find("</action>")
     if start < 0 or end < 0:
-        return low[-30:], False
+        return low[-kept:], False
     thinks = think_closed or ("<think>" in response and "</think>" in response)
     return low[start + len("<action>"):end].strip(), bool(thinks and not re.search("[\u4e00-\u9fff]", response))
 
@@ -905,15 +921,14 @@ class AlfworldSession:
 
     def prompt(self, skill="", history=2, room=None, brief=False):
         """The user message of this turn, with the public code's parts; observations are cut to `room` characters."""
-        count, seen = len(self.turns), shorten_middle(self.observation, room)
-        past = [(i, shorten_middle(text, room), action) for i, (text, action) in enumerate(self.turns, 1)]
-        past = past[max(count - history, 0):]
+        past, seen = last_turns(self.turns, history, room), shorten_middle(self.observation, room)
         commands = [command for command in self._game.admissible_commands if command != "help"]
         if brief:
             return self._brief_prompt(skill, past, seen, commands)
+        count = len(self.turns)
         before = f"You are now at step {count + 1} and y" if count else "Y"
         if past:
-            turns = "\n".join(f"[Observation {i}: '{text}', Action {i}: '{action}']" for i, text, action in past)
+            turns = "\n".join(QUOTED_TURN.format(*turn) for turn in past)
             before = (f"Before this step you have already taken {count} step(s). The most recent {len(past)} "
                       f"observations and the actions you took on them:\n{turns}\n{before}")
         named = not count and seen == self.observation  # the opening text itself names the task
@@ -1010,10 +1025,7 @@ class Alfworld:
         """A new episode. `seed` and `detours` only decide how its expert searches."""
         return AlfworldSession(task_id, self.game(task_id), seed, self.detours if detours is None else detours)
 
-    def step(self, sessions, responses, think_closed=False):
-        """Advances every session by one raw response."""
-        for session, response in zip(sessions, responses):
-            session.step(response, think_closed)
+    step = staticmethod(step_each)
 
 
 class GameFiles:
@@ -1641,11 +1653,7 @@ def shop_category(instruction):
 
 # ---- the environment as sdar.py and eval.py see it ----
 
-def parse_shop_response(response, think_closed=False):
-    """(action, valid) as the public webshop_projection has it: that of ALFWorld, but without action tags the last 20
-    characters are left."""
-    low = response.lower()
-    return parse_action(response, think_closed) if "<action>" in low and "</action>" in low else (low[-20:], False)
+parse_shop_response = partial(parse_action, kept=20)  # as the public webshop_projection has it
 
 
 class ShopSession:
@@ -1663,8 +1671,10 @@ class ShopSession:
         """The page without the instruction, each part in quotes (the public code's format)."""
         return " [SEP] ".join(f"'{part}'" for part in self.shop.parts)
 
-    def respond(self, response, think_closed=False):
-        """Takes one raw response; see WebShopEnv.step."""
+    def step(self, response, think_closed=False):
+        """Plays a raw response; after the end it does nothing."""
+        if self.done:
+            return
         action, self.valid = parse_shop_response(response, think_closed)
         action = action[:2000]
         self.action = one_line(action, 300)
@@ -1677,14 +1687,13 @@ class ShopSession:
 
     def prompt(self, skill="", history=2, room=None, brief=False):
         """The user message of this turn; `room` cuts every observation in it in the middle (in characters)."""
-        past, count = self.turns[-history:] if history > 0 else [], len(self.turns)
+        past, count = last_turns(self.turns, history, room), len(self.turns)
         if brief:  # clickable parts in brackets: observation and admissible actions in one
             page = " ".join(f"[{part.lower()}]" if part.lower() in self.shop.clickables else part
                             for part in self.shop.parts)
-            did = past and "did: " + " > ".join(action for _, action in past)
+            did = past and "did: " + " > ".join(action for _, _, action in past)
             return "\n".join(filter(None, [skill, self.task, did, shorten_middle(page, room)]))
-        steps = "\n".join(f"[Observation {i}: '{shorten_middle(seen, room)}', Action {i}: '{action}']"
-                          for i, (seen, action) in enumerate(past, count - len(past) + 1))
+        steps = "\n".join(QUOTED_TURN.format(*turn) for turn in past)
         if past:
             steps = f"Steps taken so far: {count}. The last {len(past)} with what you saw:\n{steps}\n"
         offered = [f"click[{name}]" for name in self.shop.clickables]
@@ -1792,11 +1801,7 @@ class WebShopEnv:
             raise UserError(f"WebShop has no task {task_id!r}; ask tasks(split) for them")
         return ShopSession(WebShop(self.catalogue, seed, page_size=self._page_size), str(task_id), int(found[2]))
 
-    def step(self, sessions, responses, think_closed=False):
-        """Advances every session by its model's raw response; finished ones stay as they are."""
-        for session, response in zip(sessions, responses, strict=True):
-            if not session.done:
-                session.respond(response, think_closed)
+    step = staticmethod(step_each)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -2208,13 +2213,15 @@ def bench_alfworld(data, games=20, wandering=10):
     """Print the mean milliseconds of a load, a reset and a step (text and admissible commands), beside the original
     engine's where it is installed: the same games, random commands, then the walkthrough, every text compared."""
     env, rng, differences = Alfworld(data=data), random.Random(0), 0
-    seconds = {(what, who): [] for what in ("load", "reset", "step") for who in ("here", "original")}
+    seconds = {what: ([], []) for what in ("load", "reset", "step")}  # here, and the original's
 
-    def timed(what, who, function, *arguments):
-        began = time.perf_counter()
-        result = function(*arguments)
-        seconds[what, who].append(time.perf_counter() - began)
-        return result
+    def timed(what, *calls):
+        results = [None, None]
+        for i, call in enumerate(filter(None, calls)):
+            began = time.perf_counter()
+            results[i] = call()
+            seconds[what][i].append(time.perf_counter() - began)
+        return results
 
     ids = [task_id for split in env.splits for task_id in env.tasks(split)]
     for task_id in tqdm(rng.sample(ids, min(int(games), len(ids))), desc="games"):
@@ -2222,23 +2229,19 @@ def bench_alfworld(data, games=20, wandering=10):
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "game.tw-pddl"
             path.write_text(env._files.read(task_id), encoding="utf-8")
-            game = timed("load", "here", AlfworldGame, str(path))
-            if other:
-                timed("load", "original", other.load, str(path))
-        text = timed("reset", "here", game.reset)
-        state = timed("reset", "original", other.reset) if other else None
+            game, _ = timed("load", lambda: AlfworldGame(path), other and (lambda: other.load(str(path))))
+        text, state = timed("reset", game.reset, other and other.reset)
         for step in range(wandering + len(game.walkthrough)):
             if other and (state.feedback, state["admissible_commands"]) != (text, game.admissible_commands):
                 differences += 1
             command = rng.choice(game.admissible_commands) if step < wandering else game.walkthrough[step - wandering]
-            text = timed("step", "here", lambda c: (game.step(c), game.admissible_commands)[0], command)
-            if other:
-                state = timed("step", "original", other.step, command)[0]
-    for what in ("load", "reset", "step"):
-        here, there = (1e3 * sum(v) / max(len(v), 1) for v in (seconds[what, "here"], seconds[what, "original"]))
+            text, state = timed("step", lambda: (game.step(command), game.admissible_commands)[0],
+                                other and (lambda: other.step(command)[0]))
+    for what, times in seconds.items():
+        here, there = (1e3 * sum(part) / max(len(part), 1) for part in times)
         beside = f"   original {there:8.1f} ms   {there / here:6.0f} x" if there else ""
         print(f"{what:6} {here:8.3f} ms   {1e3 / here:8.0f} a second{beside}")
-    print(f"{len(seconds['step', 'here'])} steps; " + (f"{differences} differences" if seconds["step", "original"] else
+    print(f"{len(seconds['step'][0])} steps; " + (f"{differences} differences" if seconds["step"][1] else
           "the original is not installed: pip install alfworld textworld"))
 
 
