@@ -48,9 +48,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-# --------------------------------------------------------------------------------------------------------------------
-# Errors, data, downloads, skills, panels: what the three benchmarks share
-# --------------------------------------------------------------------------------------------------------------------
+# ======== Errors, data, downloads, skills, panels: what the three benchmarks share ====================================
 
 class UserError(Exception):
     """A mistake of the user's; the message is one line and says what to do."""
@@ -227,9 +225,7 @@ def _transfer(url, part):
     return total, part.stat().st_size
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# BM25 as Lucene computes it, in numpy
-# --------------------------------------------------------------------------------------------------------------------
+# ======== BM25 as Lucene computes it, in numpy ========================================================================
 
 STOP_WORDS = frozenset("a an and are as at be but by for if in into is it no not of on or such that the their then "
                        "there these they this to was will with".split())
@@ -326,12 +322,13 @@ class BM25:
     docs[starts[t]:starts[t + 1]] are the documents with term t, rising; codes what they score by: term frequency (at
     most 255) * 256 + length byte."""
 
+    K1, B = np.float32(0.9), np.float32(0.4)  # Anserini's
     BLOCK = 4096  # documents inverted at a time
     tie_rank = None  # an array: equal scores are ordered by it instead of by index
 
-    def __init__(self, texts, k1=0.9, b=0.4):
-        self.k1, self.b, self.terms = float(k1), float(b), {}
-        ids, texts, blocks, n_docs, total_length = self.terms, iter(texts), [], 0, 0
+    def __init__(self, texts):
+        self.terms = ids = {}
+        texts, blocks, n_docs, total_length = iter(texts), [], 0, 0
         while block := [[ids.setdefault(term, len(ids)) for term in map(analyse_word, words(text)) if term]
                         for text in itertools.islice(texts, self.BLOCK)]:
             blocks.append(self._postings(block, n_docs))
@@ -365,8 +362,8 @@ class BM25:
     def _prepare(self, n_docs, total_length):
         self.n_docs, self.total_length = n_docs, total_length
         mean_length = np.float32(total_length / max(n_docs, 1)) or np.float32(1)
-        length, k1, b = BYTE_LENGTHS.astype(np.float32), np.float32(self.k1), np.float32(self.b)
-        inverse_norm = np.float32(1) / (k1 * ((np.float32(1) - b) + b * length / mean_length))
+        length = BYTE_LENGTHS.astype(np.float32)
+        inverse_norm = np.float32(1) / (self.K1 * ((np.float32(1) - self.B) + self.B * length / mean_length))
         self._saturation = (np.float32(1) + np.arange(256, dtype=np.float32)[:, None] * inverse_norm).ravel()  # by code
 
     def search(self, query, k=10):
@@ -393,7 +390,7 @@ class BM25:
         terms = np.frombuffer("\n".join(self.terms).encode(), np.uint8)
         with open(path, "wb") as file:
             np.savez(file, terms=terms, starts=self.starts, docs=self.docs, codes=self.codes,
-                     settings=np.array([self.k1, self.b, self.n_docs, self.total_length], np.float64))
+                     settings=np.array([self.n_docs, self.total_length], np.float64))
 
     @classmethod
     def load(cls, path):
@@ -403,19 +400,17 @@ class BM25:
             with np.load(Path(path), allow_pickle=False) as file:
                 terms = file["terms"].tobytes().decode()
                 index.starts, index.docs, index.codes = file["starts"], file["docs"], file["codes"]
-                index.k1, index.b, n_docs, total_length = file["settings"].tolist()
+                n_docs, total_length = map(int, file["settings"][-2:])  # older files have k1 and b before these
             index.terms = {term: i for i, term in enumerate(terms.split("\n"))} if terms else {}
             if len(index.terms) + 1 != len(index.starts) or {len(index.docs), len(index.codes)} != {index.starts[-1]}:
                 raise ValueError("its parts do not fit together")
-            index._prepare(int(n_docs), total_length)
+            index._prepare(n_docs, total_length)
         except Exception as error:  # what numpy and zipfile raise for damaged bytes is documented nowhere
             raise ValueError(f"{path} is not a saved BM25 index ({type(error).__name__}); build it again") from error
         return index
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# ALFWorld
-# --------------------------------------------------------------------------------------------------------------------
+# ======== ALFWorld ====================================================================================================
 
 ALFWORLD_URL = "https://github.com/alfworld/alfworld/releases/download/0.4.2/json_2.1.3_tw-pddl.zip"
 ALFWORLD_SHA256 = "5df77ea759f2211a4106082839ddbbb790f1ba4e7d097ed732cf453f72aa36cf"
@@ -991,8 +986,9 @@ class Alfworld:
         self.builtin = not (path and self._files.files)
         if self.builtin and (data or os.environ.get("ALFWORLD_DATA")):
             raise UserError(f"no game.tw-pddl in {path}; it lacks json_2.1.1/train: python envs.py download alfworld")
-        sizes = ", ".join(f"{split} {size}" for split, size in _BUILT_IN_SIZES.items())
-        self.source = f"ALFWorld in {path}: {self._files.counts()}" if not self.builtin else (
+        sizes = _BUILT_IN_SIZES if self.builtin else Counter(name.split("/")[0] for name in self._files.files)
+        sizes = ", ".join(f"{split} {size}" for split, size in sizes.items())
+        self.source = f"ALFWorld in {path}: {sizes}" if not self.builtin else (
             f"built-in games (seed {seed}): {house} receptacles, {sizes}; for the real benchmark: "
             "python envs.py download alfworld")
 
@@ -1045,10 +1041,6 @@ class GameFiles:
         self.files = {task_id: file for task_id, file in found if task_id.split("/")[0] in Alfworld.splits
                       and not re.search("movable|Sliced", task_id)}  # the original leaves these out
 
-    def counts(self):
-        """The splits with their numbers of games, as text."""
-        return ", ".join(f"{split} {n}" for split, n in Counter(name.split("/")[0] for name in self.files).items())
-
     def read(self, task_id):
         """The text of a game file. Raises UserError naming it."""
         if task_id not in self.files:
@@ -1078,13 +1070,11 @@ def download_alfworld(folder, url=ALFWORLD_URL):
     if broken:
         path.unlink()
         raise UserError(f"{path} is damaged ({broken}); it was removed, download it again")
-    print(f"ALFWorld is in {path}: {GameFiles(path).counts()}")
+    print(Alfworld(path).source)
     return path
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# WebShop
-# --------------------------------------------------------------------------------------------------------------------
+# ======== WebShop =====================================================================================================
 
 WEBSHOP_FILES = {  # name -> id on Google Drive, from WebShop's setup.sh
     "items_shuffle_1000.json": "1EgHdxQ_YxqIQlvvq5iKlCrkEKR6-j0Ib",
@@ -1804,9 +1794,7 @@ class WebShopEnv:
     step = staticmethod(step_each)
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Search-QA
-# --------------------------------------------------------------------------------------------------------------------
+# ======== Search-QA ===================================================================================================
 
 SEARCH_DATASETS = ("NQ", "TriviaQA", "PopQA", "HotpotQA", "2Wiki", "MuSiQue", "Bamboogle")  # the paper's columns
 DATASET_ALIASES = {"hotpot": "HotpotQA", "2wikimultihopqa": "2Wiki", **{name.lower(): name for name in SEARCH_DATASETS}}
@@ -2181,7 +2169,6 @@ class SearchQA:
             session.advance(kind, content, valid, found.get(query, [])[:self.topk])
 
 
-
 def panel(env, split, episodes=None, seed=233):
     """(sorted task ids, panel_hash of ids and task texts) of a test panel: the whole split, or the first `episodes` of
     an order by sha256(seed, id), so that a smaller panel lies in a larger one. Raises UserError for an empty panel."""
@@ -2193,10 +2180,7 @@ def panel(env, split, episodes=None, seed=233):
     return sorted(ids), panel_hash([text for i in sorted(ids) for text in (i, env.start(i).task)])
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Command line
-# --------------------------------------------------------------------------------------------------------------------
-
+# ======== Command line ================================================================================================
 
 def original_alfworld():
     """The original engine, unloaded, or None where `alfworld` and `textworld` are not installed."""
