@@ -1922,7 +1922,7 @@ def load_questions(path):
             question = read_question(file, number, row)
             drawn = "test" if int(panel_hash([question.id])[:4], 16) < 0.2 * 65536 else "train"
             split = splits.setdefault(named[0].replace("val", "dev") if named else drawn, {})
-            while split.get(question.id, question).text != question.text:
+            while any(other.get(question.id, question).text != question.text for other in splits.values()):
                 question = question._replace(id=question.id + "'")
             split[question.id] = question
     held = {normalize_answer(q.text) for name in splits if name != "train" for q in splits[name].values()}

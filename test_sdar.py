@@ -3126,6 +3126,15 @@ def test_splits_from_names_are_disjoint_in_wording(tmp_path):
     assert "4 passages" in env.source
 
 
+def test_equal_ids_in_two_files_are_two_questions(tmp_path):
+    for name in ("train", "test"):
+        write(tmp_path / f"{name}.jsonl", [{"id": i, "question": f"{name} {i}?", "answer": "x"} for i in range(3)])
+    write(tmp_path / "corpus.jsonl", ANIMALS)
+    env = SearchQA(data=tmp_path)
+    for split in env.splits:
+        assert sorted(env.start(task).task for task in env.tasks(split)) == [f"{split} {i}?" for i in range(3)]
+
+
 def test_hash_split_is_disjoint_deterministic_and_independent_of_order(tmp_path):
     rows = [{"id": i, "question": f"Question {i}?", "golden_answers": ["x"], "data_source": "nq"} for i in range(1000)]
     one, _ = load_questions(write(tmp_path / "a.jsonl", rows))
