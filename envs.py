@@ -1178,12 +1178,12 @@ class Catalogue:
         self._places = np.array(places, np.int64).reshape(-1, 2)
         self._instruction_places, self._attribute_counts = np.full((len(self.asins), 2), -1), Counter()
         numbers = {asin: number for number, asin in enumerate(self.asins)}
-        wanted = list(self._read_instructions(numbers))
+        wanted = sorted(self._read_instructions(numbers))
         self._human = self._read_human(human, numbers) if human_goals else {}
         if human_goals:
-            wanted = [(number, len(entries)) for number, entries in self._human.items()]
+            wanted = [(number, i, i + 1) for number in sorted(self._human) for i in range(len(self._human[number]))]
         self.product = lru_cache(8192)(self._read_product)
-        self._draw(seed, sorted(wanted), price_ranges)
+        self._draw(seed, wanted, price_ranges)
         self.goals = GoalList(self)
 
     @staticmethod
@@ -1219,7 +1219,7 @@ class Catalogue:
             yield text.lower()
 
     def _read_instructions(self, numbers):
-        """Yields (product, how many goals: one for every combination of its options) and notes the attributes."""
+        """Yields (product, 0, how many goals: one for every combination of its options) and notes the attributes."""
         for asin, entry, *place in stream_json(self.instructions):
             if asin not in numbers:
                 continue
@@ -1228,7 +1228,7 @@ class Catalogue:
                 raise UserError(f"{asin} has no sound entry in the file of instructions; download it again")
             self._instruction_places[number] = place
             if entry.get("instruction") is not None:
-                yield number, self._variants[number]
+                yield number, 0, self._variants[number]
                 self._attribute_counts.update(dict.fromkeys(attributes, self._variants[number]))
 
     @staticmethod
@@ -1244,18 +1244,18 @@ class Catalogue:
             raise UserError(f"{file} is not in WebShop's form ({error!r}); download it again") from None
 
     def _draw(self, seed, wanted, price_ranges):
-        """Prices, price limits and the order of goals, from one seed as the original draws them."""
+        """Prices, price limits and the order of goals, from one seed as the original draws them. `wanted`: (product,
+        first goal, last + 1) of the goals that share one draw of a limit."""
         rng = random.Random(seed)
         rng.getrandbits(32)  # the original's first rich.print takes one word from the same generator
         self.prices = np.array([low[0] if len(low) == 1 else rng.uniform(*low) for low in price_ranges])
         product, choice, limit = [], [], []
-        for number, count in wanted:
+        for number, first, end in wanted:
             above = [10.0 * k for k in range(1, 100) if 10.0 * k > self.prices[number]][:4]
-            for choices in [[i] for i in range(count)] if self._human else [range(count)]:  # that share one draw
-                top = max(rng.sample(above, 2)) if len(above) >= 2 else 1000000
-                product += [number] * len(choices)
-                choice += choices
-                limit += [top] * len(choices)
+            top = max(rng.sample(above, 2)) if len(above) >= 2 else 1000000
+            product += [number] * (end - first)
+            choice += range(first, end)
+            limit += [top] * (end - first)
         order = list(range(len(product)))
         rng.seed(seed)
         rng.shuffle(order)
@@ -1497,9 +1497,6 @@ class WebShop:
         self._show("results", clickables, "Back to Search", f"Page {page} (Total results: {len(self.found)})",
                    *buttons, *(part for product in shown for part in product["line"]))
 
-    def _item(self):
-        self._show("item", self.product["clickables"], "Back to Search", "< Prev", *self.product["item page"])
-
     def _buy(self):
         price = self.catalogue.prices[self.product["number"]]
         reward, self.details = shop_reward(self.product, self.goal, price, self.options, self.catalogue.nouns)
@@ -1542,7 +1539,7 @@ class WebShop:
                 self.product = self.links[name]
             elif name != "< prev":
                 self.options = {**self.options, self.clickables[name]: name}
-            self._item()
+            self._show("item", self.product["clickables"], "Back to Search", "< Prev", *self.product["item page"])
 
 
 # ---- the built-in catalogue ----
@@ -2024,8 +2021,7 @@ def build_world(seed):
     signs, kinds = "Amber Silent Golden Hollow Paper Iron Frozen Broken Green".split(), "novel opera play poem".split()
     for split, n in (("train", 1200), ("test", 60)):
         towns = [(names.pop(), names.pop(), names.pop()) for _ in range(n // 4)]
-        people = [(f"{names.pop()} {names.pop()}", rng.choice(towns), year)
-                  for year in rng.sample(range(300, 1900), n)]
+        people = [(f"{names.pop()} {names.pop()}", rng.choice(towns), year) for year in rng.sample(range(300, 1900), n)]
         works = [(f"The {rng.choice(signs)} {names.pop()}", rng.choice(kinds), maker, year)
                  for maker, year in zip(people, rng.sample(range(400, 1980), n))]
         passages += [f'"{t}"\n{t} is a town in {region}, on the river {river}.' for t, river, region in towns]
