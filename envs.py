@@ -245,11 +245,12 @@ _POINT = ".,;'\u066c\u2018\u2019\u2024\u2044\uff07\uff0c\uff0e\uff1b"  # joins d
 _WORD = re.compile(rf"(?:{_LETTER}+(?:[{_MIDDLE}]{_LETTER}+)*|\d+(?:[{_POINT}]\d+)*[{_EXTEND}]*|_+)+|[{_CJK}]"
                    rf"|[{_PICTURE}](?:\u200d[{_PICTURE}]|[{_EXTEND}\U0001f3fb-\U0001f3ff])*")
 _ASCII_WORD = re.compile(r"(?:[A-Za-z]+(?:[:.'][A-Za-z]+)*|[0-9]+(?:[.,;'][0-9]+)*|_+)+")  # the same, twice as fast
-_STEP2, _STEP3, _STEP4 = [dict(rule.split(":") for rule in rules.split()) for rules in (
+_PORTER_RULES = [dict(rule.split(":") for rule in rules.split()) for rules in (  # steps 2 to 4: suffix -> new suffix
     "ational:ate tional:tion enci:ence anci:ance izer:ize bli:ble alli:al entli:ent eli:e ousli:ous ization:ize "
     "ation:ate ator:ate alism:al iveness:ive fulness:ful ousness:ous aliti:al iviti:ive biliti:ble logi:log",
     "icate:ic ative: alize:al iciti:ic ical:ic ful: ness:",
     "al: ance: ence: er: ic: able: ible: ant: ement: ment: ent: ion: ou: ism: ate: iti: ous: ive: ize:")]
+_PORTER_SUFFIXES = [re.compile(rf"({'|'.join(rules)})\Z") for rules in _PORTER_RULES]
 
 
 def words(text):
@@ -275,13 +276,6 @@ def _ends_cvc(word):
     return _kinds(word).endswith("cvc") and word[-1] not in "wxy"
 
 
-def _replace_suffix(word, rules, least_measure):
-    suffix = max(filter(word.endswith, rules), key=len, default="")  # the longest, fit or not
-    stem = word.removesuffix(suffix)
-    fits = suffix and _measure(stem) > least_measure and (suffix != "ion" or stem.endswith(("s", "t")))
-    return stem + rules[suffix] if fits else word
-
-
 def porter_stem(word):
     """The original Porter stemmer with the two changes of its author's own code (bli, logi), as in Lucene."""
     if len(word) <= 2:
@@ -298,8 +292,11 @@ def porter_stem(word):
             word = word[:-1]
     if word.endswith("y") and "v" in _kinds(word[:-1]):
         word = word[:-1] + "i"
-    for rules, least_measure in ((_STEP2, 0), (_STEP3, 0), (_STEP4, 1)):
-        word = _replace_suffix(word, rules, least_measure)
+    for suffixes, new, least in zip(_PORTER_SUFFIXES, _PORTER_RULES, (0, 0, 1)):
+        if found := suffixes.search(word):  # the leftmost, so the longest
+            stem, suffix = word[:found.start()], found[0]
+            if _measure(stem) > least and (suffix != "ion" or stem.endswith(("s", "t"))):
+                word = stem + new[suffix]
     if word.endswith("e") and (_measure(word[:-1]) > 1 or (_measure(word[:-1]) == 1 and not _ends_cvc(word[:-1]))):
         word = word[:-1]
     return word[:-1] if word.endswith("ll") and _measure(word) > 1 else word
