@@ -581,11 +581,6 @@ class AlfworldGame:
         self._commands = self._commands or sorted(self._options)
         return list(self._commands)
 
-    def beside(self, name):
-        """Names of all receptacles where the one called `name` stands (one "go to" reaches them all)."""
-        place = next((place for receptacle, place in self._place.items() if self._name[receptacle] == name), None)
-        return [self._name[receptacle] for receptacle in self._near.get(place, ())]
-
     def fits(self, thing, receptacle):
         """Whether objects of that id's type may be put into the receptacle (id)."""
         return (self._kind.get(receptacle), self._kind.get(thing)) in self._game["facts"].get("cancontain", ())
@@ -826,13 +821,14 @@ def expert_script(game, detours=0, seed=0):
     for most in (detours, 0):  # where a detour spoils the plan, the plain walkthrough
         game, script, visited, rng = copy.copy(game), [], set(), random.Random(f"{seed}/{game.task}")
         game.reset()
+        places = {command: place for command, _, _, place in game._routes}
         for i, command in enumerate(game.walkthrough):
-            place, acts = command.removeprefix("go to "), [("", command)]
-            if place != command and place not in visited:
+            place, acts = places.get(command), [("", command)]
+            if place and place not in visited:
+                visited.add(place)
                 until = " / ".join(game.walkthrough[i + 1:]).split("go to ")[0]
                 if found := re.search(r"(?:take|use) (.+?) \d+", until):
-                    acts = _searches(game, found[1], place, visited, rng.randint(0, most), rng)
-                visited.update(game.beside(place))
+                    acts = _searches(game, found[1], command, visited, rng.randint(0, most), rng)
             for thought, act in acts:
                 if act in game.admissible_commands and not game.won:
                     script.append((thought or _thought(act), act))
@@ -848,23 +844,25 @@ def _thought(command):
             "use": f"here is {rest}; turn it on"}.get(verb, f"I am there; {command}")
 
 
-def _searches(game, sought, place, visited, count, rng):
-    """[(thought, command)]: visits to `count` receptacles without the `sought` kind of object, then `place`, with it.
-    Unvisited ones; where such objects usually are comes before where they can be, then the rest (weighted draw)."""
+def _searches(game, sought, last, visited, count, rng):
+    """[(thought, command)]: `count` visits where no object of the `sought` kind is, then the command `last`. Unvisited
+    places; where such objects usually are comes before where they can be, then the rest (weighted draw)."""
     kind = {key: name.rsplit(" ", 1)[0] for key, name in game._name.items()}
-    has = {spot for thing, spot in game._facts["inreceptacle"] if kind[thing] == sought}
-    thing, near, drawn = next(key for key in kind if kind[key] == sought), game.beside(place), []
+    thing = next(key for key in kind if kind[key] == sought)
+    has = {game._place.get(spot) for thing, spot in game._facts["inreceptacle"] if kind[thing] == sought}
     usual = ["desk", "sidetable"] if sought == "desklamp" else _THINGS[sought][1] if sought in _THINGS else ()
-    for spot, where in game._place.items():
-        if not ({game._name[spot]} & (visited | set(near)) or has & set(game._near[where])):
+    drawn = []
+    for command, _, spot, place in game._routes:
+        if place not in visited | has:
             weight = 1 if kind[spot] in usual else 0.2 if game.fits(thing, spot) else 0.02
-            drawn.append((rng.random() ** (1 / weight), game._name[spot]))
+            drawn.append((rng.random() ** (1 / weight), command, place))
     acts, thought = [], f"I need a {sought}; look in {{}}"
-    for _, name in sorted(drawn, reverse=True)[:count]:
-        acts += [(thought.format(name), "go to " + name), ("", "open " + name)]
-        visited.update(game.beside(name))
+    for _, command, place in sorted(drawn, reverse=True)[:count]:
+        name = command.removeprefix("go to ")
+        acts += [(thought.format(name), command), ("", "open " + name)]
+        visited.add(place)
         thought = f"no {sought} here; look in {{}} next"
-    return acts + [(thought.format(place), "go to " + place)]
+    return acts + [(thought.format(last.removeprefix("go to ")), last)]
 
 
 # ---- episodes ----
