@@ -992,9 +992,9 @@ class Alfworld:
         if split not in self.splits:
             raise UserError(f"unknown split {split!r}; ALFWorld has {', '.join(self.splits)}")
         if split not in self._ids:
-            kinds, size = self.task_types, _BUILT_IN_SIZES[split]
+            kinds = self.task_types
             self._ids[split] = self._files.solvable(split, kinds) if not self.builtin else sorted(
-                f"{split}/{kinds[i % len(kinds)]}/{i:05d}" for i in range(size))
+                f"{split}/{kinds[i % len(kinds)]}/{i:05d}" for i in range(_BUILT_IN_SIZES[split]))
         if not self._ids[split]:
             raise UserError(f"no games in split {split} ({self.source}); check --data and task_types")
         return list(self._ids[split])
@@ -1678,8 +1678,8 @@ class ShopSession:
         steps = "\n".join(QUOTED_TURN.format(*turn) for turn in past)
         if past:
             steps = f"Steps taken so far: {count}. The last {len(past)} with what you saw:\n{steps}\n"
-        offered = [f"click[{name}]" for name in self.shop.clickables]
-        offered = ["search[<your query>]"] * (self.shop.kind == "search") + offered
+        offered = ["search[<your query>]"] if self.shop.kind == "search" else []
+        offered += [f"click[{name}]" for name in self.shop.clickables]
         skill = skill + "\n\n" if skill else ""
         return (f"{skill}You are an agent that shops in the online store WebShop.\n"
                 f"Your task is: {self.task}\n{steps}This is step {count + 1}; you now see: "
@@ -2199,7 +2199,7 @@ def bench_alfworld(data, games=20, wandering=10):
         return results
 
     ids = [task_id for split in env.splits for task_id in env.tasks(split)]
-    for task_id in tqdm(rng.sample(ids, min(int(games), len(ids))), desc="games"):
+    for task_id in tqdm(rng.sample(ids, min(games, len(ids))), desc="games"):
         other = original_alfworld()
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "game.tw-pddl"
@@ -2226,14 +2226,17 @@ def main(argv=None):
     fetch = {"alfworld": download_alfworld, "webshop": download_webshop,
              "webshop-full": partial(download_webshop, full=True)}
     try:
-        if len(argv) in (2, 3) and argv[0] == "download" and argv[1] in fetch:
-            name = argv[1].removesuffix("-full")
-            default = os.environ.get(name.upper() + "_DATA") or Path.home() / ".cache" / name
-            fetch[argv[1]](Path(argv[2] if len(argv) == 3 else default))
-        elif len(argv) in (2, 3) and argv[0] == "bench" and argv[-1].isdigit() >= (len(argv) == 3):
-            bench_alfworld(*argv[1:])
-        else:
-            raise UserError(f"usage: python envs.py download {'|'.join(fetch)} [DIR], or: bench DATA [GAMES]")
+        match argv:
+            case ["download", name, *folder] if name in fetch and len(folder) < 2:
+                benchmark = name.removesuffix("-full")
+                default = os.environ.get(benchmark.upper() + "_DATA") or Path.home() / ".cache" / benchmark
+                fetch[name](Path(*folder or [default]))
+            case ["bench", data]:
+                bench_alfworld(data)
+            case ["bench", data, games] if games.isdigit():
+                bench_alfworld(data, int(games))
+            case _:
+                raise UserError(f"usage: python envs.py download {'|'.join(fetch)} [DIR], or: bench DATA [GAMES]")
     except (UserError, OSError) as error:  # OSError: a folder that may not be written, a full disk
         print(f"error: {error}", file=sys.stderr)
         return 2
