@@ -2163,12 +2163,11 @@ class SearchQA:
 def panel(env, split, episodes=None, seed=233):
     """(sorted task ids, panel_hash of ids and task texts) of a test panel: the whole split, or the first `episodes` of
     an order by sha256(seed, id), so that a smaller panel lies in a larger one. Raises UserError for an empty panel."""
-    ids = sorted(set(env.tasks(split)))
+    ids = sorted(env.tasks(split), key=lambda i: hashlib.sha256(f"{seed}\n{i}".encode("utf-8", "replace")).digest())
     if episodes is not None and episodes < 1:
         raise UserError(f"a panel of {episodes} episodes is empty; give 1 to {len(ids)}, or nothing for all of {split}")
-    if episodes is not None:
-        ids = sorted(ids, key=lambda i: hashlib.sha256(f"{seed}\n{i}".encode("utf-8", "replace")).digest())[:episodes]
-    return sorted(ids), panel_hash([text for i in sorted(ids) for text in (i, env.start(i).task)])
+    ids = sorted(ids[:episodes])
+    return ids, panel_hash([text for i in ids for text in (i, env.start(i).task)])
 
 
 # ======== Command line ================================================================================================
