@@ -969,7 +969,7 @@ class Alfworld:
         self.skill = self.all_skills = partial(skill_text, library)
         self._ids, self._parsed = {}, lru_cache(maxsize=512)(self._read)
         for option, value, least, most in (("house", house, 4, 12), ("detours", detours, 0, 100)):
-            if value not in range(least, most + 1):
+            if not isinstance(value, int) or not least <= value <= most:
                 raise UserError(f"{option}={value} must be a whole number from {least} to {most}")
         known = {alias: kind for kind, (group, _) in ALFWORLD_TYPES.items() for alias in (kind, group.lower())}
         wanted = str(task_types).lower().replace(" ", "").split(",") if task_types else list(known)
@@ -2108,10 +2108,11 @@ class SearchQA:
 
     def __init__(self, data=None, seed=233, skills=None, search_url=None, corpus=None, topk=3, max_turns=4,
                  timeout=30.0, retries=4):
-        for option, value, least in (("topk", topk, 1), ("max_turns", max_turns, 1), ("timeout", timeout, 1),
-                                     ("retries", retries, 0)):
-            if isinstance(value, str) or value < least:
-                raise UserError(f"{option}={value} must be a number of {least} or more")
+        for option, value, least in (("topk", topk, 1), ("max_turns", max_turns, 1), ("retries", retries, 0)):
+            if not isinstance(value, int) or value < least:
+                raise UserError(f"{option}={value} must be a whole number of {least} or more")
+        if not isinstance(timeout, (int, float)) or timeout < 1:
+            raise UserError(f"timeout={timeout} must be a number of 1 or more")
         self.skill = self.all_skills = partial(skill_text, read_skills(skills, SEARCH_SKILLS, self.skill_names))
         path, self.topk, self.max_turns = find_data("search", data), topk, max_turns
         self.builtin = path is None

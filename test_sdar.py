@@ -2120,6 +2120,13 @@ def test_built_in_splits_are_disjoint_and_repeat():
     assert env.game(task_id).reset() == again.game(task_id).reset() != other.game(task_id).reset()
 
 
+def test_whole_numbers_are_demanded_where_only_they_work():
+    for make in (lambda: Alfworld(house=6.0), lambda: Alfworld(detours=2.0), lambda: SearchQA(topk=2.5),
+                 lambda: SearchQA(topk=None), lambda: SearchQA(max_turns="4"), lambda: SearchQA(timeout="x")):
+        with pytest.raises(UserError, match="must be a"):
+            make()
+
+
 def test_task_types_restrict_the_games():
     env = Alfworld(task_types="Pick,heat")
     assert {task_id.split("/")[1] for task_id in env.tasks("train")} == {
