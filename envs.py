@@ -1925,7 +1925,7 @@ def load_questions(path):
 def search_server(url, timeout=30.0, retries=4, delay=1.0):
     """Client of Search-R1's server: function (queries, k) -> [[passage, ...] per query], one POST for all queries.
     Failures are repeated `retries` times with doubling delay (s), refusals (4xx) never; then ServerError."""
-    if not re.match(r"https?://[^/]", url):
+    if not re.match(r"https?://[^/]", str(url)):
         raise UserError(f"search_url {url!r} is no http address; give for example http://127.0.0.1:8000/retrieve")
     url = url if re.match(r"https?://[^/]+/.", url) else url.rstrip("/") + "/retrieve"
 
@@ -1965,7 +1965,7 @@ def passage_search(passage, index):
 def corpus_search(path):
     """BM25 over {"id", "contents"} lines (.jsonl, .jsonl.gz) -> (function as of search_server, number of passages). The
     index is kept beside the corpus, or in ~/.cache/search-index if that is read-only, until the corpus changes."""
-    path, text, ends = Path(path).expanduser(), bytearray(), array("q", [0])
+    path, text, ends = Path(str(path)).expanduser(), bytearray(), array("q", [0])
     for number, row in read_rows(path):
         if not isinstance(row.get("contents"), str):
             raise UserError(f"{path}, line {number}: no `contents`; mend the line or take it out")
