@@ -1228,14 +1228,15 @@ class Catalogue:
 
     @staticmethod
     def _read_human(file, numbers):
-        """{product: the goals that people wrote for it}"""
+        """{product: the (instruction, attributes, options) of the goals that people wrote for it}"""
         if not file or not file.is_file():
             raise UserError("human goals need items_human_ins.json beside the catalogue; "
                             "run: python envs.py download webshop")
         try:
-            return {numbers[asin]: [entry for entry in entries if entry["instruction_attributes"]]
+            return {numbers[asin]: [(entry["instruction"].strip("."), attributes, entry["instruction_options"])
+                                    for entry in entries if (attributes := entry["instruction_attributes"])]
                     for asin, entries, _, _ in stream_json(file) if asin in numbers}
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{file} is not in WebShop's form ({error!r}); download it again") from None
 
     def _draw(self, seed, wanted, price_ranges):
@@ -1290,9 +1291,7 @@ class Catalogue:
         number, choice, limit = int(self._goal_product[i]), int(self._goal_choice[i]), float(self._goal_limit[i])
         product = self.product(number)
         if self._human:
-            entry = self._human[number][choice]
-            text, attributes, options = (entry["instruction" + name] for name in ("", "_attributes", "_options"))
-            text, weight = text.strip("."), 1
+            (text, attributes, options), weight = self._human[number][choice], 1
         else:
             options, attributes = {}, product["instruction_attributes"]
             for name in sorted(product["options"], reverse=True):  # the last option name varies fastest

@@ -2848,6 +2848,10 @@ def test_expert_serves_human_goals(tmp_path):
             "instruction_options": [values[-1] for values in product["options"].values()]}]
     with pytest.raises(UserError, match="items_human_ins"):
         WebShopEnv(tmp_path, human_goals=True)
+    for broken in ({"instruction_attributes": ["x"]}, {**skipped, "instruction": 5, "instruction_attributes": ["x"]}, 3):
+        (tmp_path / "items_human_ins.json").write_text(json.dumps({catalogue.asins[0]: [broken]}))
+        with pytest.raises(UserError, match="not in WebShop's form"):
+            WebShopEnv(tmp_path, human_goals=True)
     (tmp_path / "items_human_ins.json").write_text(json.dumps(people))
     env = WebShopEnv(tmp_path, human_goals=True)
     assert not env.builtin and len(env.catalogue.goals) == 40 and len(env.tasks("test500")) == 10
