@@ -1462,11 +1462,11 @@ class WebShop:
 
     def __init__(self, data, seed=233, human_goals=False, page_size=RESULTS_PER_PAGE):
         self.catalogue = data if isinstance(data, Catalogue) else Catalogue(data, seed, human_goals)
-        self.page_size, self.rng = page_size, random.Random(seed)
+        self.goals, self.page_size, self.rng = self.catalogue.goals, page_size, random.Random(seed)
 
     def reset(self, goal_index):
         """Opens the search page of a goal; returns the observation."""
-        self.goal, self.done, self.details = self.catalogue.goals[goal_index], False, {}
+        self.goal, self.done, self.details = self.goals[goal_index], False, {}
         self.sought = int(self.catalogue._goal_product[goal_index])
         self.task = _text_nodes(self.goal["instruction_text"])
         self._home()

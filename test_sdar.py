@@ -2772,6 +2772,7 @@ def test_pages_and_special_queries(shop_env):
     assert shop.reset(0).startswith("WebShop [SEP] Instruction: [SEP] ") and shop.available_actions == {
         "has_search_bar": True, "clickables": ["search"]}
     home = shop.observation
+    assert shop.goal == shop.goals[0] and len(shop.goals) == len(shop_env.catalogue.goals)
     assert all(shop.step(action) == (home, 0.0, False) for action in ("click[search]", "click[buy now]", "search[]"))
     shop.step("search[lamp]")
     assert shop.page == 1 and "< prev" not in shop.clickables
