@@ -9,7 +9,7 @@ Each is one class (`Alfworld`, `WebShopEnv`, `SearchQA`; open_env) with the same
     tasks(split)                sorted task ids
     start(task_id, seed)        a session: one episode
     step(sessions, responses)   advance many sessions by the raw text that a model wrote
-    skill(category)             what the teacher is told; all_skills(), skill_names
+    skill(category, brief)      what the teacher of one task is told; all_skills() for one told everything; skill_names
 
 A session has task, category, group, observation, turns, prompt(skill, history, room, brief), expert(), and after a step
 action, valid, admissible, done, won, score, details. Nothing here knows of torch or of training.
@@ -19,7 +19,6 @@ action, valid, admissible, done, won, score, details. Nothing here knows of torc
 """
 
 import copy
-import functools
 import glob
 import gzip
 import hashlib
@@ -43,15 +42,13 @@ import zlib
 from array import array
 from collections import Counter, namedtuple
 from contextlib import suppress
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-# --------------------------------------------------------------------------------------------------------------------
-# Errors, data, downloads, skills, panels: what the three benchmarks share
-# --------------------------------------------------------------------------------------------------------------------
+# ======== Errors, data, downloads, skills, panels: what the three benchmarks share ====================================
 
 class UserError(Exception):
     """A mistake of the user's; the message is one line and says what to do."""
@@ -101,25 +98,50 @@ def one_line(text, limit=200):
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:limit]
 
 
+QUOTED_TURN = "[Observation {0}: '{1}', Action {0}: '{2}']"  # the public code's form
+
+
+def last_turns(turns, history, room):
+    """(number, observation cut to `room` characters, action) of the last `history` turns."""
+    first = max(len(turns) - history, 0)
+    return [(i, shorten_middle(seen, room), action) for i, (seen, action) in enumerate(turns[first:], first + 1)]
+
+
+def step_each(sessions, responses, think_closed=False):
+    """Advances every session by one raw response; those that are done stay as they are. think_closed: the chat template
+    has closed the think block in the prompt, so that a response without <think> is valid."""
+    for session, response in zip(sessions, responses, strict=True):
+        session.step(response, think_closed)
+
+
+def _table(text):
+    """{name: text} from paragraphs "name: text", whose further lines are indented; one that ends in | or , goes on."""
+    text = re.sub(r"([|,])\n\s+", r"\1", text)
+    return {name: " ".join(body.split()) for name, body in re.findall(r"^(\w+): (.*?)(?=^\w|\Z)", text, re.S | re.M)}
+
+
 # ---- skills in the form of the public skill directories ----
 
 def _read_cards(text):
-    """{"general", "mistakes" and every category: text} of a claude_style_skills.json."""
+    """{name of a group of skills: its text} of a claude_style_skills.json."""
     def line(card):
         fields = (("{}:", card.get("title")), ("{}", card.get("principle") or card.get("description")),
                   ("When: {}", card.get("when_to_apply")), ("Instead: {}", card.get("how_to_avoid")))
         return "- " + " ".join(wording.format(str(field).strip()) for wording, field in fields if field)
 
     data = json.loads(text)
-    cards = {"general": data.get("general_skills", []), "mistakes": data.get("common_mistakes", []),
-             **data.get("task_specific_skills", {}), **data.get("query_type_skills", {})}
+    cards = {name: data.get(name, []) for name in ("general_skills", "common_mistakes")}
+    cards.update(data.get("task_specific_skills", {}), **data.get("query_type_skills", {}))
     return {name: "\n".join(map(line, items)) for name, items in cards.items()}
 
 
-def read_skills(folder, categories, aliases=None):
-    """{"general", "mistakes" and each of the `categories`: text} from a public skill directory: skill_mapping.json with
-    its .md files, or claude_style_skills*.json. `aliases`: category -> further names it may have there. UserError if a
-    file is missing or broken, or a category has no text of its own (general skills alone are no library)."""
+def read_skills(folder, own, categories, aliases=None):
+    """{"general", "mistakes" and each of the `categories`: text}: `own` without a folder, else from a public skill
+    directory: skill_mapping.json with its .md files, or claude_style_skills*.json. `aliases`: category -> further names
+    it may have there. UserError if a file is missing or broken, or a category has no text of its own (general skills
+    alone are no library)."""
+    if not folder:
+        return own
     folder, found = Path(os.path.expanduser(str(folder))), {}
     mapping_file, card_files = folder / "skill_mapping.json", sorted(folder.glob("claude_style_skills*.json"))
     if not mapping_file.is_file() and not card_files:
@@ -132,15 +154,14 @@ def read_skills(folder, categories, aliases=None):
             mapping = json.loads(file.read_text(encoding="utf-8"))
             for name, filename in mapping["skill_files"].items():
                 file = folder / filename
-                texts["general" if name == "general_skills" else name] = file.read_text(encoding="utf-8").strip()
+                texts[name] = file.read_text(encoding="utf-8").strip()
             tasks = mapping.get("task_to_skill", {}).items()
             found.update(texts, **{task: texts[name] for task, name in tasks if name in texts})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"cannot read skills from {file} ({type(error).__name__}: {error})") from None
-    library = {"general": found.get("general", ""), "mistakes": found.get("mistakes", "")}
-    for category in categories:
-        names = (category, *(aliases or {}).get(category, ()))
-        library[category] = next((found[name] for name in names if found.get(name)), "")
+    aliases = {"general": ("general_skills",), "mistakes": ("common_mistakes",), **(aliases or {})}
+    library = {name: next(filter(None, map(found.get, (name, *aliases.get(name, ())))), "")
+               for name in ("general", "mistakes", *categories)}
     if missing := [category for category in categories if not library[category]]:
         only = "only general skills" if len(missing) == len(categories) else "no skills for " + ", ".join(missing)
         raise UserError(f"{folder} holds {only}; it needs a text for each of {', '.join(categories)}")
@@ -204,9 +225,7 @@ def _transfer(url, part):
     return total, part.stat().st_size
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# BM25 as Lucene computes it, in numpy
-# --------------------------------------------------------------------------------------------------------------------
+# ======== BM25 as Lucene computes it, in numpy ========================================================================
 
 STOP_WORDS = frozenset("a an and are as at be but by for if in into is it no not of on or such that the their then "
                        "there these they this to was will with".split())
@@ -226,12 +245,12 @@ _POINT = ".,;'\u066c\u2018\u2019\u2024\u2044\uff07\uff0c\uff0e\uff1b"  # joins d
 _WORD = re.compile(rf"(?:{_LETTER}+(?:[{_MIDDLE}]{_LETTER}+)*|\d+(?:[{_POINT}]\d+)*[{_EXTEND}]*|_+)+|[{_CJK}]"
                    rf"|[{_PICTURE}](?:\u200d[{_PICTURE}]|[{_EXTEND}\U0001f3fb-\U0001f3ff])*")
 _ASCII_WORD = re.compile(r"(?:[A-Za-z]+(?:[:.'][A-Za-z]+)*|[0-9]+(?:[.,;'][0-9]+)*|_+)+")  # the same, twice as fast
-_STEP2, _STEP3, _STEP4 = [sorted((tuple(rule.split(":")) for rule in rules.split()), key=lambda rule: -len(rule[0]))
-                          for rules in (
+_PORTER_RULES = [dict(rule.split(":") for rule in rules.split()) for rules in (  # steps 2 to 4: suffix -> new suffix
     "ational:ate tional:tion enci:ence anci:ance izer:ize bli:ble alli:al entli:ent eli:e ousli:ous ization:ize "
     "ation:ate ator:ate alism:al iveness:ive fulness:ful ousness:ous aliti:al iviti:ive biliti:ble logi:log",
     "icate:ic ative: alize:al iciti:ic ical:ic ful: ness:",
     "al: ance: ence: er: ic: able: ible: ant: ement: ment: ent: ion: ou: ism: ate: iti: ous: ive: ize:")]
+_PORTER_SUFFIXES = [re.compile(rf"({'|'.join(rules)})\Z") for rules in _PORTER_RULES]
 
 
 def words(text):
@@ -257,19 +276,11 @@ def _ends_cvc(word):
     return _kinds(word).endswith("cvc") and word[-1] not in "wxy"
 
 
-def _replace_suffix(word, rules, least_measure):
-    suffix, new = next((rule for rule in rules if word.endswith(rule[0])), ("", ""))  # the longest, fit or not
-    stem = word.removesuffix(suffix)
-    fits = suffix and _measure(stem) > least_measure and (suffix != "ion" or stem.endswith(("s", "t")))
-    return stem + new if fits else word
-
-
 def porter_stem(word):
     """The original Porter stemmer with the two changes of its author's own code (bli, logi), as in Lucene."""
     if len(word) <= 2:
         return word
-    if word.endswith("s"):
-        word = word[:-2] if word.endswith(("sses", "ies")) else word if word.endswith("ss") else word[:-1]
+    word = re.sub("(ss|i)es$|(?<!s)s$", r"\1", word)
     ending = re.search("(eed|ed|ing)$", word)
     if ending and ending[0] == "eed":
         word = word[:-1] if _measure(word[:-3]) > 0 else word
@@ -281,8 +292,11 @@ def porter_stem(word):
             word = word[:-1]
     if word.endswith("y") and "v" in _kinds(word[:-1]):
         word = word[:-1] + "i"
-    for rules, least_measure in ((_STEP2, 0), (_STEP3, 0), (_STEP4, 1)):
-        word = _replace_suffix(word, rules, least_measure)
+    for suffixes, new, least in zip(_PORTER_SUFFIXES, _PORTER_RULES, (0, 0, 1)):
+        if found := suffixes.search(word):  # the leftmost, so the longest
+            stem, suffix = word[:found.start()], found[0]
+            if _measure(stem) > least and (suffix != "ion" or stem.endswith(("s", "t"))):
+                word = stem + new[suffix]
     if word.endswith("e") and (_measure(word[:-1]) > 1 or (_measure(word[:-1]) == 1 and not _ends_cvc(word[:-1]))):
         word = word[:-1]
     return word[:-1] if word.endswith("ll") and _measure(word) > 1 else word
@@ -305,12 +319,13 @@ class BM25:
     docs[starts[t]:starts[t + 1]] are the documents with term t, rising; codes what they score by: term frequency (at
     most 255) * 256 + length byte."""
 
+    K1, B = np.float32(0.9), np.float32(0.4)  # Anserini's
     BLOCK = 4096  # documents inverted at a time
     tie_rank = None  # an array: equal scores are ordered by it instead of by index
 
-    def __init__(self, texts=(), k1=0.9, b=0.4):
-        self.k1, self.b, self.terms = float(k1), float(b), {}
-        ids, texts, blocks, n_docs, total_length = self.terms, iter(texts), [], 0, 0
+    def __init__(self, texts):
+        self.terms = ids = {}
+        texts, blocks, n_docs, total_length = iter(texts), [], 0, 0
         while block := [[ids.setdefault(term, len(ids)) for term in map(analyse_word, words(text)) if term]
                         for text in itertools.islice(texts, self.BLOCK)]:
             blocks.append(self._postings(block, n_docs))
@@ -344,8 +359,8 @@ class BM25:
     def _prepare(self, n_docs, total_length):
         self.n_docs, self.total_length = n_docs, total_length
         mean_length = np.float32(total_length / max(n_docs, 1)) or np.float32(1)
-        length, k1, b = BYTE_LENGTHS.astype(np.float32), np.float32(self.k1), np.float32(self.b)
-        inverse_norm = np.float32(1) / (k1 * ((np.float32(1) - b) + b * length / mean_length))
+        length = BYTE_LENGTHS.astype(np.float32)
+        inverse_norm = np.float32(1) / (self.K1 * ((np.float32(1) - self.B) + self.B * length / mean_length))
         self._saturation = (np.float32(1) + np.arange(256, dtype=np.float32)[:, None] * inverse_norm).ravel()  # by code
 
     def search(self, query, k=10):
@@ -372,7 +387,7 @@ class BM25:
         terms = np.frombuffer("\n".join(self.terms).encode(), np.uint8)
         with open(path, "wb") as file:
             np.savez(file, terms=terms, starts=self.starts, docs=self.docs, codes=self.codes,
-                     settings=np.array([self.k1, self.b, self.n_docs, self.total_length], np.float64))
+                     settings=np.array([self.n_docs, self.total_length], np.float64))
 
     @classmethod
     def load(cls, path):
@@ -382,19 +397,17 @@ class BM25:
             with np.load(Path(path), allow_pickle=False) as file:
                 terms = file["terms"].tobytes().decode()
                 index.starts, index.docs, index.codes = file["starts"], file["docs"], file["codes"]
-                index.k1, index.b, n_docs, total_length = file["settings"].tolist()
+                n_docs, total_length = map(int, file["settings"][-2:])  # older files have k1 and b before these
             index.terms = {term: i for i, term in enumerate(terms.split("\n"))} if terms else {}
             if len(index.terms) + 1 != len(index.starts) or {len(index.docs), len(index.codes)} != {index.starts[-1]}:
                 raise ValueError("its parts do not fit together")
-            index._prepare(int(n_docs), total_length)
+            index._prepare(n_docs, total_length)
         except Exception as error:  # what numpy and zipfile raise for damaged bytes is documented nowhere
             raise ValueError(f"{path} is not a saved BM25 index ({type(error).__name__}); build it again") from error
         return index
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# ALFWorld
-# --------------------------------------------------------------------------------------------------------------------
+# ======== ALFWorld ====================================================================================================
 
 ALFWORLD_URL = "https://github.com/alfworld/alfworld/releases/download/0.4.2/json_2.1.3_tw-pddl.zip"
 ALFWORLD_SHA256 = "5df77ea759f2211a4106082839ddbbb790f1ba4e7d097ed732cf453f72aa36cf"
@@ -568,11 +581,6 @@ class AlfworldGame:
         self._commands = self._commands or sorted(self._options)
         return list(self._commands)
 
-    def beside(self, name):
-        """Names of all receptacles where the one called `name` stands (one "go to" reaches them all)."""
-        place = next((place for receptacle, place in self._place.items() if self._name[receptacle] == name), None)
-        return [self._name[receptacle] for receptacle in self._near.get(place, ())]
-
     def fits(self, thing, receptacle):
         """Whether objects of that id's type may be put into the receptacle (id)."""
         return (self._kind.get(receptacle), self._kind.get(thing)) in self._game["facts"].get("cancontain", ())
@@ -673,42 +681,51 @@ _ROOMS = {  # room: kinds of receptacle, repeated where several are usual
     "bedroom": "drawer drawer desk bed dresser shelf sidetable sofa safe garbagecan"}
 _OPENABLE, _NARROW = set("cabinet drawer fridge microwave safe".split()), {"microwave", "stoveburner", "toilet"}
 _THINGS = {  # object: (room, the two kinds of receptacle where it usually is, what can be done to it)
-    name: [room, *rest] for room, things in {
-        "kitchen": """apple fridge diningtable clean heat cool, potato fridge countertop clean heat cool,
-            tomato fridge countertop clean heat cool, egg fridge garbagecan clean heat cool,
-            bread countertop diningtable heat cool, lettuce fridge diningtable clean cool,
-            mug cabinet countertop clean heat cool, cup cabinet shelf clean heat cool,
-            plate cabinet countertop clean heat cool, bowl cabinet shelf clean cool, pan stoveburner cabinet clean cool,
-            fork drawer diningtable clean, spoon drawer sinkbasin clean, saltshaker shelf cabinet""",
-        "bathroom": """candle countertop shelf, soapbar sinkbasin bathtubbasin clean, cloth bathtubbasin drawer clean,
-            toiletpaper toilet cabinet, spraybottle cabinet toilet""",
-        "bedroom": """alarmclock desk sidetable, book bed desk, cd drawer shelf, cellphone bed sidetable,
-            creditcard drawer dresser, keychain drawer safe, laptop desk bed, pen desk drawer, pencil desk drawer,
-            pillow bed sofa, vase shelf dresser, remotecontrol sofa sidetable, watch dresser sidetable"""}.items()
-    for name, *rest in map(str.split, things.split(","))}
-_TASKS = {kind: parts.split(", ") for kind, parts in {  # task type: (treatment, where, two wordings)
-    "pick_and_place": ", , put a {o} in {r}., put some {o} on {r}.",
-    "look_at_obj_in_light": ", , look at {o} under the desklamp., examine the {o} with the desklamp.",
-    "pick_two_obj_and_place": ", , put two {o} in {r}., find two {o} and put them in {r}.",
-    "pick_clean_then_place_in_recep": "clean, sinkbasin, put a clean {o} in {r}., clean some {o} and put it in {r}.",
-    "pick_heat_then_place_in_recep": "heat, microwave, put a hot {o} in {r}., heat some {o} and put it in {r}.",
-    "pick_cool_then_place_in_recep": "cool, fridge, put a cool {o} in {r}., cool some {o} and put it in {r}."}.items()}
+    name: (room, usual, can) for room, things in _table("""
+kitchen: apple fridge diningtable clean heat cool, potato fridge countertop clean heat cool,
+    tomato fridge countertop clean heat cool, egg fridge garbagecan clean heat cool,
+    bread countertop diningtable heat cool, lettuce fridge diningtable clean cool,
+    mug cabinet countertop clean heat cool, cup cabinet shelf clean heat cool,
+    plate cabinet countertop clean heat cool, bowl cabinet shelf clean cool, pan stoveburner cabinet clean cool,
+    fork drawer diningtable clean, spoon drawer sinkbasin clean, saltshaker shelf cabinet
+bathroom: candle countertop shelf, soapbar sinkbasin bathtubbasin clean, cloth bathtubbasin drawer clean,
+    toiletpaper toilet cabinet, spraybottle cabinet toilet
+bedroom: alarmclock desk sidetable, book bed desk, cd drawer shelf, cellphone bed sidetable, creditcard drawer dresser,
+    keychain drawer safe, laptop desk bed, pen desk drawer, pencil desk drawer, pillow bed sofa, vase shelf dresser,
+    remotecontrol sofa sidetable, watch dresser sidetable""").items()
+    for name, *usual, can in re.findall(r"(\w+) (\w+) (\w+)([\w ]*)", things)}
+_TASKS = {  # task type: [treatment, where, two wordings, the goal's variables, its conditions]
+    kind: parts.split("|") for kind, parts in _table("""
+pick_and_place: ||put a {o} in {r}.|put some {o} on {r}.|
+    ?o ?r|(objecttype ?o {o}) (receptacletype ?r {r}) (inreceptacle ?o ?r)
+look_at_obj_in_light: ||look at {o} under the desklamp.|examine the {o} with the desklamp.|
+    ?o ?p ?r ?l|(objecttype ?o {o}) (holds agent1 ?o) (objecttype ?p desklamp) (istoggled ?p) (inreceptacle ?p ?r)
+    (receptacleatlocation ?r ?l) (atlocation agent1 ?l)
+pick_two_obj_and_place: ||put two {o} in {r}.|find two {o} and put them in {r}.|
+    ?o ?r ?p|(objecttype ?o {o}) (receptacletype ?r {r}) (inreceptacle ?o ?r) (objecttype ?p {o}) (inreceptacle ?p ?r)
+    (not (= ?o ?p))
+pick_clean_then_place_in_recep: clean|sinkbasin|put a clean {o} in {r}.|clean some {o} and put it in {r}.|
+    ?o ?r|(objecttype ?o {o}) (receptacletype ?r {r}) (inreceptacle ?o ?r) (isclean ?o)
+pick_heat_then_place_in_recep: heat|microwave|put a hot {o} in {r}.|heat some {o} and put it in {r}.|
+    ?o ?r|(objecttype ?o {o}) (receptacletype ?r {r}) (inreceptacle ?o ?r) (ishot ?o)
+pick_cool_then_place_in_recep: cool|fridge|put a cool {o} in {r}.|cool some {o} and put it in {r}.|
+    ?o ?r|(objecttype ?o {o}) (receptacletype ?r {r}) (inreceptacle ?o ?r) (iscool ?o)""").items()}
 _BUILT_IN_SIZES = {"train": 2000, "valid_seen": 140, "valid_unseen": 134}  # the last two as in the release
 
 
 @lru_cache(maxsize=None)
 def _hosts(thing):
     """Kinds of receptacle that can hold the object."""
-    room, *usual = _THINGS[thing][:3]
+    room, usual, _ = _THINGS[thing]
     return sorted(set(_ROOMS[room].split()) - _NARROW | set(usual))
 
 
 def _draw_house(rng, task_type, house):
     """(object, its target, kinds of receptacle, [objects in each], indices where it is, index of where it is to go)."""
     (treatment, tool, *_), look = _TASKS[task_type], task_type == "look_at_obj_in_light"
-    thing = rng.choice([name for name, (room, _, _, *can) in _THINGS.items()
+    thing = rng.choice([name for name, (room, _, can) in _THINGS.items()
                         if (not treatment or treatment in can) and (not look or room == "bedroom")])
-    room, *usual = _THINGS[thing][:3]
+    room, usual, _ = _THINGS[thing]
     target = rng.choice(["desk", "sidetable"] if look else [kind for kind in _hosts(thing) if kind != tool])
     sources = []
     for _ in range(2 if task_type == "pick_two_obj_and_place" else 1):
@@ -722,7 +739,7 @@ def _draw_house(rng, task_type, house):
     at = sorted(rng.choice([i for i, kind in enumerate(kinds) if kind == source]) for source in sources)
     inside = [[thing] * at.count(i) for i in range(house)]
     for other in rng.choices([name for name in _THINGS if _THINGS[name][0] == room and name != thing], k=house):
-        likely = [i for i, kind in enumerate(kinds) if kind in _THINGS[other][1:3]] if rng.random() < 0.85 else []
+        likely = [i for i, kind in enumerate(kinds) if kind in _THINGS[other][1]] if rng.random() < 0.85 else []
         spots = likely or [i for i, kind in enumerate(kinds) if kind in _hosts(other)]
         if spots and len(inside[spot := rng.choice(spots)]) < 3:
             inside[spot].append(other)
@@ -734,39 +751,29 @@ def _draw_house(rng, task_type, house):
 def _build_game(rng, task_type, house):
     """A generated game: the parts that AlfworldGame takes (see _read_game), and `pair`, its object and target."""
     thing, target, kinds, inside, at, goal = _draw_house(rng, task_type, house)
-    (treatment, tool, *wordings), look = _TASKS[task_type], task_type == "look_at_obj_in_light"
-    init = "(atlocation agent1 loc_bar_99)" + ""
+    treatment, tool, *wordings, variables, conditions = _TASKS[task_type]
+    init = "(atlocation agent1 loc_bar_99)"
     spots = [re.sub("(basin)?$", rf"_bar_{i:02d}\1", kind, count=1) for i, kind in enumerate(kinds)]
     for i, (spot, kind) in enumerate(zip(spots, kinds)):
         init += (f"(receptacletype {spot} {kind})(receptacleatlocation {spot} loc_bar_{i:02d})"
                  f"({'openable' if kind in _OPENABLE else 'open'} {spot})")
         for n, what in enumerate(inside[i]):
-            it, can = f"{what}_bar_{i:02d}_{n}", ["toggle"] if what == "desklamp" else ["pickup", *_THINGS[what][3:]]
+            it, can = f"{what}_bar_{i:02d}_{n}", "toggle" if what == "desklamp" else "pickup" + _THINGS[what][2]
             init += f"(objecttype {it} {what})(inreceptacle {it} {spot})(objectatlocation {it} loc_bar_{i:02d})"
-            init += "".join(f"({verb}able {it})" for verb in can)
-    variables, wanted = "?o ?r", f"(objecttype ?o {thing}) (receptacletype ?r {target}) (inreceptacle ?o ?r)"
-    if treatment:
-        wanted += f" ({_TREATMENTS[treatment][0]} ?o)"
-    elif task_type == "pick_two_obj_and_place":
-        variables, wanted = "?o ?r ?p", f"{wanted} (objecttype ?p {thing}) (inreceptacle ?p ?r) (not (= ?o ?p))"
-    elif look:
-        variables, wanted = "?o ?p ?r ?l", (
-            f"(objecttype ?o {thing}) (holds agent1 ?o) (objecttype ?p desklamp) (istoggled ?p) (inreceptacle ?p ?r) "
-            "(receptacleatlocation ?r ?l) (atlocation agent1 ?l)")
+            init += "".join(f"({verb}able {it})" for verb in can.split())
     facts = _parse_facts(init) | {"cancontain": {(kind, name) for name in _THINGS for kind in _hosts(name)}}
     name, walkthrough, here, opened = _player_names(facts), [], None, set()
     for k, source in enumerate(at):
         it = name[f"{thing}_bar_{source:02d}_{at[:k].count(source)}"]
-        acts = [(source, f"take {it} from {{}}"), (goal, "use desklamp 1" if look else f"move {it} to {{}}")]
-        if tool:
-            acts.insert(1, (kinds.index(tool), f"{treatment} {it} with {{}}"))
-        for i, command in acts:
+        treat = [(kinds.index(tool), f"{treatment} {it} with {{}}")] if tool else []
+        finish = "use desklamp 1" if task_type == "look_at_obj_in_light" else f"move {it} to {{}}"
+        for i, command in [(source, f"take {it} from {{}}"), *treat, (goal, finish)]:
             spot, enter = name[spots[i]], command[:4] in ("take", "move") and kinds[i] in _OPENABLE and i not in opened
             walkthrough += ["go to " + spot] * (i != here) + ["open " + spot] * enter + [command.format(spot)]
             here, opened = i, opened | {i} if enter else opened
-    return dict(facts=facts, goal=_parse_goal(f"(:goal (exists ({variables}) (and {wanted})))"), help=True,
-                task=rng.choice(wordings).format(o=thing, r=target), pair=f"{thing} {target}", walkthrough=walkthrough,
-                put="move {} to {}", arrives_at_name=True)
+    condition = f"(:goal (exists ({variables}) (and {conditions})))".format(o=thing, r=target)
+    return dict(facts=facts, goal=_parse_goal(condition), task=rng.choice(wordings).format(o=thing, r=target),
+                pair=f"{thing} {target}", walkthrough=walkthrough, put="move {} to {}", help=True, arrives_at_name=True)
 
 
 def built_in_game(split, index, task_type, seed, house):
@@ -784,24 +791,24 @@ def built_in_game(split, index, task_type, seed, house):
 
 # ---- skills: what the teacher is told ----
 
-ALFWORLD_SKILLS = dict(line.split(": ", 1) for line in """
-general: Search likely receptacles first, each once; open what is closed before you call it empty. Take the object \
-as soon as you see it. Food: fridge, countertop, diningtable. Dishes: cabinet, countertop, shelf. Cutlery: drawer. \
-Pens, laptops, clocks: desk. Cards, keys, cds: drawer. Books, phones: bed. You can hold one object.
-pick_and_place: Pick and place: 1. Find the object where its kind usually is. 2. Take it. 3. Go to the target \
-receptacle. 4. Open it if closed. 5. Move the object to it.
-look_at_obj_in_light: Look under a lamp: 1. Find the object and take it. 2. Find the desklamp: on a desk or a \
-sidetable. 3. Still holding the object, use the desklamp.
-pick_clean_then_place_in_recep: Clean and place: 1. Find and take the object. 2. Go to the sinkbasin. 3. Clean the \
-object with it. 4. Go to the target, open it if closed. 5. Move the object to it.
-pick_heat_then_place_in_recep: Heat and place: 1. Find and take the object. 2. Go to the microwave, leave it closed. \
-3. Heat the object with it. 4. Go to the target, open it if closed. 5. Move the object to it.
-pick_cool_then_place_in_recep: Cool and place: 1. Find and take the object, food often in the fridge. 2. Go to the \
-fridge. 3. Cool the object with it. 4. Go to the target, open it if closed. 5. Move the object to it.
-pick_two_obj_and_place: Two objects: 1. Find and take the first. 2. Move it to the target. 3. Find another of the \
-same kind, not the one already placed. 4. Move it to the same target receptacle.
-mistakes: Avoid: going back to searched places; leaving closed receptacles unopened; placing the object before it is \
-clean, hot or cool; naming an action that is not offered.""".strip().split("\n"))
+ALFWORLD_SKILLS = _table("""
+general: Search likely receptacles first, each once; open what is closed before you call it empty. Take the object as
+    soon as you see it. Food: fridge, countertop, diningtable. Dishes: cabinet, countertop, shelf. Cutlery: drawer.
+    Pens, laptops, clocks: desk. Cards, keys, cds: drawer. Books, phones: bed. You can hold one object.
+pick_and_place: Pick and place: 1. Find the object where its kind usually is. 2. Take it. 3. Go to the target
+    receptacle. 4. Open it if closed. 5. Move the object to it.
+look_at_obj_in_light: Look under a lamp: 1. Find the object and take it. 2. Find the desklamp: on a desk or a sidetable.
+    3. Still holding the object, use the desklamp.
+pick_clean_then_place_in_recep: Clean and place: 1. Find and take the object. 2. Go to the sinkbasin. 3. Clean the
+    object with it. 4. Go to the target, open it if closed. 5. Move the object to it.
+pick_heat_then_place_in_recep: Heat and place: 1. Find and take the object. 2. Go to the microwave, leave it closed. 3.
+    Heat the object with it. 4. Go to the target, open it if closed. 5. Move the object to it.
+pick_cool_then_place_in_recep: Cool and place: 1. Find and take the object, food often in the fridge. 2. Go to the
+    fridge. 3. Cool the object with it. 4. Go to the target, open it if closed. 5. Move the object to it.
+pick_two_obj_and_place: Two objects: 1. Find and take the first. 2. Move it to the target. 3. Find another of the same
+    kind, not the one already placed. 4. Move it to the same target receptacle.
+mistakes: Avoid: going back to searched places; leaving closed receptacles unopened; placing the object before it is
+    clean, hot or cool; naming an action that is not offered.""")
 _SKILL_ALIASES = {"look_at_obj_in_light": ("examine",), "pick_clean_then_place_in_recep": ("clean",),
                   "pick_heat_then_place_in_recep": ("heat",), "pick_cool_then_place_in_recep": ("cool",),
                   "pick_two_obj_and_place": ("pick_and_place",)}
@@ -814,13 +821,14 @@ def expert_script(game, detours=0, seed=0):
     for most in (detours, 0):  # where a detour spoils the plan, the plain walkthrough
         game, script, visited, rng = copy.copy(game), [], set(), random.Random(f"{seed}/{game.task}")
         game.reset()
+        places = {command: place for command, _, _, place in game._routes}
         for i, command in enumerate(game.walkthrough):
-            place, acts = command.removeprefix("go to "), [("", command)]
-            if place != command and place not in visited:
+            place, acts = places.get(command), [("", command)]
+            if place and place not in visited:
+                visited.add(place)
                 until = " / ".join(game.walkthrough[i + 1:]).split("go to ")[0]
                 if found := re.search(r"(?:take|use) (.+?) \d+", until):
-                    acts = _searches(game, found[1], place, visited, rng.randint(0, most), rng)
-                visited.update(game.beside(place))
+                    acts = _searches(game, found[1], command, visited, rng.randint(0, most), rng)
             for thought, act in acts:
                 if act in game.admissible_commands and not game.won:
                     script.append((thought or _thought(act), act))
@@ -836,23 +844,25 @@ def _thought(command):
             "use": f"here is {rest}; turn it on"}.get(verb, f"I am there; {command}")
 
 
-def _searches(game, sought, place, visited, count, rng):
-    """[(thought, command)]: visits to `count` receptacles without the `sought` kind of object, then `place`, with it.
-    Unvisited ones; where such objects usually are comes before where they can be, then the rest (weighted draw)."""
+def _searches(game, sought, last, visited, count, rng):
+    """[(thought, command)]: `count` visits where no object of the `sought` kind is, then the command `last`. Unvisited
+    places; where such objects usually are comes before where they can be, then the rest (weighted draw)."""
     kind = {key: name.rsplit(" ", 1)[0] for key, name in game._name.items()}
-    has = {spot for thing, spot in game._facts["inreceptacle"] if kind[thing] == sought}
-    thing, near, drawn = next(key for key in kind if kind[key] == sought), game.beside(place), []
-    usual = ["desk", "sidetable"] if sought == "desklamp" else _THINGS.get(sought, ())[1:3]
-    for spot, where in game._place.items():
-        if not ({game._name[spot]} & (visited | set(near)) or has & set(game._near[where])):
+    thing = next(key for key in kind if kind[key] == sought)
+    has = {game._place.get(spot) for thing, spot in game._facts["inreceptacle"] if kind[thing] == sought}
+    usual = ["desk", "sidetable"] if sought == "desklamp" else _THINGS[sought][1] if sought in _THINGS else ()
+    drawn = []
+    for command, _, spot, place in game._routes:
+        if place not in visited | has:
             weight = 1 if kind[spot] in usual else 0.2 if game.fits(thing, spot) else 0.02
-            drawn.append((rng.random() ** (1 / weight), game._name[spot]))
+            drawn.append((rng.random() ** (1 / weight), command, place))
     acts, thought = [], f"I need a {sought}; look in {{}}"
-    for _, name in sorted(drawn, reverse=True)[:count]:
-        acts += [(thought.format(name), "go to " + name), ("", "open " + name)]
-        visited.update(game.beside(name))
+    for _, command, place in sorted(drawn, reverse=True)[:count]:
+        name = command.removeprefix("go to ")
+        acts += [(thought.format(name), command), ("", "open " + name)]
+        visited.add(place)
         thought = f"no {sought} here; look in {{}} next"
-    return acts + [(thought.format(place), "go to " + place)]
+    return acts + [(thought.format(last.removeprefix("go to ")), last)]
 
 
 # ---- episodes ----
@@ -867,14 +877,14 @@ When it is done, choose one admissible action for this step and put it between <
 """
 
 
-def parse_action(response, think_closed=False):
+def parse_action(response, think_closed=False, kept=30):
     """(action, valid) of a response, judged as the public alfworld_projection does: in lower case, what stands between
-    the first <action> and the first </action>; without these the last 30 characters, invalid. Invalid too: <think> or
-    </think> missing (not demanded with think_closed), or any CJK character."""
+    the first <action> and the first </action>; without these the last `kept` characters, invalid. Invalid too: <think>
+    or </think> missing (not demanded with think_closed), or any CJK character."""
     low = response.lower()
     start, end = low.find("<action>"), low.find("</action>")
     if start < 0 or end < 0:
-        return low[-30:], False
+        return low[-kept:], False
     thinks = think_closed or ("<think>" in response and "</think>" in response)
     return low[start + len("<action>"):end].strip(), bool(thinks and not re.search("[\u4e00-\u9fff]", response))
 
@@ -901,15 +911,14 @@ class AlfworldSession:
 
     def prompt(self, skill="", history=2, room=None, brief=False):
         """The user message of this turn, with the public code's parts; observations are cut to `room` characters."""
-        count, seen = len(self.turns), shorten_middle(self.observation, room)
-        past = [(i, shorten_middle(text, room), action) for i, (text, action) in enumerate(self.turns, 1)]
-        past = past[max(count - history, 0):]
+        past, seen = last_turns(self.turns, history, room), shorten_middle(self.observation, room)
         commands = [command for command in self._game.admissible_commands if command != "help"]
         if brief:
             return self._brief_prompt(skill, past, seen, commands)
+        count = len(self.turns)
         before = f"You are now at step {count + 1} and y" if count else "Y"
         if past:
-            turns = "\n".join(f"[Observation {i}: '{text}', Action {i}: '{action}']" for i, text, action in past)
+            turns = "\n".join(QUOTED_TURN.format(*turn) for turn in past)
             before = (f"Before this step you have already taken {count} step(s). The most recent {len(past)} "
                       f"observations and the actions you took on them:\n{turns}\n{before}")
         named = not count and seen == self.observation  # the opening text itself names the task
@@ -956,12 +965,11 @@ class Alfworld:
 
     def __init__(self, data=None, seed=233, skills=None, house=6, task_types="", detours=0):
         self.seed, self.house, self.detours, self.skill_names = seed, house, detours, list(ALFWORLD_TYPES)
-        library = read_skills(skills, self.skill_names, _SKILL_ALIASES) if skills else ALFWORLD_SKILLS
-        # skill(category, brief) for the teacher of one task, all_skills() for one who is told everything
-        self.skill = self.all_skills = functools.partial(skill_text, library)
+        library = read_skills(skills, ALFWORLD_SKILLS, self.skill_names, _SKILL_ALIASES)
+        self.skill = self.all_skills = partial(skill_text, library)
         self._ids, self._parsed = {}, lru_cache(maxsize=512)(self._read)
         for option, value, least, most in (("house", house, 4, 12), ("detours", detours, 0, 100)):
-            if value not in range(least, most + 1):
+            if not isinstance(value, int) or not least <= value <= most:
                 raise UserError(f"{option}={value} must be a whole number from {least} to {most}")
         known = {alias: kind for kind, (group, _) in ALFWORLD_TYPES.items() for alias in (kind, group.lower())}
         wanted = str(task_types).lower().replace(" ", "").split(",") if task_types else list(known)
@@ -973,8 +981,9 @@ class Alfworld:
         self.builtin = not (path and self._files.files)
         if self.builtin and (data or os.environ.get("ALFWORLD_DATA")):
             raise UserError(f"no game.tw-pddl in {path}; it lacks json_2.1.1/train: python envs.py download alfworld")
-        sizes = ", ".join(f"{split} {size}" for split, size in _BUILT_IN_SIZES.items())
-        self.source = f"ALFWorld in {path}: {self._files.counts()}" if not self.builtin else (
+        sizes = _BUILT_IN_SIZES if self.builtin else Counter(name.split("/")[0] for name in self._files.files)
+        sizes = ", ".join(f"{split} {size}" for split, size in sizes.items())
+        self.source = f"ALFWorld in {path}: {sizes}" if not self.builtin else (
             f"built-in games (seed {seed}): {house} receptacles, {sizes}; for the real benchmark: "
             "python envs.py download alfworld")
 
@@ -983,9 +992,9 @@ class Alfworld:
         if split not in self.splits:
             raise UserError(f"unknown split {split!r}; ALFWorld has {', '.join(self.splits)}")
         if split not in self._ids:
-            kinds, size = self.task_types, _BUILT_IN_SIZES[split]
+            kinds = self.task_types
             self._ids[split] = self._files.solvable(split, kinds) if not self.builtin else sorted(
-                f"{split}/{kinds[i % len(kinds)]}/{i:05d}" for i in range(size))
+                f"{split}/{kinds[i % len(kinds)]}/{i:05d}" for i in range(_BUILT_IN_SIZES[split]))
         if not self._ids[split]:
             raise UserError(f"no games in split {split} ({self.source}); check --data and task_types")
         return list(self._ids[split])
@@ -1007,10 +1016,7 @@ class Alfworld:
         """A new episode. `seed` and `detours` only decide how its expert searches."""
         return AlfworldSession(task_id, self.game(task_id), seed, self.detours if detours is None else detours)
 
-    def step(self, sessions, responses, think_closed=False):
-        """Advances every session by one raw response."""
-        for session, response in zip(sessions, responses):
-            session.step(response, think_closed)
+    step = staticmethod(step_each)
 
 
 class GameFiles:
@@ -1029,10 +1035,6 @@ class GameFiles:
         found = sorted(("/".join(Path(file).parts[-4:-1]), file) for file in files)
         self.files = {task_id: file for task_id, file in found if task_id.split("/")[0] in Alfworld.splits
                       and not re.search("movable|Sliced", task_id)}  # the original leaves these out
-
-    def counts(self):
-        """The splits with their numbers of games, as text."""
-        return ", ".join(f"{split} {n}" for split, n in Counter(name.split("/")[0] for name in self.files).items())
 
     def read(self, task_id):
         """The text of a game file. Raises UserError naming it."""
@@ -1063,13 +1065,11 @@ def download_alfworld(folder, url=ALFWORLD_URL):
     if broken:
         path.unlink()
         raise UserError(f"{path} is damaged ({broken}); it was removed, download it again")
-    print(f"ALFWorld is in {path}: {GameFiles(path).counts()}")
+    print(Alfworld(path).source)
     return path
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# WebShop
-# --------------------------------------------------------------------------------------------------------------------
+# ======== WebShop =====================================================================================================
 
 WEBSHOP_FILES = {  # name -> id on Google Drive, from WebShop's setup.sh
     "items_shuffle_1000.json": "1EgHdxQ_YxqIQlvvq5iKlCrkEKR6-j0Ib",
@@ -1173,12 +1173,12 @@ class Catalogue:
         self._places = np.array(places, np.int64).reshape(-1, 2)
         self._instruction_places, self._attribute_counts = np.full((len(self.asins), 2), -1), Counter()
         numbers = {asin: number for number, asin in enumerate(self.asins)}
-        wanted = list(self._read_instructions(numbers))
+        wanted = sorted(self._read_instructions(numbers))
         self._human = self._read_human(human, numbers) if human_goals else {}
         if human_goals:
-            wanted = [(number, len(entries)) for number, entries in self._human.items()]
+            wanted = [(number, i, i + 1) for number in sorted(self._human) for i in range(len(self._human[number]))]
         self.product = lru_cache(8192)(self._read_product)
-        self._draw(seed, sorted(wanted), price_ranges)
+        self._draw(seed, wanted, price_ranges)
         self.goals = GoalList(self)
 
     @staticmethod
@@ -1214,7 +1214,7 @@ class Catalogue:
             yield text.lower()
 
     def _read_instructions(self, numbers):
-        """Yields (product, how many goals: one for every combination of its options) and notes the attributes."""
+        """Yields (product, 0, how many goals: one for every combination of its options) and notes the attributes."""
         for asin, entry, *place in stream_json(self.instructions):
             if asin not in numbers:
                 continue
@@ -1223,34 +1223,35 @@ class Catalogue:
                 raise UserError(f"{asin} has no sound entry in the file of instructions; download it again")
             self._instruction_places[number] = place
             if entry.get("instruction") is not None:
-                yield number, self._variants[number]
+                yield number, 0, self._variants[number]
                 self._attribute_counts.update(dict.fromkeys(attributes, self._variants[number]))
 
     @staticmethod
     def _read_human(file, numbers):
-        """{product: the goals that people wrote for it}"""
+        """{product: the (instruction, attributes, options) of the goals that people wrote for it}"""
         if not file or not file.is_file():
             raise UserError("human goals need items_human_ins.json beside the catalogue; "
                             "run: python envs.py download webshop")
         try:
-            return {numbers[asin]: [entry for entry in entries if entry["instruction_attributes"]]
+            return {numbers[asin]: [(entry["instruction"].strip("."), attributes, entry["instruction_options"])
+                                    for entry in entries if (attributes := entry["instruction_attributes"])]
                     for asin, entries, _, _ in stream_json(file) if asin in numbers}
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{file} is not in WebShop's form ({error!r}); download it again") from None
 
     def _draw(self, seed, wanted, price_ranges):
-        """Prices, price limits and the order of goals, from one seed as the original draws them."""
+        """Prices, price limits and the order of goals, from one seed as the original draws them. `wanted`: (product,
+        first goal, last + 1) of the goals that share one draw of a limit."""
         rng = random.Random(seed)
         rng.getrandbits(32)  # the original's first rich.print takes one word from the same generator
         self.prices = np.array([low[0] if len(low) == 1 else rng.uniform(*low) for low in price_ranges])
         product, choice, limit = [], [], []
-        for number, count in wanted:
+        for number, first, end in wanted:
             above = [10.0 * k for k in range(1, 100) if 10.0 * k > self.prices[number]][:4]
-            for choices in [[i] for i in range(count)] if self._human else [range(count)]:  # that share one draw
-                top = max(rng.sample(above, 2)) if len(above) >= 2 else 1000000
-                product += [number] * len(choices)
-                choice += choices
-                limit += [top] * len(choices)
+            top = max(rng.sample(above, 2)) if len(above) >= 2 else 1000000
+            product += [number] * (end - first)
+            choice += range(first, end)
+            limit += [top] * (end - first)
         order = list(range(len(product)))
         rng.seed(seed)
         rng.shuffle(order)
@@ -1290,9 +1291,7 @@ class Catalogue:
         number, choice, limit = int(self._goal_product[i]), int(self._goal_choice[i]), float(self._goal_limit[i])
         product = self.product(number)
         if self._human:
-            entry = self._human[number][choice]
-            text, attributes, options = (entry["instruction" + name] for name in ("", "_attributes", "_options"))
-            text, weight = text.strip("."), 1
+            (text, attributes, options), weight = self._human[number][choice], 1
         else:
             options, attributes = {}, product["instruction_attributes"]
             for name in sorted(product["options"], reverse=True):  # the last option name varies fastest
@@ -1463,11 +1462,11 @@ class WebShop:
 
     def __init__(self, data, seed=233, human_goals=False, page_size=RESULTS_PER_PAGE):
         self.catalogue = data if isinstance(data, Catalogue) else Catalogue(data, seed, human_goals)
-        self.page_size, self.rng = page_size, random.Random(seed)
+        self.goals, self.page_size, self.rng = self.catalogue.goals, page_size, random.Random(seed)
 
     def reset(self, goal_index):
         """Opens the search page of a goal; returns the observation."""
-        self.goal, self.done, self.details = self.catalogue.goals[goal_index], False, {}
+        self.goal, self.done, self.details = self.goals[goal_index], False, {}
         self.sought = int(self.catalogue._goal_product[goal_index])
         self.task = _text_nodes(self.goal["instruction_text"])
         self._home()
@@ -1491,9 +1490,6 @@ class WebShop:
         clickables = dict.fromkeys(["back to search", *map(str.lower, buttons), *self.links])
         self._show("results", clickables, "Back to Search", f"Page {page} (Total results: {len(self.found)})",
                    *buttons, *(part for product in shown for part in product["line"]))
-
-    def _item(self):
-        self._show("item", self.product["clickables"], "Back to Search", "< Prev", *self.product["item page"])
 
     def _buy(self):
         price = self.catalogue.prices[self.product["number"]]
@@ -1537,16 +1533,10 @@ class WebShop:
                 self.product = self.links[name]
             elif name != "< prev":
                 self.options = {**self.options, self.clickables[name]: name}
-            self._item()
+            self._show("item", self.product["clickables"], "Back to Search", "< Prev", *self.product["item page"])
 
 
 # ---- the built-in catalogue ----
-
-def _table(text):
-    """{name: text} from paragraphs "name: text", whose further lines are indented; one that ends in | or , goes on."""
-    text = re.sub(r"([|,])\n\s+", r"\1", text)
-    return {name: " ".join(body.split()) for name, body in re.findall(r"^(\w+): (.*?)(?=^\w|\Z)", text, re.S | re.M)}
-
 
 # skill category: WebShop's category | product types | attributes | options
 SHOP_WORLD = _table("""
@@ -1644,11 +1634,7 @@ def shop_category(instruction):
 
 # ---- the environment as sdar.py and eval.py see it ----
 
-def parse_shop_response(response, think_closed=False):
-    """(action, valid) as the public webshop_projection has it: that of ALFWorld, but without action tags the last 20
-    characters are left."""
-    low = response.lower()
-    return parse_action(response, think_closed) if "<action>" in low and "</action>" in low else (low[-20:], False)
+parse_shop_response = partial(parse_action, kept=20)  # as the public webshop_projection has it
 
 
 class ShopSession:
@@ -1666,8 +1652,10 @@ class ShopSession:
         """The page without the instruction, each part in quotes (the public code's format)."""
         return " [SEP] ".join(f"'{part}'" for part in self.shop.parts)
 
-    def respond(self, response, think_closed=False):
-        """Takes one raw response; see WebShopEnv.step."""
+    def step(self, response, think_closed=False):
+        """Plays a raw response; after the end it does nothing."""
+        if self.done:
+            return
         action, self.valid = parse_shop_response(response, think_closed)
         action = action[:2000]
         self.action = one_line(action, 300)
@@ -1680,18 +1668,17 @@ class ShopSession:
 
     def prompt(self, skill="", history=2, room=None, brief=False):
         """The user message of this turn; `room` cuts every observation in it in the middle (in characters)."""
-        past, count = self.turns[-history:] if history > 0 else [], len(self.turns)
+        past, count = last_turns(self.turns, history, room), len(self.turns)
         if brief:  # clickable parts in brackets: observation and admissible actions in one
             page = " ".join(f"[{part.lower()}]" if part.lower() in self.shop.clickables else part
                             for part in self.shop.parts)
-            did = past and "did: " + " > ".join(action for _, action in past)
+            did = past and "did: " + " > ".join(action for _, _, action in past)
             return "\n".join(filter(None, [skill, self.task, did, shorten_middle(page, room)]))
-        steps = "\n".join(f"[Observation {i}: '{shorten_middle(seen, room)}', Action {i}: '{action}']"
-                          for i, (seen, action) in enumerate(past, count - len(past) + 1))
+        steps = "\n".join(QUOTED_TURN.format(*turn) for turn in past)
         if past:
             steps = f"Steps taken so far: {count}. The last {len(past)} with what you saw:\n{steps}\n"
-        offered = [f"click[{name}]" for name in self.shop.clickables]
-        offered = ["search[<your query>]"] * (self.shop.kind == "search") + offered
+        offered = ["search[<your query>]"] if self.shop.kind == "search" else []
+        offered += [f"click[{name}]" for name in self.shop.clickables]
         skill = skill + "\n\n" if skill else ""
         return (f"{skill}You are an agent that shops in the online store WebShop.\n"
                 f"Your task is: {self.task}\n{steps}This is step {count + 1}; you now see: "
@@ -1764,9 +1751,7 @@ class WebShopEnv:
         source = build_catalogue(seed) if self.builtin else path
         self.catalogue = Catalogue(source, seed, human_goals, catalogue, nouns)
         self._page_size = 5 if self.builtin else RESULTS_PER_PAGE  # 5: few products, yet pages to turn
-        library = read_skills(skills, self.skill_names) if skills else SHOP_SKILLS
-        # skill(category, brief) for the teacher of one task, all_skills() for one who is told everything
-        self.skill = self.all_skills = functools.partial(skill_text, library)
+        self.skill = self.all_skills = partial(skill_text, read_skills(skills, SHOP_SKILLS, self.skill_names))
         count = len(self.catalogue.goals)
         held_out = min(TEST_GOALS, count // 4)
         panel = sorted(random.Random(233).sample(range(held_out), min(PANEL_GOALS, held_out)))
@@ -1797,33 +1782,27 @@ class WebShopEnv:
             raise UserError(f"WebShop has no task {task_id!r}; ask tasks(split) for them")
         return ShopSession(WebShop(self.catalogue, seed, page_size=self._page_size), str(task_id), int(found[2]))
 
-    def step(self, sessions, responses, think_closed=False):
-        """Advances every session by its model's raw response; finished ones stay as they are."""
-        for session, response in zip(sessions, responses, strict=True):
-            if not session.done:
-                session.respond(response, think_closed)
+    step = staticmethod(step_each)
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Search-QA
-# --------------------------------------------------------------------------------------------------------------------
+# ======== Search-QA ===================================================================================================
 
 SEARCH_DATASETS = ("NQ", "TriviaQA", "PopQA", "HotpotQA", "2Wiki", "MuSiQue", "Bamboogle")  # the paper's columns
 DATASET_ALIASES = {"hotpot": "HotpotQA", "2wikimultihopqa": "2Wiki", **{name.lower(): name for name in SEARCH_DATASETS}}
 MAX_QUERY, MAX_ANSWER, MAX_PASSAGE, MAX_REPLY = 400, 1000, 4000, 1 << 28  # characters kept; bytes read from a server
-SEARCH_SKILLS = {
-    "general": "Name the missing fact before searching. Query with the entity's full name and the wanted property. "
-        "Check that a passage speaks of the right entity; answer once one states the fact, or in the last turn.",
-    "direct_retrieval": "One passage usually holds the answer. Search the question's rarest words together. If the "
-        "passages miss, try synonyms or the likely page title, not the same query. Answer in the passage's words.",
-    "entity_attribute_lookup": "Search the entity's exact name plus the property (birthplace, genre, capital). Where "
-        "several entities share a name, add occupation, year or country. Answer with the property's value alone.",
-    "multi_hop_reasoning": "Find the innermost entity first: who made, led or founded the thing. Put the name found "
-        "into the next query, with the next property. One link per search. Answer the outermost question.",
-    "compare": "Search each candidate by itself and note its date, number or place. Compare when both are known; mind "
-        "the direction: older means the earlier year. Answer what is asked: candidate, property, or yes or no.",
-    "mistakes": "Common mistakes: answering from memory while searches are left; repeating a failed query; searching "
-        "and answering in one response; explaining inside the answer tags instead of giving the bare fact."}
+SEARCH_SKILLS = _table("""
+general: Name the missing fact before searching. Query with the entity's full name and the wanted property. Check that a
+    passage speaks of the right entity; answer once one states the fact, or in the last turn.
+direct_retrieval: One passage usually holds the answer. Search the question's rarest words together. If the passages
+    miss, try synonyms or the likely page title, not the same query. Answer in the passage's words.
+entity_attribute_lookup: Search the entity's exact name plus the property (birthplace, genre, capital). Where several
+    entities share a name, add occupation, year or country. Answer with the property's value alone.
+multi_hop_reasoning: Find the innermost entity first: who made, led or founded the thing. Put the name found into the
+    next query, with the next property. One link per search. Answer the outermost question.
+compare: Search each candidate by itself and note its date, number or place. Compare when both are known; mind the
+    direction: older means the earlier year. Answer what is asked: candidate, property, or yes or no.
+mistakes: Common mistakes: answering from memory while searches are left; repeating a failed query; searching and
+    answering in one response; explaining inside the answer tags instead of giving the bare fact.""")
 DIRECT, ATTRIBUTE, HOPS, COMPARE = SEARCH_CATEGORIES = tuple(SEARCH_SKILLS)[1:5]
 Question = namedtuple("Question", "id text answers group chain", defaults=((),))  # chain: queries that lead to it
 COMPARING = re.compile(r"^(which|who|what|where|are|is|was|were|do|does|did|between)\b.*\bor\b|\b(both|same|share)\b.*"
@@ -1934,7 +1913,7 @@ def load_questions(path):
             question = read_question(file, number, row)
             drawn = "test" if int(panel_hash([question.id])[:4], 16) < 0.2 * 65536 else "train"
             split = splits.setdefault(named[0].replace("val", "dev") if named else drawn, {})
-            while split.get(question.id, question).text != question.text:
+            while any(other.get(question.id, question).text != question.text for other in splits.values()):
                 question = question._replace(id=question.id + "'")
             split[question.id] = question
     held = {normalize_answer(q.text) for name in splits if name != "train" for q in splits[name].values()}
@@ -1945,7 +1924,7 @@ def load_questions(path):
 def search_server(url, timeout=30.0, retries=4, delay=1.0):
     """Client of Search-R1's server: function (queries, k) -> [[passage, ...] per query], one POST for all queries.
     Failures are repeated `retries` times with doubling delay (s), refusals (4xx) never; then ServerError."""
-    if not re.match(r"https?://[^/]", url):
+    if not re.match(r"https?://[^/]", str(url)):
         raise UserError(f"search_url {url!r} is no http address; give for example http://127.0.0.1:8000/retrieve")
     url = url if re.match(r"https?://[^/]+/.", url) else url.rstrip("/") + "/retrieve"
 
@@ -1985,7 +1964,7 @@ def passage_search(passage, index):
 def corpus_search(path):
     """BM25 over {"id", "contents"} lines (.jsonl, .jsonl.gz) -> (function as of search_server, number of passages). The
     index is kept beside the corpus, or in ~/.cache/search-index if that is read-only, until the corpus changes."""
-    path, text, ends = Path(path).expanduser(), bytearray(), array("q", [0])
+    path, text, ends = Path(str(path)).expanduser(), bytearray(), array("q", [0])
     for number, row in read_rows(path):
         if not isinstance(row.get("contents"), str):
             raise UserError(f"{path}, line {number}: no `contents`; mend the line or take it out")
@@ -2036,8 +2015,7 @@ def build_world(seed):
     signs, kinds = "Amber Silent Golden Hollow Paper Iron Frozen Broken Green".split(), "novel opera play poem".split()
     for split, n in (("train", 1200), ("test", 60)):
         towns = [(names.pop(), names.pop(), names.pop()) for _ in range(n // 4)]
-        people = [(f"{names.pop()} {names.pop()}", rng.choice(towns), year)
-                  for year in rng.sample(range(300, 1900), n)]
+        people = [(f"{names.pop()} {names.pop()}", rng.choice(towns), year) for year in rng.sample(range(300, 1900), n)]
         works = [(f"The {rng.choice(signs)} {names.pop()}", rng.choice(kinds), maker, year)
                  for maker, year in zip(people, rng.sample(range(400, 1980), n))]
         passages += [f'"{t}"\n{t} is a town in {region}, on the river {river}.' for t, river, region in towns]
@@ -2129,14 +2107,14 @@ class SearchQA:
 
     def __init__(self, data=None, seed=233, skills=None, search_url=None, corpus=None, topk=3, max_turns=4,
                  timeout=30.0, retries=4):
-        for option, value, least in (("topk", topk, 1), ("max_turns", max_turns, 1), ("timeout", timeout, 1),
-                                     ("retries", retries, 0)):
-            if isinstance(value, str) or value < least:
-                raise UserError(f"{option}={value} must be a number of {least} or more")
+        for option, value, least in (("topk", topk, 1), ("max_turns", max_turns, 1), ("retries", retries, 0)):
+            if not isinstance(value, int) or value < least:
+                raise UserError(f"{option}={value} must be a whole number of {least} or more")
+        if not isinstance(timeout, (int, float)) or timeout < 1:
+            raise UserError(f"timeout={timeout} must be a number of 1 or more")
+        self.skill = self.all_skills = partial(skill_text, read_skills(skills, SEARCH_SKILLS, self.skill_names))
         path, self.topk, self.max_turns = find_data("search", data), topk, max_turns
-        self.builtin, library = path is None, read_skills(skills, SEARCH_CATEGORIES) if skills else SEARCH_SKILLS
-        # skill(category, brief) for the teacher of one task, all_skills() for one who is told everything
-        self.skill = self.all_skills = functools.partial(skill_text, library)
+        self.builtin = path is None
         if self.builtin and (search_url or corpus):
             raise UserError("a search server or corpus needs questions; give them with --data FILE (JSONL or parquet)")
         self.questions, files = build_world(seed) if self.builtin else load_questions(path)
@@ -2182,22 +2160,17 @@ class SearchQA:
             session.advance(kind, content, valid, found.get(query, [])[:self.topk])
 
 
-
 def panel(env, split, episodes=None, seed=233):
     """(sorted task ids, panel_hash of ids and task texts) of a test panel: the whole split, or the first `episodes` of
     an order by sha256(seed, id), so that a smaller panel lies in a larger one. Raises UserError for an empty panel."""
-    ids = sorted(set(env.tasks(split)))
+    ids = sorted(env.tasks(split), key=lambda i: hashlib.sha256(f"{seed}\n{i}".encode("utf-8", "replace")).digest())
     if episodes is not None and episodes < 1:
         raise UserError(f"a panel of {episodes} episodes is empty; give 1 to {len(ids)}, or nothing for all of {split}")
-    if episodes is not None:
-        ids = sorted(ids, key=lambda i: hashlib.sha256(f"{seed}\n{i}".encode("utf-8", "replace")).digest())[:episodes]
-    return sorted(ids), panel_hash([text for i in sorted(ids) for text in (i, env.start(i).task)])
+    ids = sorted(ids[:episodes])
+    return ids, panel_hash([text for i in ids for text in (i, env.start(i).task)])
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Command line
-# --------------------------------------------------------------------------------------------------------------------
-
+# ======== Command line ================================================================================================
 
 def original_alfworld():
     """The original engine, unloaded, or None where `alfworld` and `textworld` are not installed."""
@@ -2214,37 +2187,35 @@ def bench_alfworld(data, games=20, wandering=10):
     """Print the mean milliseconds of a load, a reset and a step (text and admissible commands), beside the original
     engine's where it is installed: the same games, random commands, then the walkthrough, every text compared."""
     env, rng, differences = Alfworld(data=data), random.Random(0), 0
-    seconds = {(what, who): [] for what in ("load", "reset", "step") for who in ("here", "original")}
+    seconds = {what: ([], []) for what in ("load", "reset", "step")}  # here, and the original's
 
-    def timed(what, who, function, *arguments):
-        began = time.perf_counter()
-        result = function(*arguments)
-        seconds[what, who].append(time.perf_counter() - began)
-        return result
+    def timed(what, *calls):
+        results = [None, None]
+        for i, call in enumerate(filter(None, calls)):
+            began = time.perf_counter()
+            results[i] = call()
+            seconds[what][i].append(time.perf_counter() - began)
+        return results
 
     ids = [task_id for split in env.splits for task_id in env.tasks(split)]
-    for task_id in tqdm(rng.sample(ids, min(int(games), len(ids))), desc="games"):
+    for task_id in tqdm(rng.sample(ids, min(games, len(ids))), desc="games"):
         other = original_alfworld()
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "game.tw-pddl"
             path.write_text(env._files.read(task_id), encoding="utf-8")
-            game = timed("load", "here", AlfworldGame, str(path))
-            if other:
-                timed("load", "original", other.load, str(path))
-        text = timed("reset", "here", game.reset)
-        state = timed("reset", "original", other.reset) if other else None
+            game, _ = timed("load", lambda: AlfworldGame(path), other and (lambda: other.load(str(path))))
+        text, state = timed("reset", game.reset, other and other.reset)
         for step in range(wandering + len(game.walkthrough)):
             if other and (state.feedback, state["admissible_commands"]) != (text, game.admissible_commands):
                 differences += 1
             command = rng.choice(game.admissible_commands) if step < wandering else game.walkthrough[step - wandering]
-            text = timed("step", "here", lambda c: (game.step(c), game.admissible_commands)[0], command)
-            if other:
-                state = timed("step", "original", other.step, command)[0]
-    for what in ("load", "reset", "step"):
-        here, there = (1e3 * sum(v) / max(len(v), 1) for v in (seconds[what, "here"], seconds[what, "original"]))
+            text, state = timed("step", lambda: (game.step(command), game.admissible_commands)[0],
+                                other and (lambda: other.step(command)[0]))
+    for what, times in seconds.items():
+        here, there = (1e3 * sum(part) / max(len(part), 1) for part in times)
         beside = f"   original {there:8.1f} ms   {there / here:6.0f} x" if there else ""
         print(f"{what:6} {here:8.3f} ms   {1e3 / here:8.0f} a second{beside}")
-    print(f"{len(seconds['step', 'here'])} steps; " + (f"{differences} differences" if seconds["step", "original"] else
+    print(f"{len(seconds['step'][0])} steps; " + (f"{differences} differences" if seconds["step"][1] else
           "the original is not installed: pip install alfworld textworld"))
 
 
@@ -2252,16 +2223,19 @@ def main(argv=None):
     """python envs.py download NAME [DIR], or bench DATA [GAMES]; returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
     fetch = {"alfworld": download_alfworld, "webshop": download_webshop,
-             "webshop-full": functools.partial(download_webshop, full=True)}
+             "webshop-full": partial(download_webshop, full=True)}
     try:
-        if len(argv) in (2, 3) and argv[0] == "download" and argv[1] in fetch:
-            name = argv[1].removesuffix("-full")
-            default = os.environ.get(name.upper() + "_DATA") or Path.home() / ".cache" / name
-            fetch[argv[1]](Path(argv[2] if len(argv) == 3 else default))
-        elif len(argv) in (2, 3) and argv[0] == "bench" and argv[-1].isdigit() >= (len(argv) == 3):
-            bench_alfworld(*argv[1:])
-        else:
-            raise UserError(f"usage: python envs.py download {'|'.join(fetch)} [DIR], or: bench DATA [GAMES]")
+        match argv:
+            case ["download", name, *folder] if name in fetch and len(folder) < 2:
+                benchmark = name.removesuffix("-full")
+                default = os.environ.get(benchmark.upper() + "_DATA") or Path.home() / ".cache" / benchmark
+                fetch[name](Path(*folder or [default]))
+            case ["bench", data]:
+                bench_alfworld(data)
+            case ["bench", data, games] if games.isdigit():
+                bench_alfworld(data, int(games))
+            case _:
+                raise UserError(f"usage: python envs.py download {'|'.join(fetch)} [DIR], or: bench DATA [GAMES]")
     except (UserError, OSError) as error:  # OSError: a folder that may not be written, a full disk
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -2200,6 +2200,13 @@ def test_built_in_splits_are_disjoint_and_repeat():
     assert env.game(task_id).reset() == again.game(task_id).reset() != other.game(task_id).reset()
 
 
+def test_whole_numbers_are_demanded_where_only_they_work():
+    for make in (lambda: Alfworld(house=6.0), lambda: Alfworld(detours=2.0), lambda: SearchQA(topk=2.5),
+                 lambda: SearchQA(topk=None), lambda: SearchQA(max_turns="4"), lambda: SearchQA(timeout="x")):
+        with pytest.raises(UserError, match="must be a"):
+            make()
+
+
 def test_task_types_restrict_the_games():
     env = Alfworld(task_types="Pick,heat")
     assert {task_id.split("/")[1] for task_id in env.tasks("train")} == {
@@ -2845,6 +2852,7 @@ def test_pages_and_special_queries(shop_env):
     assert shop.reset(0).startswith("WebShop [SEP] Instruction: [SEP] ") and shop.available_actions == {
         "has_search_bar": True, "clickables": ["search"]}
     home = shop.observation
+    assert shop.goal == shop.goals[0] and len(shop.goals) == len(shop_env.catalogue.goals)
     assert all(shop.step(action) == (home, 0.0, False) for action in ("click[search]", "click[buy now]", "search[]"))
     shop.step("search[lamp]")
     assert shop.page == 1 and "< prev" not in shop.clickables
@@ -2921,6 +2929,10 @@ def test_expert_serves_human_goals(tmp_path):
             "instruction_options": [values[-1] for values in product["options"].values()]}]
     with pytest.raises(UserError, match="items_human_ins"):
         WebShopEnv(tmp_path, human_goals=True)
+    for broken in ({"instruction_attributes": ["x"]}, {**skipped, "instruction": 5, "instruction_attributes": ["x"]}, 3):
+        (tmp_path / "items_human_ins.json").write_text(json.dumps({catalogue.asins[0]: [broken]}))
+        with pytest.raises(UserError, match="not in WebShop's form"):
+            WebShopEnv(tmp_path, human_goals=True)
     (tmp_path / "items_human_ins.json").write_text(json.dumps(people))
     env = WebShopEnv(tmp_path, human_goals=True)
     assert not env.builtin and len(env.catalogue.goals) == 40 and len(env.tasks("test500")) == 10
@@ -3204,6 +3216,15 @@ def test_splits_from_names_are_disjoint_in_wording(tmp_path):
     assert {split: sorted(env.start(task).task for task in env.tasks(split)) for split in env.splits} == {
         "train": ["only train?"], "dev": ["only dev?", "valid?"], "test": ["in both", "only test?"]}
     assert "4 passages" in env.source
+
+
+def test_equal_ids_in_two_files_are_two_questions(tmp_path):
+    for name in ("train", "test"):
+        write(tmp_path / f"{name}.jsonl", [{"id": i, "question": f"{name} {i}?", "answer": "x"} for i in range(3)])
+    write(tmp_path / "corpus.jsonl", ANIMALS)
+    env = SearchQA(data=tmp_path)
+    for split in env.splits:
+        assert sorted(env.start(task).task for task in env.tasks(split)) == [f"{split} {i}?" for i in range(3)]
 
 
 def test_hash_split_is_disjoint_deterministic_and_independent_of_order(tmp_path):
