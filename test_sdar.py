@@ -302,6 +302,12 @@ def test_a_teacher_without_skill_is_an_error(policy, env):
         sdar.teacher_prompt(policy, env.start(env.tasks("train")[0]), settings(), "")
 
 
+@pytest.mark.parametrize("skill, flag", [("", "--max-prompt"), ("Look twice.", "--max-teacher-prompt")])
+def test_a_prompt_that_cannot_be_shortened_names_its_flag(policy, env, skill, flag):
+    with pytest.raises(UserError, match=f"cannot be shortened to 5; raise {flag}$"):
+        sdar.student_prompt(policy, env.start(env.tasks("train")[0]), settings(max_prompt=5, max_teacher_prompt=5), skill)
+
+
 def test_student_and_teacher_score_the_same_tokens(policy, env, episodes):
     """The teacher's prompt differs by the skill alone, and both score the response as it was sampled."""
     for e in episodes:
@@ -848,6 +854,7 @@ def test_help_explains_every_setting(capsys):
     assert stop.value.code == 0 and "objective:" in text
     for f in dataclasses.fields(sdar.Settings):
         assert sdar.flag(f.name) + " " in text and f.metadata["help"][:40] in " ".join(text.split())
+    assert "tasks per step (default: 16)" in text and "(default: False)" not in text and "(default: )" not in text
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "state.json"])
