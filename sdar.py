@@ -262,7 +262,8 @@ def open_env(s):
         key, equals, value = item.partition("=")
         if not equals:
             raise UserError(f"--env-args takes KEY=VALUE pairs, not {item!r}")
-        options[key] = int(value) if re.fullmatch(r"-?\d+", value) else value
+        number = re.fullmatch(r"-?\d+(\.\d+)?", value)
+        options[key] = value if not number else float(value) if number[1] else int(value)
     return envs.open_env(s.env, s.data or None, skills=s.skills or None, **options)
 
 

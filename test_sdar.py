@@ -847,6 +847,13 @@ def test_other_errors_are_not_called_out_of_memory(tmp_path, monkeypatch):
         sdar.main([*RUN, "--out", str(tmp_path / "bug")])
 
 
+def test_env_args_are_numbers_where_they_look_like_them(monkeypatch):
+    monkeypatch.setattr(envs, "open_env", lambda *a, skills, **options: options)
+    options = sdar.open_env(settings(env_args="house=6 at=-1 timeout=2.5 nouns=en_core_web_sm version=1.2.3"))
+    assert options == {"house": 6, "at": -1, "timeout": 2.5, "nouns": "en_core_web_sm", "version": "1.2.3"}
+    assert type(options["house"]) is int
+
+
 def test_help_explains_every_setting(capsys):
     with pytest.raises(SystemExit) as stop:
         sdar.main(["--help"])
