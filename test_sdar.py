@@ -591,6 +591,7 @@ def test_two_ranks_compute_what_one_does(policy, episodes, tmp_path):
 
 
 def lose_the_other(rank, folder):
+    sdar.gather([rank])  # both are there
     if rank == 0:
         with pytest.raises(ConnectionError, match="another process"):
             sdar.gather([1])
