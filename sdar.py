@@ -293,7 +293,9 @@ class Policy:
 def pick_device(name):
     """The torch device of a --device flag; UserError if it is not there."""
     if name == "auto":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # one for each process of torchrun
     try:
         probe = torch.zeros(1, device=name)
         probe.cpu()
@@ -1561,9 +1563,9 @@ def ranks():
 def join_ranks():
     """Meet the other processes, if torchrun started us; only the first of them prints."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group(timeout=datetime.timedelta(hours=2))  # one rank may play far longer episodes
+        # torch itself would take NCCL alone: who waits in that hears neither Ctrl-C nor that another process has ended
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))  # one may play far longer episodes
         if ranks()[0] > 0:
             sys.stdout = open(os.devnull, "w")
 

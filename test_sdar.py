@@ -604,6 +604,21 @@ def test_a_rank_that_ends_is_said_in_one_line(tmp_path):
     assert (tmp_path / "said").exists()
 
 
+def test_processes_on_gpus_talk_over_gloo(monkeypatch):
+    """NCCL for the gradients alone: who waits in it for another process hears of neither its end nor Ctrl-C. And each
+    process has a GPU of its own, or says in one line that there is none."""
+    given = []
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend=None, **options: given.append(backend))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name, value in (("WORLD_SIZE", "64"), ("LOCAL_RANK", "63")):
+        monkeypatch.setenv(name, value)
+    sdar.join_ranks()
+    assert given == ["cpu:gloo,cuda:nccl"]
+    for name in ("auto", "cuda"):
+        with pytest.raises(UserError, match="cuda:63"):
+            sdar.pick_device(name)
+
+
 def test_torchrun_trains_with_one_log_and_resumes(tmp_path):
     """The command line under torchrun: two ranks, one log, each line once; resumed, it goes on."""
     out = tmp_path / "two"
