@@ -1839,9 +1839,10 @@ def train(s, resume=None):
                 save_checkpoint(state, s)
             validate(state, env, s)
     except (KeyboardInterrupt, UserError):  # neither can strike within an update, and so both may be saved after
-        save_checkpoint(state, s)
-        print(f"\nstopped and saved after step {state.step}; continue with: python sdar.py --resume {out}", flush=True)
-        raise
+        with uninterrupted():  # launchers ask more than once
+            save_checkpoint(state, s)
+            print(f"\nstopped and saved after step {state.step}; go on with: python sdar.py --resume {out}", flush=True)
+            raise
     print(f"done: {s.steps} steps; evaluate with: python eval.py --env {s.env} --model {out}", flush=True)
     return state
 

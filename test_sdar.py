@@ -768,17 +768,20 @@ def test_the_log_tells_what_happened(finished):
 
 
 def test_ctrl_c_saves_and_the_run_goes_on_to_the_same_end(finished, tmp_path, monkeypatch):
-    """Ctrl-C in the second rollout: exit status 130, a checkpoint, and the resumed run ends where the whole one did."""
-    original, calls = sdar.generate, itertools.count()
+    """Ctrl-C in the second rollout: exit status 130, a checkpoint, and the resumed run ends where the whole one did.
+    A second signal comes while that is saved, as from a cluster that signals the launcher and the processes it started."""
+    original, calls, save = sdar.generate, itertools.count(), torch.save
     def interrupted(*a):
         if next(calls) == 8:
             os.kill(os.getpid(), signal.SIGINT)
         return original(*a)
     monkeypatch.setattr(sdar, "generate", interrupted)
+    monkeypatch.setattr(torch, "save", lambda *a: (next(calls) > 8 and os.kill(os.getpid(), signal.SIGTERM), save(*a)))
     with pytest.raises(SystemExit) as stop:
-        sdar.main([*RUN, "--out", str(tmp_path / "stopped")])
-    assert stop.value.code == 130
+        sdar.main([*RUN, "--save-every", "100", "--out", str(tmp_path / "stopped")])
+    assert stop.value.code == 130 and sdar.last_checkpoint(tmp_path / "stopped").name == "step-000001"
     monkeypatch.setattr(sdar, "generate", original)
+    monkeypatch.setattr(torch, "save", save)
     sdar.main(["--resume", str(tmp_path / "stopped")])
     assert weights_of(tmp_path / "stopped") == weights_of(finished)
 
