@@ -1667,7 +1667,7 @@ def save_checkpoint(state, s):
     name = f"step-{state.step:06d}" + (f"-warm-{state.warm_step:06d}" if state.warm_step < s.warm_start else "")
     if (folder / name).exists():  # Ctrl-C right after it was saved: the same state
         return
-    part = folder / f"writing-{name}"
+    part = folder / "writing"  # one name: what a killed process left of it goes with the next
     try:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)

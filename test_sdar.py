@@ -804,6 +804,18 @@ def test_a_full_disk_costs_the_new_checkpoint_only(finished, tmp_path, monkeypat
     assert weights_of(tmp_path / "full") == weights_of(finished)
 
 
+def test_what_a_kill_leaves_of_a_checkpoint_goes_with_the_next(policy, tmp_path, monkeypatch):
+    """Gigabytes, and the resumed run may save at other steps."""
+    s = settings(out=str(tmp_path))
+    state = sdar.make_state(policy, s)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(torch, "save", lambda *a: sys.exit("killed"))
+        sdar.save_checkpoint(state, s)
+    state.step = 1
+    sdar.save_checkpoint(state, s)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000001"]
+
+
 @pytest.mark.parametrize("where, sent", [("warm_start_step", "SIGINT"), ("validate", "SIGINT"),
                                          ("warm_start_step", "SIGTERM"), ("validate", "SIGTERM")])
 def test_ctrl_c_at_odd_moments_loses_nothing(finished, tmp_path, monkeypatch, where, sent):
