@@ -1800,11 +1800,14 @@ def validate(state, env, s):
 
 @contextlib.contextmanager
 def uninterrupted():
-    """Hold Ctrl-C and SIGTERM back until the block is done."""
+    """Hold Ctrl-C and SIGTERM back until the block is done. Its ConnectionError (another process ended) becomes another
+    OSError, after which nothing is saved: it may have been in the middle of an update."""
     held, signals = [], (signal.SIGINT, signal.SIGTERM)
     previous = [signal.signal(number, lambda *_: held.append(True)) for number in signals]
     try:
         yield
+    except ConnectionError as error:
+        raise OSError(error) from None
     finally:
         for number, handler in zip(signals, previous):
             signal.signal(number, handler)
@@ -1813,7 +1816,7 @@ def uninterrupted():
 
 
 def train(s, resume=None):
-    """Run a training from its settings. Ctrl-C, SIGTERM, or an error that the user can mend, saves and raises."""
+    """Run a training from its settings. Ctrl-C, SIGTERM, a user's error, or another process's end saves and raises."""
     join_ranks()
     env = open_env(s)
     if s.val_every:
@@ -1838,7 +1841,7 @@ def train(s, resume=None):
             if state.step % s.save_every == 0 or state.step == s.steps:
                 save_checkpoint(state, s)
             validate(state, env, s)
-    except (KeyboardInterrupt, UserError):  # neither can strike within an update, and so both may be saved after
+    except (KeyboardInterrupt, UserError, ConnectionError):  # none can strike within an update: all may be saved after
         with uninterrupted():  # launchers ask more than once
             save_checkpoint(state, s)
             print(f"\nstopped and saved after step {state.step}; go on with: python sdar.py --resume {out}", flush=True)

@@ -786,6 +786,24 @@ def test_ctrl_c_saves_and_the_run_goes_on_to_the_same_end(finished, tmp_path, mo
     assert weights_of(tmp_path / "stopped") == weights_of(finished)
 
 
+@pytest.mark.parametrize("where, saved", [("play_step", "step-000001"), ("update", "step-000000")])
+def test_the_end_of_another_process_saves_what_is_whole(finished, tmp_path, monkeypatch, capsys, where, saved):
+    """In the second step's rollout: the first step is saved. In its update, the second mini-batch: never half of it."""
+    original, calls = sdar.gather, itertools.count(1)
+    def lost(part, *unit):
+        if sys._getframe(1).f_code.co_name == where and next(calls) == {"play_step": 2, "update": 6}[where]:
+            raise ConnectionError("another process of this run has ended")
+        return original(part, *unit)
+    monkeypatch.setattr(sdar, "gather", lost)
+    with pytest.raises(SystemExit) as stop:
+        sdar.main([*RUN, "--save-every", "100", "--out", str(tmp_path / "left")])
+    assert stop.value.code == 2 and "another process" in capsys.readouterr().err.splitlines()[-1]
+    assert sdar.last_checkpoint(tmp_path / "left").name == saved
+    monkeypatch.setattr(sdar, "gather", original)
+    sdar.main(["--resume", str(tmp_path / "left")])
+    assert weights_of(tmp_path / "left") == weights_of(finished)
+
+
 def test_a_full_disk_costs_the_new_checkpoint_only(finished, tmp_path, monkeypatch, capsys):
     """The disk fills while the second checkpoint is written: one line, status 2, the first checkpoint loads."""
     original, calls = torch.save, itertools.count()
