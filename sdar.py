@@ -1411,6 +1411,7 @@ def warm_start_step(state, env, s):
         (-logp * weights).sum().backward()
         collect_gradients(state)
         total -= float(logp.detach()[mask & ~prompt].sum())
+    total = sum(gather([total]))  # before the gradients are: where a process has ended, this says so in one line
     progress = state.warm_step / s.warm_start
     lr = s.warm_lr * min(1.0, (state.warm_step + 1) / 20) * (0.55 + 0.45 * math.cos(math.pi * progress))
     apply_update(state, lr, s.grad_clip)
@@ -1419,7 +1420,7 @@ def warm_start_step(state, env, s):
     if state.warm_step == s.warm_start:
         fresh = make_state(policy, s)
         state.optimizer, state.masters = fresh.optimizer, fresh.masters
-    return sum(gather([total])) / count
+    return total / count
 
 
 def run_warm_start(state, env, s):

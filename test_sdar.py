@@ -593,13 +593,15 @@ def test_two_ranks_compute_what_one_does(policy, episodes, tmp_path):
 def lose_the_other(rank, folder):
     sdar.gather([rank])  # both are there
     if rank == 0:
+        policy, env, s = torch.load(folder / "in.pt", weights_only=False), envs.open_env("alfworld", house=4), settings()
         with pytest.raises(ConnectionError, match="another process"):
-            sdar.gather([1])
+            sdar.warm_start_step(sdar.make_state(policy, s), env, dataclasses.replace(s, warm_start=1, warm_tasks=1))
         (folder / "said").touch()
 
 
-def test_a_rank_that_ends_is_said_in_one_line(tmp_path):
+def test_a_rank_that_ends_is_said_in_one_line(policy, tmp_path):
     """The others must not wait for it, nor bury its message under tracebacks of their own."""
+    torch.save(dataclasses.replace(policy, cache=None), tmp_path / "in.pt")
     on_two_ranks(lose_the_other, tmp_path)
     assert (tmp_path / "said").exists()
 
