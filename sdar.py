@@ -854,7 +854,8 @@ def stream(s, *where):
 
 
 def generator_for(policy, s, *where):
-    """A torch generator on the policy's device for one random stream."""
+    """A torch generator on the policy's device for one random stream; each rank has its own."""
+    where += ranks()[:1] if ranks()[0] else ()  # the first has that of a single process
     return torch.Generator(policy.device).manual_seed(stream(s, *where))
 
 
@@ -963,8 +964,7 @@ def play_step(state, env, reference, s):
     if uses_teacher(s) or s.algo == "skill-grpo":
         skills = choose_skills(env, categories, s, bandit, state.step)
     repeat = lambda rows: rows and [row for row in share(rows) for _ in range(s.group_size)]
-    rank = ranks()[:1] if ranks()[0] else ()  # a stream for each rank; the first has that of a single process
-    generator = generator_for(policy, s, "rollout", state.step, *rank)
+    generator = generator_for(policy, s, "rollout", state.step)
     episodes = gather(rollout(policy, env, repeat(tasks), s, generator, s.temperature, repeat(skills), uses_teacher(s),
                               f"step {state.step + 1} rollout"), s.group_size)
     for i, episode in enumerate(episodes):

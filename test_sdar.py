@@ -565,6 +565,8 @@ def score_and_update(rank, folder):
     policy, out, s = torch.load(folder / "in.pt", weights_only=False)
     result = after_an_update(policy, out, s)
     assert sdar.gather(sdar.share(list(range(7)))) == list(range(7)) and sdar.gather([rank] * 2, 2) == [0, 0, 1, 1]
+    seeds = sdar.gather([sdar.generator_for(policy, s, "validation").initial_seed()])
+    assert seeds[0] == sdar.stream(s, "validation") != seeds[1]  # else both would play the panel by the same dice
     if rank == 0:
         torch.save(result, folder / "out.pt")
 
