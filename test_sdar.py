@@ -594,7 +594,10 @@ def test_two_ranks_compute_what_one_does(policy, episodes, tmp_path):
 
 def lose_the_other(rank, folder):
     sdar.gather([rank])  # both are there
+    while rank == 1 and not (folder / "met").exists():
+        time.sleep(0.01)  # to leave before the first has heard all of that would be another mishap
     if rank == 0:
+        (folder / "met").touch()
         policy, env, s = torch.load(folder / "in.pt", weights_only=False), envs.open_env("alfworld", house=4), settings()
         with pytest.raises(ConnectionError, match="another process"):
             sdar.warm_start_step(sdar.make_state(policy, s), env, dataclasses.replace(s, warm_start=1, warm_tasks=1))
