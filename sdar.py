@@ -1854,7 +1854,17 @@ def train(s, resume=None):
 def fail(message):
     """One line on what was wrong and what to do, exit status 2."""
     print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
+    leave(2)
+
+
+def leave(status):
+    """End the process. One of several goes without tidying up: NCCL's farewell waits for a process that may be gone,
+    and gloo's threads, left to the end of the interpreter, now and then abort there."""
+    if dist.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def main(argv=None):
@@ -1862,13 +1872,13 @@ def main(argv=None):
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler that wants its machine back: as Ctrl-C
     try:
         train(*read_settings(argv))
+        gather([])  # nobody hangs up while another still listens
         if dist.is_initialized():
-            dist.barrier()  # nobody hangs up while another still listens
             dist.destroy_process_group()
     except (UserError, OSError, SafetensorError) as error:  # OSError: --out not writable, a full disk
         fail(error)
     except KeyboardInterrupt:
-        sys.exit(130)
+        leave(130)
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise

@@ -558,6 +558,7 @@ def one_rank(rank, function, folder, port):
     torch.set_num_threads(1)
     sdar.join_ranks()
     function(rank, folder)
+    sdar.leave(0)
 
 
 def score_and_update(rank, folder):
