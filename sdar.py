@@ -1858,9 +1858,9 @@ def fail(message):
 
 
 def leave(status):
-    """End the process. One of several goes without tidying up: NCCL's farewell waits for a process that may be gone,
-    and gloo's threads, left to the end of the interpreter, now and then abort there."""
-    if dist.is_initialized():
+    """End the process. One of several does so without the interpreter's own end, where gloo's threads abort it now and
+    then, even after a farewell; and without that, for NCCL's waits for processes that may be gone."""
+    if ranks()[1] > 1:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
@@ -1873,8 +1873,8 @@ def main(argv=None):
     try:
         train(*read_settings(argv))
         gather([])  # nobody hangs up while another still listens
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        if ranks()[1] > 1:
+            leave(0)
     except (UserError, OSError, SafetensorError) as error:  # OSError: --out not writable, a full disk
         fail(error)
     except KeyboardInterrupt:
