@@ -29,7 +29,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: nothing here may wait for a network
-os.environ["HOME"] = os.environ["USERPROFILE"] = tempfile.mkdtemp()  # nor see the user's own data
+empty_home = tempfile.TemporaryDirectory()  # gone with this process
+os.environ["HOME"] = os.environ["USERPROFILE"] = empty_home.name  # nor see the user's own data
 for name in ("ALFWORLD_DATA", "WEBSHOP_DATA", "SEARCH_DATA"):
     os.environ.pop(name, None)
 
@@ -558,6 +559,7 @@ def one_rank(rank, function, folder, port):
     torch.set_num_threads(1)
     sdar.join_ranks()
     function(rank, folder)
+    empty_home.cleanup()
     sdar.leave(0)
 
 
@@ -4106,6 +4108,45 @@ def test_bench_compares_equal_work(policy, env):
     with torch.no_grad():
         logp, mask = ev.plain_logps(policy.model, turns, s)
     assert torch.allclose(logp[mask > 0], torch.cat([t.old_logp for t in turns]), atol=1e-4)
+
+
+def test_bench_figures_follow_from_the_times(policy, env, monkeypatch):
+    """MFU and the share of the bandwidth limit, by their definitions, from times of 2 s here and 4 s in the plain way."""
+    monkeypatch.setattr(ev, "alternate", lambda calls, pairs, device: [next(times), 2 * next(times)])
+    flags, s = types.SimpleNamespace(pairs=1, peak_tflops=1e-5, peak_gbps=0.01), settings(groups=2, group_size=4)
+    trunk = sum(p.numel() for name, p in policy.model.named_parameters() if "embed" not in name and "head" not in name)
+    head, config = policy.head.weight.numel(), policy.model.config
+    turns = [sdar.Turn([5] * n, [7] * m, "", "", "", True, True) for n, m in ((10, 3), (20, 5), (30, 4))]
+    times = itertools.repeat(2.0)
+    rows = ev.bench_learning(policy, turns, s, flags)
+    assert [row[1:3] for row in rows[::2]] == [["36", "18"]] * 2                         # 72 tokens in 2 and 4 s
+    for (_, ours, plain, _, _), flops in zip(rows[1::2], (2, 6)):
+        share = 100 * flops * (trunk * 72 + head * 12) / (2 * 1e7)
+        assert float(ours) == pytest.approx(share, abs=0.06) and float(plain) == pytest.approx(share / 2, abs=0.06)
+    times = iter([2.0, 2.0, 0.5, 0.5])                                                   # with and without decoding
+    monkeypatch.setattr(ev, "draw_lengths", lambda count, s: [3, 6])
+    whole, step, limit = ev.bench_rollout(policy, "two", [[5] * 10, [5] * 20], s, flags)
+    assert whole[1:4] == ["4", "2", "2.00"] and step[1:4] == ["300.00", "600.00", "2.00"]  # 9 tokens; 5 steps in 1.5 s
+    seen = (11 + 12 + 21 + 22 + 23 + 24 + 25) / 5                                        # keys and values, a step
+    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * policy.model.config.hidden_size // (
+        config.num_attention_heads)
+    share = 100 * 4 * (trunk + head + per_token * seen) / 1e7 / 0.3                      # fp32, 10 MB a second
+    assert float(limit[1]) == pytest.approx(share, abs=0.6) and float(limit[2]) == pytest.approx(share / 2, abs=0.6)
+
+
+def test_bench_reports_the_mfu_of_a_step(policy, env):
+    """2 FLOPs a weight and token forward, 6 in the update; the head counts where response tokens are predicted."""
+    s = settings(groups=1, group_size=2, max_turns=1, max_response=4, kl=0.01)
+    own = dataclasses.replace(policy, model=copy.deepcopy(policy.model))
+    total, *rows = ev.bench_step(own, env, s, types.SimpleNamespace(peak_tflops=1e-6))
+    n, prompt, response = map(float, re.search(r"(\d+) turns of (\d+) \+ (\d+) tokens", total[0]).groups())
+    trunk = sum(p.numel() for name, p in policy.model.named_parameters() if "embed" not in name and "head" not in name)
+    share = {}
+    for name, speed, mfu in re.findall(r"  (\w+): ([\d,]+) tokens/s, MFU ([\d.]+) %", "\n".join(row[0] for row in rows)):
+        speed = float(speed.replace(",", ""))
+        met = speed * (trunk + policy.head.weight.numel() * response / (prompt + response))
+        share[name] = float(mfu) / (100 * met / 1e6)
+    assert share == pytest.approx({"reference": 2, "update": 6}, rel=0.03)
 
 
 def test_bench_of_random_weights(tmp_path, capsys, monkeypatch):
