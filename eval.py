@@ -10,10 +10,12 @@
 
 A panel is a sorted list of task ids, named by its hash. Every task is played once; an episode cut off at the turn
 limit has failed. It is the last checkpoint that is measured, never the best. Means are over episodes, never over
-batches; Search-QA's `Avg` is the mean over its data sets, as in the paper. Rates carry 95 % Wilson intervals.
+batches; Search-QA's `Avg` is the mean over its data sets, as in the paper. Rates carry 95 % Wilson intervals. The same
+command after an interruption goes on after the last 1,024 tasks that were whole.
 """
 
 import argparse
+import contextlib
 import copy
 import dataclasses
 import json
@@ -209,10 +211,16 @@ def read_flags(argv):
     return flags, s, folder, state
 
 
-def play(policy, env, ids, s, with_skills):
-    """Every task once; one row per episode, in the order of `ids`."""
+def play(policy, env, ids, s, with_skills, unfinished, key):
+    """Every task once; one row per episode, in the order of `ids`. The file `unfinished` keeps what has been played, for
+    the same evaluation (`key`, text) to go on there after an interruption, with the same results."""
     rows = []
-    for start in range(0, len(ids), CHUNK):
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # none there, or not whole
+        saved = json.loads(unfinished.read_text(encoding="utf-8"))
+        rows = saved["rows"] if saved["key"] == key else []
+    if rows:
+        print(f"the first {len(rows)} tasks were played before an interruption", flush=True)
+    for start in range(len(rows), len(ids), CHUNK):
         part, skills = ids[start:start + CHUNK], None
         if with_skills:
             categories = [env.start(i).category for i in part]
@@ -224,6 +232,7 @@ def play(policy, env, ids, s, with_skills):
                          "score": e.score, "done": e.done, "f1": float(e.details.get("f1", 0.0)), "turns": len(e.turns),
                          "valid": sum(bool(t.valid) for t in e.turns),
                          "admissible": sum(bool(t.admissible) for t in e.turns)})
+        sdar.write_text(unfinished, json.dumps({"key": key, "rows": rows}, allow_nan=False))
     return rows
 
 
@@ -244,17 +253,19 @@ def evaluate(argv):
     print(f"{env.source}\n{s.model}: {policy.model.num_parameters() / 1e6:.1f}M parameters, temperature "
           f"{s.val_temperature:g}, seed {s.seed}, {skills or 'no'} skills in the prompt\npanel {panel}, hash {digest}",
           flush=True)
-    began = time.time()
-    rows = play(policy, env, ids, s, bool(skills))
-    summary = summarize(s.env, rows)
-    result = {"format": FORMAT, "env": s.env, "source": env.source, "builtin": env.builtin, "split": split,
+    header = {"format": FORMAT, "env": s.env, "source": env.source, "builtin": env.builtin, "split": split,
               "panel": {"name": panel, "hash": digest}, "model": s.model, "checkpoint": str(folder or ""),
               "algo": saved.get("algo"), "base_model": saved.get("model", s.model), "step": state.get("step"),
               "steps": saved.get("steps"), "training": saved, "skills": skills, "device": str(policy.device),
               "settings": {key: getattr(s, key) for key in (*KEPT, "seed", "val_temperature")},
-              "torch": torch.__version__, "transformers": transformers.__version__,
-              "seconds": time.time() - began, "finished": time.time(), "summary": summary, "results": rows}
+              "torch": torch.__version__, "transformers": transformers.__version__}
+    weights = [(f.name, f.stat().st_size, f.stat().st_mtime) for f in sorted((folder or out).glob("*.safetensors"))]
+    began, unfinished = time.time(), Path(f"{out}.unfinished")
+    rows = play(policy, env, ids, s, bool(skills), unfinished, json.dumps([header, weights]))
+    result = {**header, "seconds": time.time() - began, "finished": time.time(), "summary": summarize(s.env, rows),
+              "results": rows}
     sdar.write_text(out, json.dumps(result, indent=1, allow_nan=False))
+    unfinished.unlink()
     print_summary(result)
     print(f"written: {out} ({result['seconds']:.0f} s)")
 

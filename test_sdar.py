@@ -3932,6 +3932,37 @@ def test_chunks_do_not_lose_or_reorder_tasks(run, monkeypatch, tmp_path):
     assert ids == sorted(ids) and len(ids) == 8
 
 
+def test_an_interrupted_evaluation_goes_on(run, monkeypatch, tmp_path, capsys):
+    """The same results as without the interruption, each task played once; any other evaluation starts afresh."""
+    monkeypatch.setattr(ev, "CHUNK", 3)
+    played, faults, rollout = [], ["the search server does not answer"], sdar.rollout
+    def broken(policy, env, ids, *args, **kwargs):
+        played.extend(ids)
+        if len(played) == 6 and faults:
+            raise UserError(faults.pop())
+        return rollout(policy, env, ids, *args, **kwargs)
+    def evaluate(out, *flags):
+        ev.main(["--model", str(run), "--device", "cpu", "--episodes", "8", "--max-turns", "1", "--out", str(out), *flags])
+        return ev.load_result(out)["results"]
+    whole = evaluate(tmp_path / "whole")
+    monkeypatch.setattr(sdar, "rollout", broken)
+    with pytest.raises(SystemExit):
+        evaluate(tmp_path / "x")
+    assert not (tmp_path / "x").exists() and len(played) == 6
+    kept = (tmp_path / "x.unfinished").read_text()
+    capsys.readouterr()
+    assert evaluate(tmp_path / "x") == whole and played[6:] == [r["id"] for r in whole[3:]]
+    assert "the first 3 tasks" in capsys.readouterr().out and not (tmp_path / "x.unfinished").exists()
+    weights = next(run.glob("checkpoints/*/*.safetensors"))
+    for change in ("--seed", "damage", "weights"):
+        (tmp_path / "x.unfinished").write_text(kept[:-9] if change == "damage" else kept)
+        if change == "weights":
+            os.utime(weights, (1, 1))
+        del played[:]
+        evaluate(tmp_path / "x", *["--seed", "1"] * (change == "--seed"))
+        assert len(played) == 8, change
+
+
 def test_users_mistakes_are_one_line(run, tmp_path, capsys):
     refused(capsys)
     refused(capsys, "--model", tmp_path / "nothing-here")
