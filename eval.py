@@ -212,8 +212,8 @@ def read_flags(argv):
 
 
 def play(policy, env, ids, s, with_skills, unfinished, key):
-    """Every task once; one row per episode, in the order of `ids`. The file `unfinished` keeps what has been played, for
-    the same evaluation (`key`, text) to go on there after an interruption, with the same results."""
+    """Every task once; one row per episode, in the order of `ids`. The file `unfinished` keeps what has been played, so
+    that the same evaluation (`key`, text) goes on there after an interruption, with the same results."""
     rows = []
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # none there, or not whole
         saved = json.loads(unfinished.read_text(encoding="utf-8"))
