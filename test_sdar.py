@@ -3736,7 +3736,8 @@ def test_mean_interval_is_students():
 
 
 def rows(group, wins, turns=2):
-    return [{"group": group, "won": bool(w), "score": float(w), "turns": turns, "valid": 1, "admissible": 0}
+    return [{"group": group, "won": bool(w), "score": float(w), "f1": (1 + w) / 2, "turns": turns, "valid": 1,
+             "admissible": 0}
             for w in wins]
 
 
@@ -3746,6 +3747,7 @@ def test_averages_are_over_episodes_and_for_search_over_data_sets():
     assert list(summary) == ["NQ", "Bamboogle", "Avg"]                                # the paper's order
     assert summary["Bamboogle"]["success"] == 0.75 and summary["Avg"]["success"] == pytest.approx((1 + 0.75) / 2)
     assert summary["Avg"]["n"] == 128
+    assert [g["f1"] for g in summary.values()] == [1, 0.875, 0.9375]
     low, high = summary["Avg"]["success_95"]
     assert low < 0.875 < high and (low, high) != sdar.wilson(127, 128)
     pooled = ev.summarize("alfworld", rows("Pick", [1] * 9, turns=1) + rows("Cool", [0], turns=9))
@@ -3942,7 +3944,8 @@ def test_an_interrupted_evaluation_goes_on(run, monkeypatch, tmp_path, capsys):
             raise UserError(faults.pop())
         return rollout(policy, env, ids, *args, **kwargs)
     def evaluate(out, *flags):
-        ev.main(["--model", str(run), "--device", "cpu", "--episodes", "8", "--max-turns", "1", "--out", str(out), *flags])
+        ev.main(["--model", str(run), "--device", "cpu", "--episodes", "8", "--max-turns", "1", "--out", str(out),
+                 *flags])
         return ev.load_result(out)["results"]
     whole = evaluate(tmp_path / "whole")
     monkeypatch.setattr(sdar, "rollout", broken)
@@ -4099,7 +4102,8 @@ def test_bench_prints_every_row(capsys, monkeypatch):
     text = capsys.readouterr().out
     for row in ("environment: text", "encoding of a prompt", "rollout, first turn, groups of 2: 4 rows, 2 prompts",
                 "rollout, later turns: 4 rows", "a decode step", "bandwidth limit", "one step of sdar: 4 episodes",
-                "teacher", "update", "peak memory", "scoring: ", "forward and backward: ", "MFU", "peak of log-prob"):
+                "teacher", "update", "peak memory of the process so far", "scoring: ", "forward and backward: ", "MFU",
+                "peak of log-prob"):
         assert row in text
     for row in re.findall(r".+ tokens/s\n", text):                                    # ratio = plain time / our time
         ours, plain, ratio = (float(x.replace(",", "")) for x in row.split()[-4:-1])
@@ -4142,7 +4146,7 @@ def test_bench_compares_equal_work(policy, env):
 
 
 def test_bench_figures_follow_from_the_times(policy, env, monkeypatch):
-    """MFU and the share of the bandwidth limit, by their definitions, from times of 2 s here and 4 s in the plain way."""
+    """MFU and the share of the bandwidth limit, by their definitions, from times of 2 s here and 4 s the plain way."""
     monkeypatch.setattr(ev, "alternate", lambda calls, pairs, device: [next(times), 2 * next(times)])
     flags, s = types.SimpleNamespace(pairs=1, peak_tflops=1e-5, peak_gbps=0.01), settings(groups=2, group_size=4)
     trunk = sum(p.numel() for name, p in policy.model.named_parameters() if "embed" not in name and "head" not in name)
@@ -4173,7 +4177,8 @@ def test_bench_reports_the_mfu_of_a_step(policy, env):
     n, prompt, response = map(float, re.search(r"(\d+) turns of (\d+) \+ (\d+) tokens", total[0]).groups())
     trunk = sum(p.numel() for name, p in policy.model.named_parameters() if "embed" not in name and "head" not in name)
     share = {}
-    for name, speed, mfu in re.findall(r"  (\w+): ([\d,]+) tokens/s, MFU ([\d.]+) %", "\n".join(row[0] for row in rows)):
+    text = "\n".join(row[0] for row in rows)
+    for name, speed, mfu in re.findall(r"  (\w+): ([\d,]+) tokens/s, MFU ([\d.]+) %", text):
         speed = float(speed.replace(",", ""))
         met = speed * (trunk + policy.head.weight.numel() * response / (prompt + response))
         share[name] = float(mfu) / (100 * met / 1e6)
