@@ -3728,6 +3728,13 @@ def test_mean_interval_is_students():
     assert ev.mean_interval([0.5]) == (0.5, (-math.inf, math.inf))
     mean, (low, high) = ev.mean_interval([80.0, 84.0, 88.0])                          # sd 4, t(2) = 4.303
     assert (mean, low, high) == pytest.approx((84, 84 - 4.303 * 4 / 3 ** 0.5, 84 + 4.303 * 4 / 3 ** 0.5))
+    for n in range(2, 11):                                                            # the quantiles of the table
+        mean, (_, high) = ev.mean_interval([0.0, 1.0] * (n // 2) + [0.5] * (n % 2))
+        t = (high - mean) * n ** 0.5 / math.sqrt(n // 2 * 0.5 / (n - 1))
+        x = np.linspace(-t, t, 100_001)
+        density = math.gamma(n / 2) / math.gamma((n - 1) / 2) / math.sqrt(math.pi * (n - 1)) * (
+            1 + x * x / (n - 1)) ** (-n / 2)
+        assert density.mean() * 2 * t == pytest.approx(0.95, abs=1e-4)
     for n, t in ((11, 2.228), (21, 2.086), (61, 2.000), (121, 1.980)):
         values = [0.0, 1.0] * (n // 2) + [0.5]
         mean, (low, high) = ev.mean_interval(values)
@@ -4111,6 +4118,13 @@ def test_bench_prints_every_row(capsys, monkeypatch):
     assert "nan" not in text.lower()
 
 
+def test_bench_of_tiny_has_prompts_of_alfworlds_length():
+    s = ev.bench_flags([])[1]
+    assert (s.model, s.prompt_style, s.max_prompt, s.max_response, s.groups) == ("tiny", "paper", 2048, 512, 8)
+    assert ev.bench_flags(["--env", "webshop", "--random-weights", "Qwen/Qwen3-1.7B"])[1].max_prompt == 4096
+    assert ev.bench_flags(["--groups", "3"])[1].groups == 3
+
+
 def test_bench_goes_on_where_memory_runs_out():
     """A way that does not fit gets nan, after one attempt; the other keeps its time. Other errors are not swallowed."""
     calls = []
@@ -4148,7 +4162,7 @@ def test_bench_compares_equal_work(policy, env):
 def test_bench_figures_follow_from_the_times(policy, env, monkeypatch):
     """MFU and the share of the bandwidth limit, by their definitions, from times of 2 s here and 4 s the plain way."""
     monkeypatch.setattr(ev, "alternate", lambda calls, pairs, device: [next(times), 2 * next(times)])
-    flags, s = types.SimpleNamespace(pairs=1, peak_tflops=1e-5, peak_gbps=0.01), settings(groups=2, group_size=4)
+    flags, s = types.SimpleNamespace(pairs=1, peak_tflops=1e-5, peak_gbps=1e-4), settings(groups=2, group_size=4)
     trunk = sum(p.numel() for name, p in policy.model.named_parameters() if "embed" not in name and "head" not in name)
     head, config = policy.head.weight.numel(), policy.model.config
     turns = [sdar.Turn([5] * n, [7] * m, "", "", "", True, True) for n, m in ((10, 3), (20, 5), (30, 4))]
@@ -4165,7 +4179,7 @@ def test_bench_figures_follow_from_the_times(policy, env, monkeypatch):
     seen = (11 + 12 + 21 + 22 + 23 + 24 + 25) / 5                                        # keys and values, a step
     per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * policy.model.config.hidden_size // (
         config.num_attention_heads)
-    share = 100 * 4 * (trunk + head + per_token * seen) / 1e7 / 0.3                      # fp32, 10 MB a second
+    share = 100 * 4 * (trunk + head + per_token * seen) / 1e5 / 0.3                      # fp32, 100 kB a second
     assert float(limit[1]) == pytest.approx(share, abs=0.6) and float(limit[2]) == pytest.approx(share / 2, abs=0.6)
 
 
