@@ -1072,9 +1072,14 @@ def test_two_processes_cannot_write_one_run(tmp_path, capsys):
 
 def test_warm_start_lowers_the_loss(env):
     s = settings(warm_start=40, warm_tasks=2, warm_lr=1e-2)
-    state = sdar.make_state(sdar.load_policy("tiny", "cpu", sdar.tiny_texts(env, s, 20), s), s)
-    losses = [sdar.warm_start_step(state, env, s) for _ in range(40)]
+    state = sdar.make_state(sdar.load_policy("tiny", "cpu", sdar.tiny_texts(env, s, 20), s), s, 0.98)
+    losses = []
+    for step in range(1, 41):
+        losses.append(sdar.warm_start_step(state, env, s))
+        assert {int(moments["step"]) for moments in state.optimizer.state.values()} == ({step} if step < 40 else set())
     assert losses[-1] < 0.8 * losses[0]
+    assert state.optimizer.param_groups[0]["betas"] == (0.9, 0.999)                   # RL starts with a fresh one
+    assert all(m is p for m, p in zip(state.masters, state.policy.model.parameters()))
 
 
 def test_training_tasks_run_through_every_epoch(env):
