@@ -1082,6 +1082,41 @@ def test_warm_start_lowers_the_loss(env):
     assert all(m is p for m, p in zip(state.masters, state.policy.model.parameters()))
 
 
+def test_the_warm_start_saves_a_tenth_as_often_and_at_its_end(monkeypatch, tmp_path):
+    saved, s = [], settings(warm_start=23, save_every=1, out=str(tmp_path))
+    def step(state, env, s):
+        state.warm_step += 1
+        return 0.0
+    monkeypatch.setattr(sdar, "warm_start_step", step)
+    monkeypatch.setattr(sdar, "save_checkpoint", lambda state, s: saved.append(state.warm_step))
+    sdar.run_warm_start(sdar.State(None, None, [], []), None, s)
+    assert saved == [10, 20, 23] and [r["warm_step"] for r in log_of(tmp_path)] == list(range(1, 24))
+
+
+def test_metrics_of_episodes_by_hand():
+    turn = lambda prompt, response, valid, admissible, shortened, advantage: sdar.Turn(
+        [1] * prompt, [2] * response, "", "", "", valid, admissible, shortened=shortened, advantage=advantage)
+    episodes = [sdar.Episode("a", "", 0, turns=[turn(3, 2, True, True, True, 1.5)], won=True, reward=10.0, score=1.0),
+                sdar.Episode("a", "", 0, turns=[turn(5, 4, True, False, False, -0.5),
+                                                turn(7, 6, False, False, True, -0.6)], score=0.5),
+                *(sdar.Episode("b", "", 1, turns=[turn(1, 8, True, True, False, 0.0)]) for _ in range(2))]
+    m = sdar.episode_metrics(episodes)
+    assert m.pop("success_95") == sdar.wilson(1, 4)
+    assert m == {"episodes": 4, "successes": 1, "success": 0.25, "reward": 2.5, "score": 0.375, "turns": 1.25,
+                 "response_tokens": 28 / 5, "prompt_tokens": 17 / 5, "valid": 0.8, "admissible": 0.6,
+                 "prompts_shortened": 2, "advantage_min": -0.6, "advantage_max": 1.5, "groups_without_variance": 1}
+
+
+def test_profile_of_the_gap_by_hand():
+    """Means by turn of the episode, and by tenth of the response: of 4 tokens tenths 0, 2, 5 and 7, of 2 tokens 0 and 5."""
+    turn = lambda *gaps: sdar.Turn([], [2] * len(gaps), "", "", "", True, True, logp=torch.full((len(gaps),), -1.0),
+                                   teacher_logp=torch.tensor(gaps) - 1)
+    episodes = [sdar.Episode("a", "", 0, turns=[turn(1.0, 2.0, 3.0, 4.0), turn(10.0, 20.0)]),
+                sdar.Episode("b", "", 0, turns=[turn(5.0, 6.0)])]
+    assert sdar.gap_profile(episodes) == {"gap_by_turn": [3.5, 15.0], "gap_by_tenth": [
+        5.3333, None, 2.0, None, None, 9.6667, None, 4.0]}
+
+
 def test_training_tasks_run_through_every_epoch(env):
     """An epoch holds each training task once, whatever the step size, and no task of a validation split."""
     s, ids = settings(), env.tasks("train")
