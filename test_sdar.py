@@ -1117,6 +1117,22 @@ def test_profile_of_the_gap_by_hand():
         5.3333, None, 2.0, None, None, 9.6667, None, 4.0]}
 
 
+def test_only_the_methods_that_need_them_pay_for_teacher_and_reference():
+    for released, teacher, reference in ((False, {"sdar", "skill-sd", "rlsd"}, {"opsd", "grpo+opsd"}),
+                                         (True, {"sdar", "skill-sd", "rlsd", "opsd", "grpo+opsd"}, set())):
+        s = [settings(algo=algo, as_released=released, kl=0.0) for algo in sdar.METHODS]
+        assert {x.algo for x in s if sdar.uses_teacher(x)} == teacher
+        assert {x.algo for x in s if sdar.uses_reference(x)} == reference
+    assert all(sdar.uses_reference(settings(algo=algo, kl=0.01)) for algo in sdar.METHODS)
+
+
+def test_a_response_without_thinking_is_valid_only_where_the_prompt_has_closed_it(env):
+    for options, valid in (({}, False), ({"think_closed": False}, False), ({"think_closed": True}, True)):
+        session = env.start(env.tasks("train")[0])
+        env.step([session], ["<action>look</action>"], **options)
+        assert session.valid == valid, options
+
+
 def test_training_tasks_run_through_every_epoch(env):
     """An epoch holds each training task once, whatever the step size, and no task of a validation split."""
     s, ids = settings(), env.tasks("train")
