@@ -1,6 +1,7 @@
 """Tests of sdar.py, envs.py and eval.py. `python -m pytest -q` runs offline in under three minutes on a laptop; with
 SDAR_TEST_DATA=folder the real benchmark data and the recordings of the original engines in it are tested too."""
 
+import contextlib
 import copy
 import dataclasses
 import errno
@@ -1115,6 +1116,14 @@ def test_profile_of_the_gap_by_hand():
                 sdar.Episode("b", "", 0, turns=[turn(5.0, 6.0)])]
     assert sdar.gap_profile(episodes) == {"gap_by_turn": [3.5, 15.0], "gap_by_tenth": [
         5.3333, None, 2.0, None, None, 9.6667, None, 4.0]}
+
+
+def test_divergences_go_with_the_methods_that_have_sdars_term():
+    for released, gated in ((False, {"sdar"}), (True, {"sdar", "opsd", "grpo+opsd"})):
+        for algo in sdar.METHODS:
+            s = settings(algo=algo, as_released=released, divergence="jsd")
+            with contextlib.nullcontext() if algo in gated else pytest.raises(UserError, match="--divergence"):
+                sdar.check_settings(s)
 
 
 def test_only_the_methods_that_need_them_pay_for_teacher_and_reference():
@@ -3826,6 +3835,14 @@ def test_published_rows_are_whole():
 
 
 # ---- panels ----
+
+
+@pytest.mark.parametrize("name, options, panels", [
+    ("alfworld", {"house": 5, "detours": 3}, {"valid_seen": "a0b1d3d67231", "valid_unseen": "5bec7d2ce7be"}),
+    ("webshop", {}, {"test": "56086a1c256c", "test500": "70f8847b0dc3"}), ("search", {}, {"test": "55ac836d2360"})])
+def test_built_in_tasks_are_those_of_the_readmes_figures(name, options, panels):
+    env = envs.open_env(name, **options)
+    assert {split: envs.panel(env, split)[1] for split in env.splits[1:]} == panels
 
 
 def test_panels_are_sorted_nested_and_hashed():
