@@ -10,8 +10,8 @@
 
 A panel is a sorted list of task ids, named by its hash. Every task is played once; an episode cut off at the turn
 limit has failed. It is the last checkpoint that is measured, never the best. Means are over episodes, never over
-batches; Search-QA's `Avg` is the mean over its data sets, as in the paper. Rates carry 95 % Wilson intervals. The same
-command after an interruption goes on after the last 1,024 tasks that were whole.
+batches; Search-QA's `Avg` is the mean over its data sets, as in the paper. Rates carry 95 % Wilson intervals. An
+evaluation that was interrupted, started again, goes on after the last 1,024 tasks that it had finished.
 """
 
 import argparse
@@ -259,9 +259,10 @@ def evaluate(argv):
               "steps": saved.get("steps"), "training": saved, "skills": skills, "device": str(policy.device),
               "settings": {key: getattr(s, key) for key in (*KEPT, "seed", "val_temperature")},
               "torch": torch.__version__, "transformers": transformers.__version__}
-    weights = [(f.name, f.stat().st_size, f.stat().st_mtime) for f in sorted((folder or out).glob("*.safetensors"))]
+    weights = sorted(folder.glob("*.safetensors")) if folder else []
+    key = json.dumps([header, env.all_skills(), [(f.name, f.stat().st_size, f.stat().st_mtime) for f in weights]])
     began, unfinished = time.time(), Path(f"{out}.unfinished")
-    rows = play(policy, env, ids, s, bool(skills), unfinished, json.dumps([header, weights]))
+    rows = play(policy, env, ids, s, bool(skills), unfinished, key)
     result = {**header, "seconds": time.time() - began, "finished": time.time(), "summary": summarize(s.env, rows),
               "results": rows}
     sdar.write_text(out, json.dumps(result, indent=1, allow_nan=False))

@@ -1858,8 +1858,8 @@ def fail(message):
 
 
 def leave(status):
-    """End the process. One of several does so without the interpreter's own end, where gloo's threads abort it now and
-    then, even after a farewell; and without that, for NCCL's waits for processes that may be gone."""
+    """End the process. One of several skips the interpreter's own end, where gloo's threads now and then abort it, even
+    after destroy_process_group; nor is that called, for NCCL's would wait for processes that may be gone."""
     if ranks()[1] > 1:
         sys.stdout.flush()
         sys.stderr.flush()

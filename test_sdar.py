@@ -615,6 +615,25 @@ def test_a_rank_that_ends_is_said_in_one_line(policy, tmp_path):
     assert (tmp_path / "said").exists()
 
 
+@pytest.mark.parametrize("end, status", [(None, 0), (UserError("wrong"), 2), (KeyboardInterrupt(), 130)])
+def test_one_of_several_processes_ends_at_once_and_after_the_others(monkeypatch, end, status):
+    """Without the interpreter's own end, which gloo's threads now and then abort; when done, only once all are done."""
+    happened = []
+    def train(s, resume):
+        if end:
+            raise end
+    def leave(status):
+        happened.append(status)
+        raise SystemExit
+    monkeypatch.setattr(sdar, "train", train)
+    monkeypatch.setattr(sdar, "ranks", lambda: (1, 2))
+    monkeypatch.setattr(sdar, "gather", lambda part: happened.append("all are done"))
+    monkeypatch.setattr(os, "_exit", leave)
+    with pytest.raises(SystemExit):
+        sdar.main(["--model", "tiny"])
+    assert happened == (["all are done"] if end is None else []) + [status]
+
+
 def test_processes_on_gpus_talk_over_gloo(monkeypatch):
     """NCCL for the gradients alone: who waits in it for another process hears of neither its end nor Ctrl-C. And each
     process has a GPU of its own, or says in one line that there is none."""
@@ -3809,8 +3828,7 @@ def test_mean_interval_is_students():
 
 def rows(group, wins, turns=2):
     return [{"group": group, "won": bool(w), "score": float(w), "f1": (1 + w) / 2, "turns": turns, "valid": 1,
-             "admissible": 0}
-            for w in wins]
+             "admissible": 0} for w in wins]
 
 
 def test_averages_are_over_episodes_and_for_search_over_data_sets():
@@ -4037,12 +4055,15 @@ def test_an_interrupted_evaluation_goes_on(run, monkeypatch, tmp_path, capsys):
     assert evaluate(tmp_path / "x") == whole and played[6:] == [r["id"] for r in whole[3:]]
     assert "the first 3 tasks" in capsys.readouterr().out and not (tmp_path / "x.unfinished").exists()
     weights = next(run.glob("checkpoints/*/*.safetensors"))
-    for change in ("--seed", "damage", "weights"):
+    for change in ("--seed", "damage", "skills", "weights"):
         (tmp_path / "x.unfinished").write_text(kept[:-9] if change == "damage" else kept)
         if change == "weights":
             os.utime(weights, (1, 1))
         del played[:]
-        evaluate(tmp_path / "x", *["--seed", "1"] * (change == "--seed"))
+        with monkeypatch.context() as patch:
+            if change == "skills":
+                patch.setattr(envs.Alfworld, "all_skills", lambda self: "the folder holds others now")
+            evaluate(tmp_path / "x", *["--seed", "1"] * (change == "--seed"))
         assert len(played) == 8, change
 
 
@@ -4250,8 +4271,7 @@ def test_bench_figures_follow_from_the_times(policy, env, monkeypatch):
     whole, step, limit = ev.bench_rollout(policy, "two", [[5] * 10, [5] * 20], s, flags)
     assert whole[1:4] == ["4", "2", "2.00"] and step[1:4] == ["300.00", "600.00", "2.00"]  # 9 tokens; 5 steps in 1.5 s
     seen = (11 + 12 + 21 + 22 + 23 + 24 + 25) / 5                                        # keys and values, a step
-    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * policy.model.config.hidden_size // (
-        config.num_attention_heads)
+    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.hidden_size // config.num_attention_heads
     share = 100 * 4 * (trunk + head + per_token * seen) / 1e5 / 0.3                      # fp32, 100 kB a second
     assert float(limit[1]) == pytest.approx(share, abs=0.6) and float(limit[2]) == pytest.approx(share / 2, abs=0.6)
 
@@ -4261,7 +4281,7 @@ def test_bench_reports_the_mfu_of_a_step(policy, env):
     s = settings(groups=1, group_size=2, max_turns=1, max_response=4, kl=0.01)
     own = dataclasses.replace(policy, model=copy.deepcopy(policy.model))
     total, *rows = ev.bench_step(own, env, s, types.SimpleNamespace(peak_tflops=1e-6))
-    n, prompt, response = map(float, re.search(r"(\d+) turns of (\d+) \+ (\d+) tokens", total[0]).groups())
+    _, prompt, response = map(float, re.search(r"(\d+) turns of (\d+) \+ (\d+) tokens", total[0]).groups())
     trunk = sum(p.numel() for name, p in policy.model.named_parameters() if "embed" not in name and "head" not in name)
     share = {}
     text = "\n".join(row[0] for row in rows)
