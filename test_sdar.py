@@ -4062,7 +4062,7 @@ def test_an_interrupted_evaluation_goes_on(run, monkeypatch, tmp_path, capsys):
         del played[:]
         with monkeypatch.context() as patch:
             if change == "skills":
-                patch.setattr(envs.Alfworld, "all_skills", lambda self: "the folder holds others now")
+                patch.setattr(envs, "skill_text", lambda *which: "the folder holds others now")
             evaluate(tmp_path / "x", *["--seed", "1"] * (change == "--seed"))
         assert len(played) == 8, change
 
