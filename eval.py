@@ -28,6 +28,7 @@ import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from unittest import mock
 
 import torch
 import transformers
@@ -492,6 +493,7 @@ def random_policy(config, s, env):
     if config not in SHAPES:
         shape = sdar.read_json(path / "config.json" if path.is_dir() else path, f"no model shape {config!r}; give a "
                                f"config.json, its folder, or one of {', '.join(SHAPES)}")
+    transformers.logging.set_verbosity_error()
     try:
         with device:
             model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**shape),
@@ -505,6 +507,20 @@ def draw_lengths(count, s):
     """Response lengths in tokens, the same in every run: drawn from LENGTHS, scaled to --max-response."""
     lot = random.Random(233)
     return [max(round(n * s.max_response / 512), 1) for n in lot.choices(LENGTHS, k=count)]
+
+
+def endless(policy):
+    """The policy without anything that would end a response before its limit; with a cache of its own."""
+    return dataclasses.replace(policy, end_ids=frozenset(), closing_ids=frozenset(), cache=None)
+
+
+def stretched(prompts_of):
+    """student_prompts, but of the longest prompts that the settings allow: each is repeated up to its budget."""
+    def prompts(policy, sessions, s, skills):
+        sizes = [s.max_teacher_prompt if skill else s.max_prompt for skill in skills]
+        return [((ids * (size // len(ids) + 1))[:size], cut)
+                for (ids, cut), size in zip(prompts_of(policy, sessions, s, skills), sizes)]
+    return prompts
 
 
 def alternate(calls, pairs, device):
@@ -548,7 +564,7 @@ def bench_env(policy, env, s):
         session, prompts = env.start(tasks[i // s.group_size], seed=i), []
         while not session.done and len(prompts) <= i % s.group_size + 1:
             text, began = session.expert(), clock()
-            prompts.append(sdar.student_prompt(policy, session, s)[0])
+            prompts.append(sdar.student_prompts(policy, [session], s, [""])[0][0])
             encoded = clock()
             session.prompt(history=s.history, brief=s.prompt_style == "brief")
             env.step([session], [text])
@@ -576,9 +592,8 @@ def plain_generate(policy, prompts, limits):
 
 def bench_rollout(policy, name, prompts, s, flags):
     """Table rows on sdar.generate beside model.generate: the same prompts and response lengths."""
-    limits, generator = draw_lengths(len(prompts), s), sdar.generator_for(policy, s, "bench")
-    endless = dataclasses.replace(policy, end_ids=frozenset(), closing_ids=frozenset())
-    pair = lambda limits: alternate((lambda: sdar.generate(endless, prompts, s, 1.0, (), generator, limits),
+    limits, generator, policy = draw_lengths(len(prompts), s), sdar.generator_for(policy, s, "bench"), endless(policy)
+    pair = lambda limits: alternate((lambda: sdar.generate(policy, prompts, s, 1.0, (), generator, limits),
                                      lambda: plain_generate(policy, prompts, limits)), flags.pairs, policy.device)
     seconds = pair(limits)
     rows = [compared(f"rollout, {name}: {len(prompts)} rows, {len(set(map(tuple, prompts)))} prompts of "
@@ -674,13 +689,16 @@ def bench_memory(device, width, chunk):
 
 
 def bench_step(policy, env, s, flags):
-    """Table rows on one training step by phases, the second of two."""
-    state = sdar.make_state(policy, s)
+    """Table rows on one training step by phases, after one of a single turn. Responses are as long as draw_lengths
+    says, for random weights would never end one."""
+    state, generate = sdar.make_state(endless(policy), s), sdar.generate
     reference = copy.deepcopy(policy.model).eval() if sdar.uses_reference(s) else None
-    for _ in range(2):
+    limited = lambda policy, prompts, s, *rest: generate(policy, prompts, s, *rest, draw_lengths(len(prompts), s))
+    for part in [dataclasses.replace(s, max_turns=n) for n in sorted({1, s.max_turns})]:
         if policy.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(policy.device)
-        m = sdar.learn_step(state, *sdar.play_step(state, env, reference, s), s)
+        with mock.patch.object(sdar, "generate", limited):
+            m = sdar.learn_step(state, *sdar.play_step(state, env, reference, part), part)
     turns = m["turns"] * m["episodes"]
     rows = [[f"one step of {s.algo}: {m['episodes']} episodes, {turns:.0f} turns of {m['prompt_tokens']:.0f} + "
              f"{m['response_tokens']:.0f} tokens", f"{m['seconds']:.2f}", "", "", "s"]]
@@ -690,7 +708,6 @@ def bench_step(policy, env, s, flags):
             work = weights_met(policy, speed * seconds, turns * m["response_tokens"]) * (6 if name == "update" else 2)
             share = f", MFU {work / seconds / flags.peak_tflops / 1e10:.1f} %"
         rows.append([f"  {name}: {speed:,.0f} tokens/s{share}", f"{seconds:.2f}", "", "", "s"])
-    policy.cache = None
     where = "of the step" if policy.device.type == "cuda" else "of the process so far"
     return rows + [[f"  peak memory {where}", f"{m['peak_memory_mib'] or math.nan:,.0f}", "", "", "MiB"]]
 
@@ -706,6 +723,9 @@ def bench_flags(argv):
     p.add_argument("--peak-gbps", type=float, metavar="X", help="GB/s of its memory: prints the share that decoding "
                    "reaches, counting the weights and the keys and values of rows that have not ended")
     p.add_argument("--cap-gb", type=float, metavar="X", help="let this process have no more than so many GB of the GPU")
+    p.add_argument("--only", choices=("rollout", "step", "learning", "memory"), help="one part of the table")
+    p.add_argument("--longest", action="store_true", help="prompts and responses as long as the settings allow: what "
+                   "memory must suffice for")
     p.add_argument("--pairs", type=int, default=3, metavar="N", help="timed pairs of each comparison (default: 3)")
     p.add_argument("--model", default="tiny", help=argparse.SUPPRESS)
     flags, rest = p.parse_known_args(argv)
@@ -719,6 +739,15 @@ def bench_flags(argv):
 def bench(argv):
     """python eval.py bench: one table on speed and memory."""
     flags, s = bench_flags(argv)
+    with contextlib.ExitStack() as stack:
+        if flags.longest:
+            stack.enter_context(mock.patch.object(sdar, "student_prompts", stretched(sdar.student_prompts)))
+            stack.enter_context(mock.patch.object(sys.modules[__name__], "LENGTHS", [512]))
+        bench_table(flags, s)
+
+
+def bench_table(flags, s):
+    """Measure and print the table, part by part."""
     env = sdar.open_env(s)
     if flags.cap_gb:
         device = sdar.pick_device(s.device)
@@ -728,24 +757,30 @@ def bench(argv):
         torch.cuda.set_per_process_memory_fraction(min(flags.cap_gb * 1e9 / whole, 1.0), device)
     policy = (random_policy(s.model, s, env) if flags.random_weights
               else sdar.load_policy(s.model, s.device, sdar.tiny_texts(env, s), s))
-    played, rows = bench_env(policy, env, s)
-    first, later = ([prompts[i] for prompts in played][:s.rollout_rows] for i in (0, -1))
-    prompts = [prompt for prompts in played for prompt in prompts]
-    turns = [sdar.Turn(prompt, [7] * n, "", "", "", True, True)  # which tokens they are changes nothing
-             for prompt, n in zip(prompts, draw_lengths(len(prompts), s))]
-    parts = {"first turn": lambda: bench_rollout(policy, f"first turn, groups of {s.group_size}", first, s, flags),
-             "later turns": lambda: bench_rollout(policy, "later turns", later, s, flags),
-             "training step": lambda: bench_step(policy, env, s, flags),
-             "scoring and update": lambda: bench_learning(policy, turns, s, flags),
-             "memory": lambda: bench_memory(policy.device, policy.head.weight.shape[1], s.head_chunk)}
-    with tqdm(parts.items(), leave=False, dynamic_ncols=True) as bar:
-        for name, part in bar:
-            bar.set_description(f"bench: {name}")
-            rows += part()
+    where = torch.cuda.get_device_name(policy.device) if policy.device.type == "cuda" else policy.device
     print(f"{env.source}\n{s.model}{', random weights' * bool(flags.random_weights)}: "
-          f"{policy.model.num_parameters() / 1e6:.1f}M parameters, {policy.model.dtype}, {policy.device}, torch "
+          f"{policy.model.num_parameters() / 1e6:.1f}M parameters, {policy.model.dtype}, {where}, torch "
           f"{torch.__version__}, transformers {transformers.__version__}, {torch.get_num_threads()} threads, "
-          f"medians of {flags.pairs}\n{render(['', 'sdar.py', 'plain', 'ratio', 'unit'], rows)}\n{LEGEND}")
+          f"medians of {flags.pairs}")
+    line = lambda title, *cells: print("{:<104}{:>9}{:>9}{:>7}  {}".format(title, *cells), flush=True)
+    line("", "sdar.py", "plain", "ratio", "unit")
+    played, rows = bench_env(policy, env, s)
+    first, later = ([prompts[i] for prompts in played] for i in (0, -1))
+    turns = [sdar.Turn(prompt, [7] * n, "", "", "", True, True)  # which tokens they are changes nothing
+             for prompt, n in zip(later, draw_lengths(len(later), s))]
+    parts = {"rollout": lambda: bench_rollout(policy, f"first turn, groups of {s.group_size}", first, s, flags)
+             + bench_rollout(policy, "later turns", later, s, flags),
+             "step": lambda: bench_step(policy, env, s, flags),
+             "learning": lambda: bench_learning(policy, turns, s, flags),
+             "memory": lambda: bench_memory(policy.device, policy.head.weight.shape[1], s.head_chunk)}
+    with tqdm([flags.only] if flags.only else list(parts), leave=False, dynamic_ncols=True) as bar:
+        for name in bar:
+            bar.set_description(f"bench: {name}")
+            rows += parts[name]()
+            with tqdm.external_write_mode():
+                while rows:  # shown as they come
+                    line(*rows.pop(0))
+    print(LEGEND)
 
 
 def main(argv=None):

@@ -49,6 +49,7 @@ import shutil
 import signal
 import sys
 import time
+import types
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -351,6 +352,8 @@ def load_policy(name, device="auto", texts=(), settings=None):
 
 def wrap_policy(model, tokenizer):
     """A Policy around a loaded model and tokenizer."""
+    if model.device.type == "cuda":
+        fuse(model)
     end = model.generation_config.eos_token_id
     end = set(end if isinstance(end, list) else [end]) | {tokenizer.eos_token_id}
     pieces = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
@@ -380,6 +383,52 @@ def trunk(model, ids, cache=None, **options):
     what it has read before, which it adds to."""
     return model.base_model(input_ids=ids, use_cache=cache is not None, **{cache_name(type(model.base_model)): cache},
                             **options).last_hidden_state
+
+
+def fuse(model):
+    """Make every norm, rotary embedding and gated activation of a Llama or Qwen model one kernel of a GPU instead of
+    three to ten, whose time is that of reading and writing memory, or in decoding that of starting. What lay between
+    those kernels was rounded to bf16, and is not now. For other models nothing changes."""
+    modeling, rotary = sys.modules[type(model).__module__], "apply_rotary_pos_emb"
+    try:
+        compiled(gated)(*torch.ones(2, 2, 16, device=model.device))
+    except Exception as error:  # no compiler on this machine, say
+        return say_once(f"torch.compile does not work here, which makes the work slower: {first_line(error)}")
+    torch._dynamo.config.recompile_limit = 64  # it gives up after 8 kinds, and about as many there are
+    for module in model.modules():
+        if hasattr(module, "variance_epsilon") and type(module).__name__.endswith("RMSNorm"):
+            module.forward = types.MethodType(fused_norm, module)
+        if hasattr(module, "gate_proj") and hasattr(module, "up_proj") and "SiLU" in type(module.act_fn).__name__:
+            module.forward = types.MethodType(fused_mlp, module)
+    if hasattr(modeling, rotary) and not hasattr(getattr(modeling, rotary), "plain"):
+        setattr(modeling, rotary, fused_rotary(getattr(modeling, rotary)))
+
+
+@functools.cache
+def compiled(function):
+    """torch.compile of a small function: anew for a few kinds of shapes, the rest share what changing sizes need."""
+    return torch.compile(function)
+
+
+def gated(gate, up):
+    """What a gated MLP does between its matrices, (..., F)."""
+    return F.silu(gate) * up
+
+
+def fused_norm(self, x):
+    return F.rms_norm(x, self.weight.shape, self.weight, self.variance_epsilon)
+
+
+def fused_mlp(self, x):
+    return self.down_proj(compiled(gated)(self.gate_proj(x), self.up_proj(x)))
+
+
+def fused_rotary(plain):
+    """transformers' apply_rotary_pos_emb(q, k, cos, sin), compiled where its tensors are on a GPU."""
+    def rotary(q, *rest, **options):
+        return (compiled(plain) if q.is_cuda else plain)(q, *rest, **options)
+    rotary.plain = plain
+    return rotary
 
 
 @functools.cache
@@ -438,39 +487,48 @@ def render_chat(tokenizer, text):
                                          add_generation_prompt=True, enable_thinking=False)
 
 
-def encode_chat(tokenizer, text):
-    """Token ids of a user message in the chat template. Special tokens that a model or a web page wrote as plain text
-    are taken out first: they would end the message and open another."""
+def encode_chats(tokenizer, texts):
+    """Token ids of user messages, each in the chat template; in one call, which shares them out among the cores.
+    Special tokens that a model or a web page wrote as plain text are taken out first: they would end the message and
+    open another."""
     for token in tokenizer.all_special_tokens:
-        text = text.replace(token, "")
-    return tokenizer(render_chat(tokenizer, text), add_special_tokens=False)["input_ids"]
+        texts = [text.replace(token, "") for text in texts]
+    return tokenizer([render_chat(tokenizer, text) for text in texts], add_special_tokens=False)["input_ids"]
 
 
-def student_prompt(policy, session, s, skill=""):
-    """What the agent sees: (token ids, whether the prompt was shortened). `skill` stays empty, except where a method
-    gives skills to the student itself (Skill-GRPO, Skill-Prompt). Beyond the budget of tokens first the oldest history
-    goes, then the middle of the observation, never the skill; UserError if that is not enough."""
-    budget, brief = s.max_teacher_prompt if skill else s.max_prompt, s.prompt_style == "brief"
-    longest = min(s.history, len(session.turns))
-    for history in range(longest, -1, -1):
-        ids = encode_chat(policy.tokenizer, session.prompt(skill, history, brief=brief))
-        if len(ids) <= budget:
-            return ids, history < longest
+def student_prompts(policy, sessions, s, skills):
+    """What the agents see: of each session (token ids, whether the prompt was shortened). `skills`: a text each; empty,
+    except where a method gives skills to the student itself (Skill-GRPO, Skill-Prompt). Beyond the budget of tokens
+    first the oldest history goes, then the middle of the observation, never the skill; UserError if that is not
+    enough."""
+    brief = s.prompt_style == "brief"
+    texts = [x.prompt(skill, min(s.history, len(x.turns)), brief=brief) for x, skill in zip(sessions, skills)]
+    budgets = [s.max_teacher_prompt if skill else s.max_prompt for skill in skills]
+    return [(ids, False) if len(ids) <= budget else (shortened_prompt(policy, x, s, skill, budget), True)
+            for ids, x, skill, budget in zip(encode_chats(policy.tokenizer, texts), sessions, skills, budgets)]
+
+
+def shortened_prompt(policy, session, s, skill, budget):
+    """Token ids of a prompt that in full is longer than its budget."""
+    def encode(history, **options):
+        return encode_chats(policy.tokenizer, [session.prompt(skill, history, brief=s.prompt_style == "brief", **options)])[0]
+    for history in range(min(s.history, len(session.turns)), -1, -1):
+        if len(ids := encode(history)) <= budget:
+            return ids
     room = len(session.observation)
     while room > 0:
         room = room * 3 // 4
-        ids = encode_chat(policy.tokenizer, session.prompt(skill, 0, room=room, brief=brief))
-        if len(ids) <= budget:
-            return ids, True
+        if len(ids := encode(0, room=room)) <= budget:
+            return ids
     raise UserError(f"a prompt of {len(ids)} tokens cannot be shortened to {budget}; raise "
                     f"{'--max-teacher-prompt' if skill else '--max-prompt'}")
 
 
-def teacher_prompt(policy, session, s, skill):
-    """The same turn with the skill in its place (the privileged context c^+), within a token budget of its own."""
-    if not skill:
+def teacher_prompts(policy, sessions, s, skills):
+    """The same turns with the skills in their place (the privileged context c^+), within a token budget of their own."""
+    if not all(skills):
         raise UserError("the teacher has no skill text: without it SDAR would silently be plain GRPO; check --skills")
-    return student_prompt(policy, session, s, skill)
+    return student_prompts(policy, sessions, s, skills)
 
 
 # ======== Rollout: episodes played in batches =========================================================================
@@ -525,12 +583,13 @@ def rollout(policy, env, task_ids, s, generator, temperature, skills=None, teach
             if not live:
                 break
             bar.set_postfix_str(f"turn {number + 1}, {len(live)} playing")
-            prompts = [student_prompt(policy, sessions[i], s, "" if teacher else skills[i][1]) for i in live]
-            skilled = [teacher_prompt(policy, sessions[i], s, skills[i][1]) if teacher else (None, False) for i in live]
+            playing, texts = [sessions[i] for i in live], [skills[i][1] for i in live]
+            prompts = student_prompts(policy, playing, s, [""] * len(live) if teacher else texts)
+            skilled = teacher_prompts(policy, playing, s, texts) if teacher else [(None, False)] * len(live)
             responses = generate(policy, [ids for ids, _ in prompts], s, temperature, env.stop, generator)
             texts = [policy.tokenizer.decode(ids, skip_special_tokens=True) for ids in responses]
-            seen = [sessions[i].observation for i in live]
-            env.step([sessions[i] for i in live], texts, think_closed=policy.think_closed)
+            seen = [x.observation for x in playing]
+            env.step(playing, texts, think_closed=policy.think_closed)
             for k, i in enumerate(live):
                 x = sessions[i]
                 episodes[i].turns.append(Turn(prompts[k][0], responses[k], texts[k], x.action, seen[k], x.valid,
@@ -718,8 +777,11 @@ def method_tokens(method, logp, old_logp, advantages, teacher_logp=None, ref_log
 
 def read_prefix(model, prompts, least=64):
     """What all these prompts begin with, read once: (length, cache), for response_hidden; None where it is too short to
-    be worth it. For the teacher of one skill this is everything up to the end of the skill."""
+    be worth it. For the teacher of one skill this is everything up to the end of the skill. On a GPU it is never worth
+    it: queries that start in the middle need a mask, and with one attention takes the time that is spared, or more."""
     from transformers import DynamicCache
+    if model.device.type == "cuda":
+        return None
     first, last = min(prompts), max(prompts)  # in alphabetical order: what these two share, all share
     shared = next((i for i, (a, b) in enumerate(zip(first, last)) if a != b), len(first))
     length = min(shared, *(len(p) - 1 for p in prompts))
@@ -1124,16 +1186,23 @@ def response_ended(policy, ids, stop):
         tag in policy.tokenizer.decode(ids[-16:]) for tag in stop))
 
 
-def sample(logits, temperature, generator):
+def sample(logits, temperature, generator, block=128):
     """One token per row of (B, V) logits: the first whose cumulative probability exceeds a uniform number. Unlike
-    multinomial it draws one number a row, not one a word, and never waits for the device. In fp64, for in fp32 the sum
-    of 152k probabilities would swallow the rare ones (and Apple's GPUs have no fp64)."""
+    multinomial it draws one number a row, not one a word, and never waits for the device. First the block of words is
+    found, then the word in it, which spares a GPU the cumulative sum of all. In fp64, for in fp32 the sum of 152k
+    probabilities would swallow the rare ones (and Apple's GPUs have no fp64)."""
     if temperature == 0:
         return logits.argmax(-1)  # (B,)
-    exact = torch.float32 if logits.device.type == "mps" else torch.float64
-    below = torch.softmax(logits.float() / temperature, -1).cumsum(-1, dtype=exact)  # (B, V)
-    drawn = torch.rand(len(logits), 1, dtype=exact, device=logits.device, generator=generator)
-    return torch.searchsorted(below, drawn * below[:, -1:], right=True)[:, 0].clamp(max=logits.shape[1] - 1)
+    exact, words = torch.float32 if logits.device.type == "mps" else torch.float64, logits.shape[1]
+    p = torch.softmax(logits if temperature == 1 else logits.float() / temperature, -1, dtype=torch.float32)  # (B, V)
+    p = F.pad(p, (0, -words % block)).unflatten(1, (-1, block))                                   # (B, blocks, block)
+    upto = p.sum(-1, dtype=exact).cumsum(-1)                                                      # (B, blocks)
+    drawn = upto[:, -1:] * torch.rand(len(p), 1, dtype=exact, device=p.device, generator=generator)
+    which = torch.searchsorted(upto, drawn, right=True).clamp(max=upto.shape[1] - 1)              # (B, 1)
+    inside = p.take_along_dim(which[..., None], 1)[:, 0].cumsum(-1, dtype=exact)                  # (B, block)
+    rest = drawn - upto.gather(1, which) + inside[:, -1:]
+    token = which * block + torch.searchsorted(inside, rest, right=True).clamp(max=block - 1)
+    return token[:, 0].clamp(max=words - 1)
 
 
 @torch.no_grad()
@@ -1220,24 +1289,29 @@ def prefill(policy, kv, prompts, s):
 def decode_step(policy, kv, n, span):
     """Logits (n, V) after each of n rows has read kv.token in kv.slot and seen the slots before; span > all slots."""
     kv.n, kv.span = n, span
-    seen = torch.arange(span, device=policy.device) <= kv.slot[:n, None]                                # (n, span)
-    hidden = trunk(policy.model, kv.token[:n, None], kv, position_ids=kv.slot[:n, None],
-                   attention_mask=seen[:, None, None])                                                  # (n, 1, D)
-    return policy.head(hidden[:, -1])
+    unseen = torch.arange(span, device=policy.device) > kv.slot[:n, None]                               # (n, span)
+    mask = torch.zeros(n, 1, 1, span, dtype=policy.model.dtype, device=policy.device)
+    mask.masked_fill_(unseen[:, None, None], -math.inf)  # not booleans, which every layer would make into this
+    hidden = trunk(policy.model, kv.token[:n, None], kv, position_ids=kv.slot[:n, None], attention_mask=mask)
+    return policy.head(hidden[:, -1])                                                                   # (n, V)
 
 
 def record_step(policy, kv, n, span):
-    """A CUDA graph of decode_step, whose replay fills kv.logits[:n]."""
+    """A CUDA graph of decode_step, whose replay fills kv.logits[:n]. Shapes are few here, so cuDNN's attention, which
+    plans anew for each, is worth its plan."""
+    kernels = torch.nn.attention.SDPBackend
+    order = [kernels.CUDNN_ATTENTION, kernels.EFFICIENT_ATTENTION, kernels.MATH]
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # libraries set themselves up in a first call, which must not be recorded
-        logits = decode_step(policy, kv, n, span)
-    torch.cuda.current_stream().wait_stream(side)
-    if kv.logits is None:  # one buffer for all graphs: what a graph makes for itself, it keeps
-        kv.logits = logits.new_zeros(kv.rows, logits.shape[1])
-    graph, shared = torch.cuda.CUDAGraph(), next((graph.pool() for graph in kv.graphs.values()), None)
-    with torch.cuda.graph(graph, pool=shared):
-        kv.logits[:n] = decode_step(policy, kv, n, span)
+    with torch.nn.attention.sdpa_kernel(order, set_priority=True):
+        with torch.cuda.stream(side):  # libraries set themselves up in a first call, which must not be recorded
+            logits = decode_step(policy, kv, n, span)
+        torch.cuda.current_stream().wait_stream(side)
+        if kv.logits is None:  # one buffer for all graphs: what a graph makes for itself, it keeps
+            kv.logits = logits.new_zeros(kv.rows, logits.shape[1])
+        graph, shared = torch.cuda.CUDAGraph(), next((graph.pool() for graph in kv.graphs.values()), None)
+        with torch.cuda.graph(graph, pool=shared):
+            kv.logits[:n] = decode_step(policy, kv, n, span)
     return graph
 
 
@@ -1386,7 +1460,7 @@ def expert_turns(policy, env, task_id, s, seed):
     while not session.done and len(turns) < s.max_turns:
         skill = env.skill(session.category, s.prompt_style == "brief") if lot.random() < 0.5 else ""
         text = session.expert()
-        ids, _ = student_prompt(policy, session, s, skill)
+        (ids, _), = student_prompts(policy, [session], s, [skill])
         turns.append((ids, policy.tokenizer(text, add_special_tokens=False)["input_ids"]))
         env.step([session], [text])
     return turns
@@ -1776,6 +1850,8 @@ def reference_policy(state, s):
     gather([])  # the others wait
     try:
         reference = AutoModelForCausalLM.from_pretrained(path, dtype=model.dtype).to(model.device)
+        if model.device.type == "cuda":
+            fuse(reference)  # the same functions, so the same roundings
     except Exception as error:  # any damage to the folder
         raise UserError(f"the reference policy in {path} cannot be read ({first_line(error)}); the run cannot be "
                         "continued without it") from None
