@@ -593,7 +593,7 @@ def plain_generate(policy, prompts, limits):
 def bench_rollout(policy, name, prompts, s, flags):
     """Table rows on sdar.generate beside model.generate: the same prompts and response lengths."""
     limits, generator, policy = draw_lengths(len(prompts), s), sdar.generator_for(policy, s, "bench"), endless(policy)
-    pair = lambda limits: alternate((lambda: sdar.generate(policy, prompts, s, 1.0, (), generator, limits),
+    pair = lambda limits: alternate((lambda: sdar.generate(policy, prompts, s, 1.0, (), generator, limits.__getitem__),
                                      lambda: plain_generate(policy, prompts, limits)), flags.pairs, policy.device)
     seconds = pair(limits)
     rows = [compared(f"rollout, {name}: {len(prompts)} rows, {len(set(map(tuple, prompts)))} prompts of "
@@ -693,7 +693,9 @@ def bench_step(policy, env, s, flags):
     says, for random weights would never end one."""
     state, generate = sdar.make_state(endless(policy), s), sdar.generate
     reference = copy.deepcopy(policy.model).eval() if sdar.uses_reference(s) else None
-    limited = lambda policy, prompts, s, *rest: generate(policy, prompts, s, *rest, draw_lengths(len(prompts), s))
+    def limited(*args, follow):
+        lengths = iter(draw_lengths(part.groups * part.group_size * part.max_turns, s))
+        return generate(*args, limit=lambda i: next(lengths), follow=follow)
     for part in [dataclasses.replace(s, max_turns=n) for n in sorted({1, s.max_turns})]:
         if policy.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(policy.device)
@@ -765,6 +767,8 @@ def bench_table(flags, s):
     line = lambda title, *cells: print("{:<104}{:>9}{:>9}{:>7}  {}".format(title, *cells), flush=True)
     line("", "sdar.py", "plain", "ratio", "unit")
     played, rows = bench_env(policy, env, s)
+    for row in rows:
+        line(*row)
     first, later = ([prompts[i] for prompts in played] for i in (0, -1))
     turns = [sdar.Turn(prompt, [7] * n, "", "", "", True, True)  # which tokens they are changes nothing
              for prompt, n in zip(later, draw_lengths(len(later), s))]
@@ -776,10 +780,10 @@ def bench_table(flags, s):
     with tqdm([flags.only] if flags.only else list(parts), leave=False, dynamic_ncols=True) as bar:
         for name in bar:
             bar.set_description(f"bench: {name}")
-            rows += parts[name]()
+            rows = parts[name]()
             with tqdm.external_write_mode():
-                while rows:  # shown as they come
-                    line(*rows.pop(0))
+                for row in rows:
+                    line(*row)
     print(LEGEND)
 
 

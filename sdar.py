@@ -511,7 +511,8 @@ def student_prompts(policy, sessions, s, skills):
 def shortened_prompt(policy, session, s, skill, budget):
     """Token ids of a prompt that in full is longer than its budget."""
     def encode(history, **options):
-        return encode_chats(policy.tokenizer, [session.prompt(skill, history, brief=s.prompt_style == "brief", **options)])[0]
+        text = session.prompt(skill, history, brief=s.prompt_style == "brief", **options)
+        return encode_chats(policy.tokenizer, [text])[0]
     for history in range(min(s.history, len(session.turns)), -1, -1):
         if len(ids := encode(history)) <= budget:
             return ids
@@ -525,7 +526,7 @@ def shortened_prompt(policy, session, s, skill, budget):
 
 
 def teacher_prompts(policy, sessions, s, skills):
-    """The same turns with the skills in their place (the privileged context c^+), within a token budget of their own."""
+    """The same turns with the skills in their place (the privileged context c^+), within a budget of their own."""
     if not all(skills):
         raise UserError("the teacher has no skill text: without it SDAR would silently be plain GRPO; check --skills")
     return student_prompts(policy, sessions, s, skills)
@@ -571,30 +572,39 @@ class Episode:
 
 
 def rollout(policy, env, task_ids, s, generator, temperature, skills=None, teacher=False, label="rollout"):
-    """Episodes of the task ids, in their order (repeat an id for a group), played together turn by turn; those that are
-    over cost nothing. skills: None, or for each episode (name, text) of its skill, which goes into the teacher's prompt
-    of every turn if there is a `teacher`, else into the agent's own."""
+    """Episodes of the task ids, in their order (repeat an id for a group), played together; those that are over cost
+    nothing. skills: None, or for each episode (name, text) of its skill, which goes into the teacher's prompt of every
+    turn if there is a `teacher`, else into the agent's own."""
     sessions = [env.start(task_id) for task_id in task_ids]
-    skills = skills or [("", "")] * len(sessions)
+    skills, asked = skills or [("", "")] * len(sessions), {}
     episodes = [Episode(t, x.group, i, name) for i, (t, x, (name, _)) in enumerate(zip(task_ids, sessions, skills))]
+
+    def ask(live):
+        """{i: prompt} of the next turns of these episodes."""
+        if not live:
+            return {}
+        playing, texts = [sessions[i] for i in live], [skills[i][1] for i in live]
+        prompts = student_prompts(policy, playing, s, [""] * len(live) if teacher else texts)
+        skilled = teacher_prompts(policy, playing, s, texts) if teacher else [(None, False)] * len(live)
+        asked.update(zip(live, zip(prompts, skilled)))
+        return {i: ids for i, (ids, _) in zip(live, prompts)}
+
+    def answer(responses):
+        """Take turns with these responses, {i: ids}; the prompts of those episodes that go on."""
+        playing, texts = zip(*((sessions[i], policy.tokenizer.decode(ids, skip_special_tokens=True))
+                               for i, ids in responses.items()))
+        seen = [x.observation for x in playing]
+        env.step(playing, texts, think_closed=policy.think_closed)
+        for (i, ids), x, text, observation in zip(responses.items(), playing, texts, seen):
+            (prompt, cut), (taught, taught_cut) = asked.pop(i)
+            episodes[i].turns.append(Turn(prompt, ids, text, x.action, observation, x.valid, x.admissible, taught,
+                                          cut or taught_cut))
+        live = [i for i in responses if not sessions[i].done and len(episodes[i].turns) < s.max_turns]
+        bar.set_postfix_str(f"turn {max(len(e.turns) for e in episodes)}")
+        bar.update(len(responses) - len(live))
+        return ask(live)
     with progress(total=len(sessions), desc=label, unit="ep") as bar:
-        for number in range(s.max_turns):
-            live = [i for i, x in enumerate(sessions) if not x.done]
-            if not live:
-                break
-            bar.set_postfix_str(f"turn {number + 1}, {len(live)} playing")
-            playing, texts = [sessions[i] for i in live], [skills[i][1] for i in live]
-            prompts = student_prompts(policy, playing, s, [""] * len(live) if teacher else texts)
-            skilled = teacher_prompts(policy, playing, s, texts) if teacher else [(None, False)] * len(live)
-            responses = generate(policy, [ids for ids, _ in prompts], s, temperature, env.stop, generator)
-            texts = [policy.tokenizer.decode(ids, skip_special_tokens=True) for ids in responses]
-            seen = [x.observation for x in playing]
-            env.step(playing, texts, think_closed=policy.think_closed)
-            for k, i in enumerate(live):
-                x = sessions[i]
-                episodes[i].turns.append(Turn(prompts[k][0], responses[k], texts[k], x.action, seen[k], x.valid,
-                                              x.admissible, skilled[k][0], prompts[k][1] or skilled[k][1]))
-            bar.update(sum(sessions[i].done for i in live))
+        generate(policy, list(ask(range(len(sessions))).values()), s, temperature, env.stop, generator, follow=answer)
     for episode, x in zip(episodes, sessions):
         episode.done, episode.won, episode.score, episode.details = x.done, bool(x.won), float(x.score), dict(x.details)
         episode.reward = s.success_reward * episode.won  # an episode cut off at the step limit has not won
@@ -1205,19 +1215,102 @@ def sample(logits, temperature, generator, block=128):
     return token[:, 0].clamp(max=words - 1)
 
 
+@dataclass
+class Row:
+    """A sequence under way in `generate`."""
+
+    prompt: int      # which one it answers
+    limit: int       # tokens of its response at most
+    slot: int        # where its next token goes
+    ids: list = field(default_factory=list)
+    over: bool = False
+
+
+LOOK = {"cuda": 8}      # decode steps between two looks at the sampled tokens: to look is to wait for the device
+REFILL = {"cuda": 0.2}  # share of the rows that must be over before others take their places; elsewhere all, for there
+                        # a step of few rows costs little
+
+
 @torch.no_grad()
-def generate(policy, prompts, s, temperature, stop, generator, limits=None):
+def generate(policy, prompts, s, temperature, stop, generator, limit=None, follow=None):
     """Responses (lists of token ids) to prompts (lists of token ids), each ended by EOS, by a closing tag of `stop`, or
-    by its limit (by default s.max_response). Sorted by length, s.rollout_rows at a time."""
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    limits, responses = limits or [s.max_response] * len(prompts), [None] * len(prompts)
-    for start in range(0, len(order), s.rollout_rows):
-        rows = order[start:start + s.rollout_rows]
-        batch = decode_batch(policy, [prompts[i] for i in rows], [limits[i] for i in rows], s, temperature, stop,
-                             generator)
-        for i, ids in zip(rows, batch):
-            responses[i] = ids
-    return responses
+    by its limit of limit(i) tokens (by default s.max_response). At most s.rollout_rows at a time, short prompts first;
+    what a row writes between its end and the next look is thrown away. When no prompt is waiting, follow({i: response})
+    of those that have ended gives what comes next, {i: prompt}: an episode need not wait for the others' turns. Of
+    several responses to one i the last is returned."""
+    limit, follow = limit or (lambda i: s.max_response), follow or (lambda ended: {})
+    look, due = (table.get(policy.device.type, 1) for table in (LOOK, REFILL))
+    waiting, ended, responses, rows = dict(enumerate(prompts)), {}, {}, []
+
+    def add(row, values):
+        for value in values:
+            if not row.over:
+                row.ids.append(value)
+                row.over = len(row.ids) == row.limit or response_ended(policy, row.ids, stop)
+                if row.over:
+                    ended[row.prompt] = row.ids
+    while True:
+        if sum(row.over for row in rows) >= due * len(rows):
+            if ended and not waiting:
+                responses |= ended
+                waiting, ended = follow({i: ended[i] for i in sorted(ended)}), {}
+            for row, token in admit(policy, rows, waiting, s, temperature, generator, limit, look):
+                add(row, [token])
+        live = [j for j, row in enumerate(rows) if not row.over]
+        if not live:
+            if not waiting and not ended:
+                return [responses[i] for i in range(len(prompts))]
+            continue
+        kv, size = policy.cache, max(row.slot for row in rows)
+        if len(live) <= 0.8 * len(rows):  # copying has a price: wait until a fifth of the rows can go
+            kv.keep(live, size)
+            rows[:] = [rows[j] for j in live]
+        for j, row in enumerate(rows):
+            if row.over and row.slot + look > kv.length:  # at the end of its buffer: on from the start, in the dark
+                row.slot = kv.slot[j] = 0
+        drawn = []
+        for _ in range(min(look, max(row.limit - len(row.ids) for row in rows if not row.over))):
+            logits = fast_step(policy, kv, len(rows), 1 + max(row.slot for row in rows))
+            kv.slot[:len(rows)] += 1
+            kv.token[:len(rows)] = token = sample(logits, temperature, generator)                       # (n,)
+            drawn.append(token)
+            for row in rows:
+                row.slot += 1
+        for row, values in zip(rows, torch.stack(drawn, 1).tolist()):
+            add(row, values)
+
+
+def admit(policy, rows, waiting, s, temperature, generator, limit, look):
+    """Let prompts, taken out of `waiting`, have the places of rows that are over and those not in use: read them, and
+    sample their first tokens. Returns [(row, token)]."""
+    if all(row.over for row in rows):
+        rows.clear()
+    places = [j for j, row in enumerate(rows) if row.over] + list(range(len(rows), s.rollout_rows))
+    chosen = sorted(waiting, key=lambda i: len(waiting[i]))[:len(places)]
+    if not chosen:
+        return []
+    prompts, fresh, places = [waiting.pop(i) for i in chosen], [], places[:len(chosen)]
+    for place, i, ids in zip(places, chosen, prompts):
+        fresh.append(Row(i, limit(i), len(ids)))
+        rows[place:place + 1] = fresh[-1:]
+    kv = room(policy, len(rows), max(row.slot for row in fresh) + max(row.limit for row in fresh) + look, s)
+    logits = prefill(policy, kv, prompts, places, s)                                                    # (new, V)
+    where = kv.index.new_tensor(places)
+    kv.slot[where] = kv.index.new_tensor([len(p) for p in prompts])
+    kv.token[where] = token = sample(logits, temperature, generator)                                    # (new,)
+    return list(zip(fresh, token.tolist()))
+
+
+def room(policy, rows, length, s):
+    """policy.cache with at least so many rows and slots: the one there is, or a larger one with its content."""
+    old = policy.cache
+    if old is None or old.rows < rows or old.length < length:
+        rows, length = (max(rows, old.rows), max(length, old.length)) if old else (rows, length)
+        policy.cache = KeyValues(rows, -(-length // 256) * 256, policy.device,
+                                 policy.device.type == "cuda" and not s.no_graphs)
+        if old:
+            policy.cache.take(old)
+    return policy.cache
 
 
 class KeyValues:
@@ -1231,6 +1324,14 @@ class KeyValues:
         self.index = torch.arange(rows, device=device)
         self.token, self.slot = torch.zeros_like(self.index), torch.zeros_like(self.index)  # what each row reads next
         self.n = self.span = 0                                                # rows and slots of the step under way
+
+    def take(self, old):
+        """The content of a smaller one, which loses it, layer by layer."""
+        for mine, other in ((self.token, old.token), (self.slot, old.slot)):
+            mine[:old.rows] = other
+        for number in range(len(old.layers)):
+            for mine, other in zip(self.buffers(number, old.layers[0][0]), old.layers.pop(0)):
+                mine[:old.rows, :, :old.length] = other
 
     def store(self, cache, source, rows):
         """Take prompts over from transformers' cache: its row source[i] becomes our row rows[i] (lists)."""
@@ -1264,13 +1365,13 @@ class KeyValues:
             buffer[:len(rows)] = buffer[rows]
 
 
-def prefill(policy, kv, prompts, s):
-    """Read the prompts into kv, equal ones once, s.micro_tokens at a time; padded on the right, where causal attention
-    never looks. Returns the logits (B, V) of the first tokens."""
+def prefill(policy, kv, prompts, places, s):
+    """Read the prompts into these rows of kv, equal ones once, s.micro_tokens at a time; padded on the right, where
+    causal attention never looks. Returns the logits (B, V) of the first tokens."""
     from transformers import DynamicCache
     where, hidden = {}, [None] * len(prompts)
-    for row, prompt in enumerate(prompts):
-        where.setdefault(tuple(prompt), []).append(row)
+    for number, prompt in enumerate(prompts):
+        where.setdefault(tuple(prompt), []).append(number)
     unique = list(where)
     for batch in micro_batches([len(p) for p in unique], s.micro_tokens):
         chosen, cache = [unique[i] for i in batch], DynamicCache(config=policy.model.config)
@@ -1278,11 +1379,11 @@ def prefill(policy, kv, prompts, s):
         ids = torch.tensor([p + (0,) * (width - len(p)) for p in chosen], device=policy.device)         # (U, L)
         last = trunk(policy.model, ids, cache)                                                          # (U, L, D)
         source = [i for i, p in enumerate(chosen) for _ in where[p]]
-        rows = [row for p in chosen for row in where[p]]
-        kv.store(cache, source, rows)
+        numbers = [number for p in chosen for number in where[p]]
+        kv.store(cache, source, [places[number] for number in numbers])
         ends = last[range(len(chosen)), [len(p) - 1 for p in chosen]]                                   # (U, D)
-        for i, row in zip(source, rows):
-            hidden[row] = ends[i]
+        for i, number in zip(source, numbers):
+            hidden[number] = ends[i]
     return policy.head(torch.stack(hidden))
 
 
@@ -1334,44 +1435,6 @@ def fast_step(policy, kv, n, span):
                             "--no-graphs") from None  # a recording cut short leaves the allocator of no use
     kv.graphs[size, many].replay()
     return kv.logits[:n]
-
-
-LOOK = {"cuda": 8}  # decode steps between two looks at the sampled tokens: to look is to wait for the device
-
-
-def decode_batch(policy, prompts, limits, s, temperature, stop, generator):
-    """`generate` for one batch. Rows that have ended leave it; what a row wrote between its end and the next look (see
-    LOOK) is thrown away."""
-    longest, steps, look = max(map(len, prompts)), max(limits), LOOK.get(policy.device.type, 1)
-    kv = policy.cache
-    if kv is None or kv.rows < len(prompts) or kv.length < longest + steps:
-        rows, length = max(len(prompts), kv.rows if kv else 0), max(longest + steps, kv.length if kv else 0)
-        policy.cache = kv = None  # frees the old one first
-        policy.cache = kv = KeyValues(rows, -(-length // 256) * 256, policy.device,
-                                      policy.device.type == "cuda" and not s.no_graphs)
-    logits = prefill(policy, kv, prompts, s)                                                            # (B, V)
-    kv.slot[:len(prompts)] = torch.tensor([len(p) for p in prompts], device=policy.device)
-    responses, rows, ended, drawn = [[] for _ in prompts], list(range(len(prompts))), [False] * len(prompts), []
-    for step in range(1, steps + 1):
-        token = sample(logits, temperature, generator)                                                  # (n,)
-        kv.token[:len(rows)] = token
-        drawn.append(token)
-        if step % look == 0 or step == steps:
-            for row, values in zip(rows, torch.stack(drawn, 1).tolist()):
-                for value in values:
-                    if not ended[row]:
-                        responses[row].append(value)
-                        ended[row] = len(responses[row]) == limits[row] or response_ended(policy, responses[row], stop)
-            drawn, live = [], [j for j, row in enumerate(rows) if not ended[row]]
-            if not live:
-                break
-            if len(live) <= 0.8 * len(rows):  # copying has a price: wait until a fifth of the rows can go
-                kv.keep(live, longest + step - 1)
-                rows = [rows[j] for j in live]
-                longest = max(len(prompts[row]) for row in rows)
-        logits = fast_step(policy, kv, len(rows), longest + step)
-        kv.slot[:len(rows)] += 1
-    return responses
 
 
 # ======== The vocabulary head in chunks ===============================================================================

@@ -149,7 +149,7 @@ def test_replayed_steps_in_buckets_and_late_looks_change_no_token(policy, monkey
     prompts = [[rng.randrange(20, 300) for _ in range(n)] for n in (5, 17, 9, 30, 12, *range(20, 40))]
     limits, s = [3, 11, 7, 12, 1] + [12] * 20, settings(max_response=12)
     mine = dataclasses.replace(policy, model=copy.deepcopy(policy.model), cache=None)
-    run = lambda policy: sdar.generate(policy, prompts, s, 0, (), None, limits)
+    run = lambda policy: sdar.generate(policy, prompts, s, 0, (), None, limits.__getitem__)
     plain = run(mine)
     assert [len(r) for r in plain] == limits
     mine.cache.graphs = {}
@@ -177,13 +177,91 @@ def test_rows_that_leave_the_batch_disturb_no_other(policy, monkeypatch):
     prompts = [[rng.randrange(20, 300) for _ in range(n)] for n in (30, 6, 19, 11, 25, 14, 8, 21)]
     limits = [2, 14, 5, 14, 1, 9, 12, 3]
     monkeypatch.setattr(sdar, "sample", lambda logits, *_: (drawn_from.append(logits.clone()), logits.argmax(-1))[1])
-    out = sdar.generate(policy, prompts, settings(max_response=14), 0, (), None, limits)
+    out = sdar.generate(policy, prompts, settings(max_response=14), 0, (), None, limits.__getitem__)
     assert list(map(len, out)) == limits and len(drawn_from[0]) == 8 and len(drawn_from[-1]) < 4
     for prompt, response in zip(prompts, out):
         with torch.no_grad():
             logits = policy.model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1:-1]      # (T, V)
         for step, (want, token) in enumerate(zip(logits, response)):
             assert min((row - want).abs().max() for row in drawn_from[step]) < 1e-4 and want.argmax() == token
+
+
+@pytest.mark.parametrize("look, share, graphs", [(1, 1, False), (1, 0.2, False), (4, 0.2, False), (4, 0.2, True), (8, 0.5, False)])
+def test_places_taken_over_change_no_response(policy, monkeypatch, look, share, graphs):
+    """Three rounds of prompts, each longer than the one before, in five rows: whoever's place a row takes, whenever, and
+    whatever the others do, its response is the greedy one to its own prompt. Rows that wait long for their successor do
+    not run out of their buffers, and refilled early, fewer steps are decoded."""
+    monkeypatch.setitem(sdar.LOOK, "cpu", look)
+    monkeypatch.setitem(sdar.REFILL, "cpu", share)
+    rng, steps, answered = random.Random(4), [], []
+    prompts = [[[rng.randrange(20, 300) for _ in range(rng.randrange(2, 20) * (1 + 6 * turn))] for turn in range(3)] for _ in range(12)]
+    mine, s = dataclasses.replace(policy, cache=None), settings(max_response=400, rollout_rows=5)
+    lengths = {i: iter([1 + 7 * i % 23, 3, 260 if i == 5 else 20 - i]) for i in range(12)}
+    wanted = [[1 + 7 * i % 23, 3, 260 if i == 5 else 20 - i] for i in range(12)]
+    got = {i: [] for i in range(12)}
+    def follow(ended):
+        assert list(ended) == sorted(ended)
+        answered.append(len(ended))
+        for i, ids in ended.items():
+            got[i].append(list(ids))
+        return {i: prompts[i][len(got[i])] for i in ended if len(got[i]) < 3}
+    step = sdar.decode_step
+    def counted(policy, kv, n, span):
+        assert int(kv.slot[:n].max()) < span <= kv.length and n <= 5
+        steps.append(n)
+        return step(policy, kv, n, span)
+    monkeypatch.setattr(sdar, "decode_step", counted)
+    monkeypatch.setattr(sdar, "record_step", Replay)
+    if graphs:
+        kind = sdar.KeyValues
+        monkeypatch.setattr(sdar, "KeyValues", lambda rows, length, device, graphs: kind(rows, length, device, True))
+    last = sdar.generate(mine, [p[0] for p in prompts], s, 0, (), None, lambda i: next(lengths[i]), follow)
+    monkeypatch.setattr(sdar, "decode_step", step)
+    assert last == [got[i][2] for i in range(12)] and [[len(r) for r in got[i]] for i in range(12)] == wanted
+    for i in range(12):
+        for prompt, response in zip(prompts[i], got[i]):
+            alone = sdar.generate(dataclasses.replace(policy, cache=None), [prompt], s, 0, (), None, lambda _: len(response))
+            assert alone == [response], (i, len(prompt))
+    if share == 1:
+        assert answered == [12, 12, 12]
+    elif look == 1:
+        assert len(answered) > 6 and len(steps) < 500 < sum(max(n) for n in zip(*wanted)) + 300
+
+
+def test_rows_stay_within_their_buffers(policy, monkeypatch):
+    """A row that is over and not replaced for long, and one that reaches its limit between two looks at the buffer's end."""
+    monkeypatch.setitem(sdar.REFILL, "cpu", 0.2)
+    monkeypatch.setitem(sdar.LOOK, "cpu", 8)
+    s, mine = settings(rollout_rows=6), dataclasses.replace(policy, cache=None)
+    prompts, rounds = [[20 + i] * 4 for i in range(5)] + [[40] * 150], [0] * 6
+    def again(ended):
+        for i in ended:
+            rounds[i] += 1
+        return {i: prompts[i] for i in ended if i < 5 and rounds[i] < 9}
+    out = sdar.generate(mine, prompts, s, 0, (), None, lambda i: 1 if i == 5 else 40 + 11 * i, again)
+    assert mine.cache.length == 256 and rounds == [9] * 5 + [1] and list(map(len, out)) == [40, 51, 62, 73, 84, 1]
+    mine, limits = dataclasses.replace(policy, cache=None), iter([200, 3, 56])
+    out = sdar.generate(mine, [[21] * 10, [22] * 10], s, 0, (), None, lambda i: next(limits),
+                        lambda ended: {1: [23] * 200} if len(ended.get(1, [])) == 3 else {})
+    assert list(map(len, out)) == [200, 56] and mine.cache.length == 512
+
+
+def test_episodes_that_do_not_wait_for_each_other_are_the_same(policy, env, monkeypatch):
+    """A rollout in which each episode goes on as soon as it can, against one in turns: the same greedy episodes."""
+    s, mine = settings(max_turns=5, rollout_rows=6, max_response=20), dataclasses.replace(policy, cache=None)
+    monkeypatch.setattr(sdar, "response_ended", lambda policy, ids, stop: hash(tuple(ids)) % 6 == 0)  # lengths that differ
+    skills = [("skill", env.all_skills())] * 9
+    step, calls = env.step, []
+    monkeypatch.setattr(env, "step", lambda sessions, *a, **k: (calls.append(len(sessions)), step(sessions, *a, **k))[1])
+    inturn = sdar.rollout(mine, env, env.tasks("train")[:9], s, None, 0, skills, teacher=True)
+    assert calls == [9] * 5
+    monkeypatch.setitem(sdar.REFILL, "cpu", 0.2)
+    monkeypatch.setitem(sdar.LOOK, "cpu", 2)
+    calls.clear()
+    free = sdar.rollout(mine, env, env.tasks("train")[:9], s, None, 0, skills, teacher=True)
+    assert sum(calls) == 45 and len(calls) > 5
+    assert [dataclasses.asdict(e) for e in free] == [dataclasses.asdict(e) for e in inturn]
+    assert len({len(t.response_ids) for e in free for t in e.turns}) > 2
 
 
 def test_sampling_follows_the_softmax():
@@ -208,15 +286,17 @@ def test_sampling_can_reach_every_rare_word(monkeypatch):
         assert sample(logits, 1.0, None).item() == word
 
 
-def test_sampled_responses_follow_the_policy_through_row_dropping(policy):
+@pytest.mark.parametrize("rows, share", [(6000, 1), (700, 0.2)])
+def test_sampled_responses_follow_the_policy_through_row_dropping(policy, rows, share, monkeypatch):
     """First and second tokens of 6,000 responses have the probabilities that scoring gives them, although rows with an
-    early end leave the batch."""
+    early end leave the batch, or are taken over by others."""
+    monkeypatch.setitem(sdar.REFILL, "cpu", share)
     prompt = list(range(40, 60))
     with torch.no_grad():
         logits = policy.model(torch.tensor([prompt])).logits[0, -1]
     likely = logits.topk(3).indices.tolist()
     ending = dataclasses.replace(policy, end_ids=frozenset(likely[:1]))
-    out = sdar.generate(ending, [prompt] * 6000, settings(max_response=2, rollout_rows=6000), 1.0, (),
+    out = sdar.generate(ending, [prompt] * 6000, settings(max_response=2, rollout_rows=rows), 1.0, (),
                         torch.Generator().manual_seed(3))
     p = torch.softmax(logits, -1)
     for token in likely:
@@ -818,11 +898,11 @@ def test_gpu_graphs_change_no_token(policy, monkeypatch, gpu):
     limits, s = [1 + 37 * i % 60 for i in range(40)], settings(max_response=60)
     mine = dataclasses.replace(policy, model=copy.deepcopy(policy.model).to(gpu), cache=None)
     for _ in range(2):
-        replayed = sdar.generate(mine, prompts, s, 0, (), None, limits)
+        replayed = sdar.generate(mine, prompts, s, 0, (), None, limits.__getitem__)
         assert len(mine.cache.graphs) > 2 and list(map(len, replayed)) == limits
         with monkeypatch.context() as patch:
             patch.setattr(sdar, "fast_step", sdar.decode_step)
-            assert replayed == sdar.generate(mine, prompts, s, 0, (), None, limits)
+            assert replayed == sdar.generate(mine, prompts, s, 0, (), None, limits.__getitem__)
         with torch.no_grad():
             mine.model.get_input_embeddings().weight.mul_(0.7)
 
@@ -888,17 +968,17 @@ def test_the_log_tells_what_happened(finished):
 def test_ctrl_c_saves_and_the_run_goes_on_to_the_same_end(finished, tmp_path, monkeypatch):
     """Ctrl-C in the second rollout: exit status 130, a checkpoint, and the resumed run ends where the whole one did.
     A second signal comes while that is saved, as from a cluster that signals the launcher and the processes it started."""
-    original, calls, save = sdar.generate, itertools.count(), torch.save
+    original, calls, save = sdar.prefill, itertools.count(), torch.save
     def interrupted(*a):
         if next(calls) == 8:
             os.kill(os.getpid(), signal.SIGINT)
         return original(*a)
-    monkeypatch.setattr(sdar, "generate", interrupted)
+    monkeypatch.setattr(sdar, "prefill", interrupted)
     monkeypatch.setattr(torch, "save", lambda *a: (next(calls) > 8 and os.kill(os.getpid(), signal.SIGTERM), save(*a)))
     with pytest.raises(SystemExit) as stop:
         sdar.main([*RUN, "--save-every", "100", "--out", str(tmp_path / "stopped")])
     assert stop.value.code == 130 and sdar.last_checkpoint(tmp_path / "stopped").name == "step-000001"
-    monkeypatch.setattr(sdar, "generate", original)
+    monkeypatch.setattr(sdar, "prefill", original)
     monkeypatch.setattr(torch, "save", save)
     sdar.main(["--resume", str(tmp_path / "stopped")])
     assert weights_of(tmp_path / "stopped") == weights_of(finished)
@@ -963,7 +1043,7 @@ def test_ctrl_c_at_odd_moments_loses_nothing(finished, tmp_path, monkeypatch, wh
     def struck(*args):
         if next(calls) == last:
             if where == "validate":
-                monkeypatch.setattr(sdar, "generate", lambda *a: kill() or inner(*a))
+                monkeypatch.setattr(sdar, "generate", lambda *a, **k: kill() or inner(*a, **k))
             else:
                 kill()
         return original(*args)
@@ -1007,7 +1087,7 @@ def test_logs_keep_lines_with_unusual_line_separators(tmp_path):
 
 def test_other_errors_are_not_called_out_of_memory(tmp_path, monkeypatch):
     """A bug must show its traceback, even if its message holds the word memory."""
-    def broken(*a):
+    def broken(*a, **k):
         raise RuntimeError("an illegal memory access was encountered")
     monkeypatch.setattr(sdar, "generate", broken)
     with pytest.raises(RuntimeError, match="illegal"):
@@ -1148,7 +1228,7 @@ def test_a_resumed_optimizer_takes_the_kernel_of_its_new_place(policy, tmp_path,
 
 
 def test_out_of_memory_names_what_to_lower(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(sdar, "generate", lambda *a: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory")))
+    monkeypatch.setattr(sdar, "generate", lambda *a, **k: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory")))
     with pytest.raises(SystemExit) as stop:
         sdar.main([*RUN, "--out", str(tmp_path / "oom")])
     assert stop.value.code == 2 and "--rollout-rows" in capsys.readouterr().err
@@ -4105,7 +4185,8 @@ def test_evaluating_end_to_end(run, tmp_path, capsys):
 
 def test_the_skill_reaches_the_agents_prompt_only_when_asked(run, monkeypatch, tmp_path):
     seen = []
-    monkeypatch.setattr(sdar, "generate", lambda policy, prompts, *_: seen.extend(prompts) or [[5] for _ in prompts])
+    inner = sdar.generate
+    monkeypatch.setattr(sdar, "generate", lambda policy, prompts, *a, **k: seen.extend(prompts) or inner(policy, prompts, *a, **k))
     for flags in ([], ["--skills"]):
         ev.main(["--model", str(run), "--device", "cpu", "--episodes", "1", "--max-turns", "1",
                  "--out", str(tmp_path / "x"), *flags])
@@ -4328,7 +4409,7 @@ def test_bench_compares_equal_work(policy, env):
     prompts, limits = [p[-1] for p in played], ev.draw_lengths(8, s)
     assert len(set(limits)) > 3 and max(limits) <= 32 and limits == ev.draw_lengths(8, s)
     endless = dataclasses.replace(policy, end_ids=frozenset(), closing_ids=frozenset())
-    ours = sdar.generate(endless, prompts, s, 1.0, (), torch.Generator().manual_seed(0), limits)
+    ours = sdar.generate(endless, prompts, s, 1.0, (), torch.Generator().manual_seed(0), limits.__getitem__)
     assert list(map(len, ours)) == limits
     plain = ev.plain_generate(policy, prompts, limits)
     assert plain.shape == (8, max(limits))
@@ -4384,9 +4465,9 @@ def test_bench_step_has_drawn_lengths(policy, env, monkeypatch):
     monkeypatch.setattr(sdar, "learn_step", lambda state, episodes, *rest: (seen.append(episodes), learn_step(state, episodes, *rest))[1])
     s = settings(groups=2, group_size=3, max_turns=2, max_response=24)
     ev.bench_step(dataclasses.replace(policy, model=copy.deepcopy(policy.model)), env, s, types.SimpleNamespace(peak_tflops=None))
-    for number in (0, 1):
-        assert [len(e.turns[number].response_ids) for e in seen[1]] == ev.draw_lengths(6, s)
-    assert len(set(ev.draw_lengths(6, s))) > 2
+    for episodes, turns in zip(seen, (1, 2)):
+        written = [len(t.response_ids) for e in episodes for t in e.turns]
+        assert sorted(written) == sorted(ev.draw_lengths(6 * turns, s)) and len(set(written)) > 2
 
 
 def test_bench_reports_the_mfu_of_a_step(policy, env):
