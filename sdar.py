@@ -14,8 +14,8 @@ At test time the skills are gone.
 How to read it. The file follows the paper: settings, policy, prompts, rollout, advantages and losses, scoring,
 training. Two dataclasses travel through it: a `Turn` (one prompt, one response) and an `Episode` (its turns and its
 reward). The losses are plain functions on (B, T) tensors that need nothing but torch: copy them. What comes after the
-training is machinery that a first reading can leave out, up to the last section, which runs it all: generation, the
-vocabulary head in chunks, the warm start, the log, several GPUs, files.
+training is machinery that a first reading can leave out, up to the last section, which runs it all: generation, fused
+kernels, the vocabulary head in chunks, the warm start, the log, several GPUs, files.
 
 What was left out, and why. No inference server: `generate` here is a page long and shares the weights with the
 trainer, so there is nothing to synchronise. No sharding: models up to some 3B parameters train on one card, and
@@ -383,62 +383,6 @@ def trunk(model, ids, cache=None, **options):
     what it has read before, which it adds to."""
     return model.base_model(input_ids=ids, use_cache=cache is not None, **{cache_name(type(model.base_model)): cache},
                             **options).last_hidden_state
-
-
-def fuse(model):
-    """Make every norm, rotary embedding and gated activation of a Llama or Qwen model one kernel of a GPU instead of
-    three to ten, whose time is that of reading and writing memory, or in decoding that of starting. What lay between
-    those kernels was rounded to bf16, and is not now. For other models nothing changes."""
-    modeling, rotary = sys.modules[type(model).__module__], "apply_rotary_pos_emb"
-    try:
-        compiled(gated)(*torch.ones(2, 2, 16, device=model.device))
-        torch._dynamo.config.recompile_limit = 64  # there are about 8 kinds of shapes, after which it would give up
-    except Exception as error:  # no compiler on this machine, say
-        return say_once(f"torch.compile does not work here, which makes the work slower: {first_line(error)}")
-    for module in model.modules():
-        if hasattr(module, "variance_epsilon") and type(module).__name__.endswith("RMSNorm"):
-            replace_forward(module, fused_norm, module.weight)
-        if hasattr(module, "gate_proj") and "SiLU" in type(getattr(module, "act_fn", None)).__name__:
-            replace_forward(module, fused_mlp, module.gate_proj.weight)
-    if hasattr(modeling, rotary) and not hasattr(getattr(modeling, rotary), "plain"):
-        setattr(modeling, rotary, fused_rotary(getattr(modeling, rotary)))
-
-
-@torch.no_grad()
-def replace_forward(module, function, weight):
-    """Let `function` be the module's forward, unless it computes something else; weight (..., D): of its input."""
-    x = torch.linspace(-2, 2, 4 * weight.shape[-1], dtype=weight.dtype, device=weight.device).view(4, -1)   # (4, D)
-    wanted = module(x)
-    module.forward = types.MethodType(function, module)
-    if (module(x) - wanted).norm() > 0.05 * wanted.norm():
-        del module.forward
-
-
-@functools.cache
-def compiled(function):
-    """torch.compile of a small function: anew for a few kinds of shapes, the rest share what changing sizes need."""
-    return torch.compile(function)
-
-
-def gated(gate, up):
-    """What a gated MLP does between its matrices, (..., F)."""
-    return F.silu(gate) * up
-
-
-def fused_norm(self, x):
-    return F.rms_norm(x, self.weight.shape, self.weight, self.variance_epsilon)
-
-
-def fused_mlp(self, x):
-    return self.down_proj(compiled(gated)(self.gate_proj(x), self.up_proj(x)))
-
-
-def fused_rotary(plain):
-    """transformers' apply_rotary_pos_emb(q, k, cos, sin), compiled where its tensors are on a GPU."""
-    def rotary(q, *rest, **options):
-        return (compiled(plain) if q.is_cuda else plain)(q, *rest, **options)
-    rotary.plain = plain
-    return rotary
 
 
 @functools.cache
@@ -1445,6 +1389,64 @@ def fast_step(policy, kv, n, span):
                             "--no-graphs") from None  # a recording cut short leaves the allocator of no use
     kv.graphs[size, many].replay()
     return kv.logits[:n]
+
+
+# ======== Fused kernels, on a GPU =====================================================================================
+
+def fuse(model):
+    """Make every norm, rotary embedding and gated activation of a Llama or Qwen model one kernel of a GPU instead of
+    three to ten, whose time is that of reading and writing memory, or in decoding that of starting. What lay between
+    those kernels was rounded to bf16, and is not now. For other models nothing changes."""
+    modeling, rotary = sys.modules[type(model).__module__], "apply_rotary_pos_emb"
+    try:
+        compiled(gated)(*torch.ones(2, 2, 16, device=model.device))
+        torch._dynamo.config.recompile_limit = 64  # there are about 8 kinds of shapes, after which it would give up
+    except Exception as error:  # no compiler on this machine, say
+        return say_once(f"torch.compile does not work here, which makes the work slower: {first_line(error)}")
+    for module in model.modules():
+        if hasattr(module, "variance_epsilon") and type(module).__name__.endswith("RMSNorm"):
+            replace_forward(module, fused_norm, module.weight)
+        if hasattr(module, "gate_proj") and "SiLU" in type(getattr(module, "act_fn", None)).__name__:
+            replace_forward(module, fused_mlp, module.gate_proj.weight)
+    if hasattr(modeling, rotary) and not hasattr(getattr(modeling, rotary), "plain"):
+        setattr(modeling, rotary, fused_rotary(getattr(modeling, rotary)))
+
+
+@torch.no_grad()
+def replace_forward(module, function, weight):
+    """Let `function` be the module's forward, unless it computes something else; weight (..., D): of its input."""
+    x = torch.linspace(-2, 2, 4 * weight.shape[-1], dtype=weight.dtype, device=weight.device).view(4, -1)   # (4, D)
+    wanted = module(x)
+    module.forward = types.MethodType(function, module)
+    if (module(x) - wanted).norm() > 0.05 * wanted.norm():
+        del module.forward
+
+
+@functools.cache
+def compiled(function):
+    """torch.compile of a small function: anew for a few kinds of shapes, the rest share what changing sizes need."""
+    return torch.compile(function)
+
+
+def gated(gate, up):
+    """What a gated MLP does between its matrices, (..., F)."""
+    return F.silu(gate) * up
+
+
+def fused_norm(self, x):
+    return F.rms_norm(x, self.weight.shape, self.weight, self.variance_epsilon)
+
+
+def fused_mlp(self, x):
+    return self.down_proj(compiled(gated)(self.gate_proj(x), self.up_proj(x)))
+
+
+def fused_rotary(plain):
+    """transformers' apply_rotary_pos_emb(q, k, cos, sin), compiled where its tensors are on a GPU."""
+    def rotary(q, *rest, **options):
+        return (compiled(plain) if q.is_cuda else plain)(q, *rest, **options)
+    rotary.plain = plain
+    return rotary
 
 
 # ======== The vocabulary head in chunks ===============================================================================
