@@ -286,6 +286,15 @@ def test_sampling_can_reach_every_rare_word(monkeypatch):
         assert sample(logits, 1.0, None).item() == word
 
 
+def test_sampling_never_gives_an_impossible_word(monkeypatch):
+    """The random number 0, and the largest below 1, with impossible words before, between and after the possible ones."""
+    logits = torch.full((2, 500), -math.inf)
+    logits[:, [130, 131, 300]] = torch.tensor([0.0, 1.0, 2.0])
+    for number, word in ((0.0, 130), (1 - 2**-53, 300)):
+        monkeypatch.setattr(torch, "rand", lambda *a, dtype, **k: torch.full((2, 1), number, dtype=dtype))
+        assert sdar.sample(logits, 1.0, None).tolist() == [word, word]
+
+
 @pytest.mark.parametrize("rows, share", [(6000, 1), (700, 0.2)])
 def test_sampled_responses_follow_the_policy_through_row_dropping(policy, rows, share, monkeypatch):
     """First and second tokens of 6,000 responses have the probabilities that scoring gives them, although rows with an
@@ -393,6 +402,19 @@ def test_prompts_of_many_are_those_of_each(policy, env):
         assert together == [sdar.student_prompts(policy, [x], s, [skill])[0] for x, skill in zip(sessions, skills)]
         assert [len(ids) <= (s.max_teacher_prompt if skill else s.max_prompt) for (ids, _), skill in zip(together, skills)]
     assert 0 < sum(cut for _, cut in together) < 4
+
+
+def test_a_prompt_loses_no_more_than_it_must(policy, env):
+    """A budget that it just meets costs a prompt nothing; one token less costs the oldest turn; the whole observation stays
+    as long as dropping the history is enough."""
+    session = session_with_history(env, 3)
+    size = [len(sdar.encode_chats(policy.tokenizer, [session.prompt("", n, brief=True)])[0]) for n in range(4)]
+    assert size == sorted(set(size))
+    cut = lambda budget: sdar.student_prompts(policy, [session], settings(history=3, max_prompt=budget), [""])[0]
+    for turns in (3, 2, 1, 0):
+        ids, shortened = cut(size[turns])
+        assert (len(ids), shortened) == (size[turns], turns < 3)
+    assert [len(cut(size[n] - 1)[0]) for n in (3, 2, 1)] == size[2::-1] and len(cut(size[0] - 1)[0]) < size[0]
 
 
 @pytest.mark.parametrize("skill, flag", [("", "--max-prompt"), ("Look twice.", "--max-teacher-prompt")])
