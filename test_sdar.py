@@ -388,6 +388,17 @@ def test_the_teacher_never_loses_its_skill(policy, env):
     assert [n for n, _ in lengths] == sorted(n for n, _ in lengths)
 
 
+def test_a_turn_says_that_its_teachers_prompt_was_shortened(policy, env):
+    s, ids = settings(max_turns=3), env.tasks("train")[:2]
+    skills = [("skill", env.skill(env.start(i).category)) for i in ids]
+    play = lambda s: [t for e in sdar.rollout(policy, env, ids, s, None, 0, skills, teacher=True) for t in e.turns]
+    whole = play(s)
+    longest = max(len(t.teacher_ids) for t in whole)
+    cut = play(dataclasses.replace(s, max_teacher_prompt=longest - 1))
+    assert not any(t.shortened for t in whole) and [t.prompt_ids for t in cut] == [t.prompt_ids for t in whole]
+    assert [t.shortened for t in cut] == [len(t.teacher_ids) == longest for t in whole]
+
+
 def test_a_teacher_without_skill_is_an_error(policy, env):
     with pytest.raises(UserError, match="no skill"):
         sdar.teacher_prompts(policy, [env.start(env.tasks("train")[0])], settings(), [""])
