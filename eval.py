@@ -764,12 +764,13 @@ def bench_table(flags, s):
           f"{policy.model.num_parameters() / 1e6:.1f}M parameters, {policy.model.dtype}, {where}, torch "
           f"{torch.__version__}, transformers {transformers.__version__}, {torch.get_num_threads()} threads, "
           f"medians of {flags.pairs}")
-    line = lambda title, *cells: print("{:<104}{:>9}{:>9}{:>7}  {}".format(title, *cells), flush=True)
-    line("", "sdar.py", "plain", "ratio", "unit")
+    def show(rows):
+        with tqdm.external_write_mode():
+            for row in rows:
+                print("{:<104}{:>9}{:>9}{:>7}  {}".format(*row), flush=True)
     played, rows = bench_env(policy, env, s)
-    for row in rows:
-        line(*row)
-    first, later = ([prompts[i] for prompts in played] for i in (0, -1))
+    show([["", "sdar.py", "plain", "ratio", "unit"], *rows])
+    first, later = ([prompts[i] for prompts in played][:s.rollout_rows] for i in (0, -1))
     turns = [sdar.Turn(prompt, [7] * n, "", "", "", True, True)  # which tokens they are changes nothing
              for prompt, n in zip(later, draw_lengths(len(later), s))]
     parts = {"rollout": lambda: bench_rollout(policy, f"first turn, groups of {s.group_size}", first, s, flags)
@@ -780,10 +781,7 @@ def bench_table(flags, s):
     with tqdm([flags.only] if flags.only else list(parts), leave=False, dynamic_ncols=True) as bar:
         for name in bar:
             bar.set_description(f"bench: {name}")
-            rows = parts[name]()
-            with tqdm.external_write_mode():
-                for row in rows:
-                    line(*row)
+            show(parts[name]())
     print(LEGEND)
 
 

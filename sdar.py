@@ -1141,8 +1141,9 @@ def learn_step(state, episodes, bandit, phases, s):
 
 
 # ======== Generation: what a rollout spends its time on ==============================================================
-# `generate` is all that the rest of the file knows of it: prompts in, sampled token ids out. The greedy ones are those
-# of model.generate; the machinery is here because that one copies its cache for every token and pads what has ended.
+# `generate` is all that the rest of the file knows of it: prompts in, sampled token ids out, and what to ask next. The
+# greedy ones are those of model.generate; the machinery is here because that one copies its cache for every token and
+# pads what has ended.
 
 def response_ended(policy, ids, stop):
     """Whether the last of these sampled ids ends the response: an EOS, or the last piece of a closing tag."""
@@ -1215,10 +1216,10 @@ def generate(policy, prompts, s, temperature, stop, generator, limit=None, follo
             if not waiting and not ended:
                 return [responses[i] for i in range(len(prompts))]
             continue
-        kv, size = policy.cache, max(row.slot for row in rows)
+        kv = policy.cache
         if len(live) <= 0.8 * len(rows):  # copying has a price: wait until a fifth of the rows can go
-            kv.keep(live, size)
-            rows[:] = [rows[j] for j in live]
+            kv.keep(live, max(row.slot for row in rows))
+            rows = [rows[j] for j in live]
         for j, row in enumerate(rows):
             if row.over and row.slot + look > kv.length:  # at the end of its buffer: on from the start, in the dark
                 row.slot = kv.slot[j] = 0

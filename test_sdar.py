@@ -959,7 +959,7 @@ def test_gpu_decoding_in_bf16_follows_a_whole_forward(policy, gpu):
     mine = sdar.wrap_policy(copy.deepcopy(policy.model).to(gpu, torch.bfloat16), policy.tokenizer)
     kv = sdar.KeyValues(20, 256, mine.device, True)
     with torch.no_grad():
-        sdar.prefill(mine, kv, prompts, s)
+        sdar.prefill(mine, kv, prompts, range(20), s)
         kv.slot[:] = torch.tensor([len(p) for p in prompts])
         kv.token[:] = 33
         decoded = sdar.fast_step(mine, kv, 20, 80).float()
@@ -4447,8 +4447,7 @@ def test_bench_compares_equal_work(policy, env):
     assert len(played) == 8 and len({tuple(p[-1]) for p in played}) > 4 and played[0][0] == played[1][0] != played[4][0]
     prompts, limits = [p[-1] for p in played], ev.draw_lengths(8, s)
     assert len(set(limits)) > 3 and max(limits) <= 32 and limits == ev.draw_lengths(8, s)
-    endless = dataclasses.replace(policy, end_ids=frozenset(), closing_ids=frozenset())
-    ours = sdar.generate(endless, prompts, s, 1.0, (), torch.Generator().manual_seed(0), limits.__getitem__)
+    ours = sdar.generate(ev.endless(policy), prompts, s, 1.0, (), torch.Generator().manual_seed(0), limits.__getitem__)
     assert list(map(len, ours)) == limits
     plain = ev.plain_generate(policy, prompts, limits)
     assert plain.shape == (8, max(limits))
@@ -4484,7 +4483,14 @@ def test_bench_figures_follow_from_the_times(policy, env, monkeypatch):
     assert float(limit[1]) == pytest.approx(share, abs=0.6) and float(limit[2]) == pytest.approx(share / 2, abs=0.6)
 
 
-def test_bench_of_the_longest(policy, env, capsys, monkeypatch):
+def test_bench_compares_batches_of_one_size(capsys):
+    """No more rows than are decoded together here: else the plain way alone would have them all in one batch."""
+    ev.main([*SMALL_BENCH, "--only", "rollout", "--rollout-rows", "3"])
+    text = capsys.readouterr().out
+    assert "first turn, groups of 2: 3 rows" in text and "later turns: 3 rows" in text and "one step" not in text
+
+
+def test_bench_of_the_longest(capsys, monkeypatch):
     """--longest: every prompt, the teacher's too, and every response is as long as the settings allow, in the step as
     well; --only: one part of the table."""
     seen = []
