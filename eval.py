@@ -480,7 +480,7 @@ LENGTHS = [6, 7, 7, 8, 9, 10, 11, 12, 15, 19, 19, 20, 22, 22, 24, 28, 31, 31, 32
 HEAD_TOKENS, HEAD_VOCAB = (4096, 8192), 151936  # response tokens (on a CPU, on a GPU) and words of the memory row
 LEGEND = """plain: in rollouts model.generate of transformers, same prompts and response lengths; else padded batches of
 as many turns in the order given, with full fp32 logits. ratio: how many times as fast, or as small, sdar.py is.
-teacher: what its prompts share counts for each of them, though a CPU reads it once."""
+teacher: what its prompts share counts for each of them, though it is read once."""
 
 
 def random_policy(config, s, env):
@@ -706,7 +706,7 @@ def bench_step(policy, env, s, flags):
              f"{m['response_tokens']:.0f} tokens", f"{m['seconds']:.2f}", "", "", "s"]]
     for name in [key.removeprefix("seconds_") for key in m if key.startswith("seconds_")]:
         seconds, speed, share = m[f"seconds_{name}"], m[f"tokens_per_s_{name}"], ""
-        if flags.peak_tflops and name not in ("rollout", "teacher"):  # on a CPU the teacher reads a prefix once
+        if flags.peak_tflops and name not in ("rollout", "teacher"):  # the teacher reads a prefix once
             work = weights_met(policy, speed * seconds, turns * m["response_tokens"]) * (6 if name == "update" else 2)
             share = f", MFU {work / seconds / flags.peak_tflops / 1e10:.1f} %"
         rows.append([f"  {name}: {speed:,.0f} tokens/s{share}", f"{seconds:.2f}", "", "", "s"])

@@ -57,6 +57,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError
+from torch.nn.attention.bias import causal_lower_right
 from tqdm import tqdm
 
 import envs
@@ -353,6 +354,7 @@ def load_policy(name, device="auto", texts=(), settings=None):
 def wrap_policy(model, tokenizer):
     """A Policy around a loaded model and tokenizer."""
     if model.device.type == "cuda":
+        teach_lengths()
         fuse(model)
     end = model.generation_config.eos_token_id
     end = set(end if isinstance(end, list) else [end]) | {tokenizer.eos_token_id}
@@ -383,6 +385,13 @@ def trunk(model, ids, cache=None, **options):
     what it has read before, which it adds to."""
     return model.base_model(input_ids=ids, use_cache=cache is not None, **{cache_name(type(model.base_model)): cache},
                             **options).last_hidden_state
+
+
+def send(values, device):
+    """A tensor of these numbers (a list or tensor) on the device. A GPU is not waited for, as torch.tensor(values,
+    device=...) would: it has work left to do while the next is prepared."""
+    values = torch.as_tensor(values)
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
 
 @functools.cache
@@ -741,11 +750,8 @@ def method_tokens(method, logp, old_logp, advantages, teacher_logp=None, ref_log
 
 def read_prefix(model, prompts, least=64):
     """What all these prompts begin with, read once: (length, cache), for response_hidden; None where it is too short to
-    be worth it. For the teacher of one skill this is everything up to the end of the skill. On a GPU it is never worth
-    it: queries that start in the middle need a mask, and with one attention takes the time that is spared, or more."""
+    be worth it. For the teacher of one skill this is everything up to the end of the skill."""
     from transformers import DynamicCache
-    if model.device.type == "cuda":
-        return None
     first, last = min(prompts), max(prompts)  # in alphabetical order: what these two share, all share
     shared = next((i for i, (a, b) in enumerate(zip(first, last)) if a != b), len(first))
     length = min(shared, *(len(p) - 1 for p in prompts))
@@ -762,20 +768,21 @@ def response_hidden(model, prompts, responses, prefix=None):
     lists of token ids; T is the longest response, N = mask.sum(), rows one after another. Padded on the right, where
     causal attention never looks, so that no attention mask is needed; lengths say what counts, never a pad id. prefix:
     what all prompts begin with, from read_prefix."""
-    device, (skip, cache) = model.device, prefix or (0, None)
+    device, (skip, cache), options = model.device, prefix or (0, None), {}
     if cache is not None:
         cache = copy.deepcopy(cache)  # the model appends to it
         cache.batch_repeat_interleave(len(prompts))
-    starts = torch.tensor([len(p) - 1 - skip for p in prompts], device=device)
-    lengths = torch.tensor([len(r) for r in responses], device=device)
+        if takes_lengths(model):
+            options["attention_mask"] = torch.zeros(1, 1, 1, 1, dtype=torch.int32, device=device)
     rows = [list(p[skip:]) + list(r) for p, r in zip(prompts, responses)]
     width = max(map(len, rows))
-    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)                 # (B, L)
-    hidden = trunk(model, ids, cache)                                                                   # (B, L, D)
-    steps = torch.arange(int(max(map(len, responses))), device=device)
-    mask = steps < lengths[:, None]                                                                     # (B, T)
-    row, step = mask.nonzero(as_tuple=True)
-    return hidden[row, starts[row] + step], ids[row, starts[row] + step + 1], mask
+    ids = send([row + [0] * (width - len(row)) for row in rows], device)                                # (B, L)
+    lengths = send([len(r) for r in responses], device)                                                 # (B,)
+    mask = torch.arange(max(map(len, responses)), device=device) < lengths[:, None]                     # (B, T)
+    row = send([i for i, r in enumerate(responses) for _ in r], device)                                 # (N,)
+    at = send([len(p) - 1 - skip + t for p, r in zip(prompts, responses) for t in range(len(r))], device)  # (N,)
+    hidden = trunk(model, ids, cache, **options)                                                        # (B, L, D)
+    return hidden[row, at], ids[row, at + 1], mask
 
 
 def unflatten(flat, mask):
@@ -1050,16 +1057,16 @@ def assign_weights(episodes, minis, s):
 
 def step_loss(policy, turns, s, step=0, baseline=0.0):
     """The loss of these turns as their share of the mini-batch's (the shares add up), sums over their tokens for the
-    log, and their log-probabilities, each (T,) on the CPU. `step` is RLSD's clock, `baseline` the mini-batch's mean
-    gate if one is to be subtracted."""
+    log, their log-probabilities and the mask, (B, T). `step` is RLSD's clock, `baseline` the mini-batch's mean gate if
+    one is to be subtracted."""
     prompts, responses = [t.prompt_ids for t in turns], [t.response_ids for t in turns]
     logp, mask, hidden, entropy = response_logps(policy.model, prompts, responses, s, s.gate in ("entropy", "soft-or"))
     column = lambda name: None if getattr(turns[0], name) is None else unflatten(
-        torch.cat([getattr(t, name) for t in turns]).to(mask.device), mask)
+        send(torch.cat([getattr(t, name) for t in turns]), mask.device), mask)
     old, teacher, ref = column("old_logp"), column("teacher_logp"), column("ref_logp")                  # (B, T)
     old = logp.detach() if old is None else old  # one update per rollout: the policy that sampled is this one
-    advantages = torch.tensor([[t.advantage] for t in turns], device=mask.device)                       # (B, 1)
-    weights = torch.tensor([[t.weight] for t in turns], device=mask.device) * mask                      # (B, T)
+    advantages = send([[t.advantage] for t in turns], mask.device)                                      # (B, 1)
+    weights = send([[t.weight] for t in turns], mask.device) * mask                                     # (B, T)
     if s.algo == "rlsd":
         advantages = rlsd_advantages(advantages, old, teacher, mask, rlsd_lambda(step, s.rlsd_lam, s.as_released))
     divergence = None
@@ -1076,15 +1083,16 @@ def step_loss(policy, turns, s, step=0, baseline=0.0):
     if ref is not None:
         values["kl"] = k3_kl(logp.detach(), ref)
     sums = {"loss": loss.detach(), "tokens": mask.sum(), **{k: (v * mask).sum() for k, v in values.items()}}
-    return loss, sums, [row[keep] for row, keep in zip(logp.detach().cpu(), mask.cpu())]
+    return loss, sums, logp.detach(), mask
 
 
 def backward(state, turns, s, baseline):
-    """Add the gradient of a micro-batch to state.grads; (sums, log-probabilities) of step_loss."""
-    loss, sums, logps = step_loss(state.policy, turns, s, state.step, baseline)
+    """Add the gradient of a micro-batch to state.grads; the sums of step_loss, and each turn's log-probabilities (T,)
+    on the CPU."""
+    loss, sums, logp, mask = step_loss(state.policy, turns, s, state.step, baseline)
     loss.backward()
     collect_gradients(state)
-    return {name: float(value) for name, value in sums.items()}, logps
+    return {k: float(value) for k, value in sums.items()}, [row[keep] for row, keep in zip(logp.cpu(), mask.cpu())]
 
 
 def update(state, episodes, s, lr):
@@ -1182,17 +1190,17 @@ class Row:
 
 
 LOOK = {"cuda": 8}      # decode steps between two looks at the sampled tokens: to look is to wait for the device
-REFILL = {"cuda": 0.2}  # share of the rows that must be over before others take their places; elsewhere all, for there
-                        # a step of few rows costs little
+REFILL = {"cuda": 0.2}  # share of the rows that must be over before others take their places, in the midst of decoding;
+                        # elsewhere all, for there a step of few rows costs little
 
 
 @torch.no_grad()
 def generate(policy, prompts, s, temperature, stop, generator, limit=None, follow=None):
     """Responses (lists of token ids) to prompts (lists of token ids), each ended by EOS, by a closing tag of `stop`, or
     by its limit of limit(i) tokens (by default s.max_response). At most s.rollout_rows at a time, short prompts first;
-    what a row writes between its end and the next look is thrown away. When no prompt is waiting, follow({i: response})
-    of those that have ended gives what comes next, {i: prompt}: an episode need not wait for the others' turns. Of
-    several responses to one i the last is returned."""
+    what a row writes between its end and the next look is thrown away. follow({i: response}) of those that have ended
+    gives what comes next, {i: prompt}: an episode need not wait for the others' turns. It is called while a GPU works,
+    elsewhere when no prompt is waiting. Of several responses to one i the last is returned."""
     limit, follow = limit or (lambda i: s.max_response), follow or (lambda ended: {})
     look, due = (table.get(policy.device.type, 1) for table in (LOOK, REFILL))
     waiting, ended, responses, rows = dict(enumerate(prompts)), {}, {}, []
@@ -1204,40 +1212,50 @@ def generate(policy, prompts, s, temperature, stop, generator, limit=None, follo
                 row.over = len(row.ids) == row.limit or response_ended(policy, row.ids, stop)
                 if row.over:
                     ended[row.prompt] = row.ids
+
+    def go_on():
+        taken = {i: ended.pop(i) for i in sorted(ended)}
+        responses.update(taken)
+        waiting.update(follow(taken) if taken else {})
     while True:
-        if sum(row.over for row in rows) >= due * len(rows):
-            if ended and not waiting:
-                responses |= ended
-                waiting, ended = follow({i: ended[i] for i in sorted(ended)}), {}
-            for row, token in admit(policy, rows, waiting, s, temperature, generator, limit, look):
-                add(row, [token])
-        live = [j for j, row in enumerate(rows) if not row.over]
-        if not live:
-            if not waiting and not ended:
-                return [responses[i] for i in range(len(prompts))]
-            continue
-        kv = policy.cache
-        if len(live) <= 0.8 * len(rows):  # copying has a price: wait until a fifth of the rows can go
-            kv.keep(live, max(row.slot for row in rows))
-            rows = [rows[j] for j in live]
-        for j, row in enumerate(rows):
-            if row.over and row.slot + look > kv.length:  # at the end of its buffer: on from the start, in the dark
-                row.slot = kv.slot[j] = 0
-        drawn = []
-        for _ in range(min(look, max(row.limit - len(row.ids) for row in rows if not row.over))):
-            logits = fast_step(policy, kv, len(rows), 1 + max(row.slot for row in rows))
-            kv.slot[:len(rows)] += 1
-            kv.token[:len(rows)] = token = sample(logits, temperature, generator)                       # (n,)
-            drawn.append(token)
-            for row in rows:
-                row.slot += 1
-        for row, values in zip(rows, torch.stack(drawn, 1).tolist()):
+        live, batch, drawn = [j for j, row in enumerate(rows) if not row.over], [], None
+        enough = len(rows) - len(live) >= due * len(rows)
+        if live:
+            if len(live) <= 0.8 * len(rows) and (due == 1 or not (waiting or ended)):
+                policy.cache.keep(live, max(row.slot for row in rows))  # copying has a price: not for a few rows
+                rows = [rows[j] for j in live]
+            batch, drawn = rows[:], decode(policy, rows, look, temperature, generator)
+        if due < 1 or (enough and not waiting):
+            go_on()  # a GPU is still decoding
+        fresh = admit(policy, rows, waiting, s, temperature, generator, limit, look) if enough else []
+        for row, values in zip(batch, drawn.tolist() if batch else ()):
             add(row, values)
+        for row, token in fresh:
+            add(row, [token])
+        if not rows or (not waiting and not ended and all(row.over for row in rows)):
+            return [responses[i] for i in range(len(prompts))]
+
+
+def decode(policy, rows, look, temperature, generator):
+    """The next tokens (n, steps) of these rows, of those that are over too; at most `look`. A GPU has not yet made them
+    when this returns."""
+    kv, drawn = policy.cache, []
+    for j, row in enumerate(rows):
+        if row.over and row.slot > look:  # on in the dark, from the start of its buffer, where it has least to read
+            row.slot = kv.slot[j] = 0
+    for _ in range(min(look, max(row.limit - len(row.ids) for row in rows if not row.over))):
+        logits = fast_step(policy, kv, len(rows), 1 + max(row.slot for row in rows))
+        kv.slot[:len(rows)] += 1
+        kv.token[:len(rows)] = token = sample(logits, temperature, generator)                           # (n,)
+        drawn.append(token)
+        for row in rows:
+            row.slot += 1
+    return torch.stack(drawn, 1)
 
 
 def admit(policy, rows, waiting, s, temperature, generator, limit, look):
     """Let prompts, taken out of `waiting`, have the places of rows that are over and those not in use: read them, and
-    sample their first tokens. Returns [(row, token)]."""
+    sample their first tokens. Returns [(row, token)]. A GPU does it after the steps under way, without a pause."""
     if all(row.over for row in rows):
         rows.clear()
     places = [j for j, row in enumerate(rows) if row.over] + list(range(len(rows), s.rollout_rows))
@@ -1250,8 +1268,8 @@ def admit(policy, rows, waiting, s, temperature, generator, limit, look):
         rows[place:place + 1] = fresh[-1:]
     kv = room(policy, len(rows), max(row.slot for row in fresh) + max(row.limit for row in fresh) + look, s)
     logits = prefill(policy, kv, prompts, places, s)                                                    # (new, V)
-    where = kv.index.new_tensor(places)
-    kv.slot[where] = kv.index.new_tensor([len(p) for p in prompts])
+    where = send(places, policy.device)
+    kv.slot[where] = send([len(p) for p in prompts], policy.device)
     kv.token[where] = token = sample(logits, temperature, generator)                                    # (new,)
     return list(zip(fresh, token.tolist()))
 
@@ -1262,9 +1280,11 @@ def room(policy, rows, length, s):
     if old is None or old.rows < rows or old.length < length:
         rows, length = (max(rows, old.rows), max(length, old.length)) if old else (rows, length)
         policy.cache = KeyValues(rows, -(-length // 256) * 256, policy.device,
-                                 policy.device.type == "cuda" and not s.no_graphs)
+                                 policy.device.type == "cuda" and not s.no_graphs, takes_lengths(policy.model))
         if old:
             policy.cache.take(old)
+            if policy.device.type == "cuda":
+                torch.cuda.synchronize(policy.device)  # the old one's graphs, which end with it, may be at work
     return policy.cache
 
 
@@ -1272,25 +1292,26 @@ class KeyValues:
     """Keys and values of a batch in buffers of a fixed size, row i's token t in slot t, in the place of transformers'
     cache: that one copies all it holds for every token, and moves, which a CUDA graph could not follow."""
 
-    def __init__(self, rows, length, device, graphs):
+    def __init__(self, rows, length, device, graphs, lengths=False):
         self.rows, self.length, self.layers = rows, length, []
         self.graphs = {} if graphs else None                                  # of decode_step, by its n and span
+        self.lengths = lengths                                                # not masks, see teach_lengths
         self.logits = None                                                    # (rows, V), filled by the graphs
-        self.index = torch.arange(rows, device=device)
+        self.index = torch.arange(rows + 1, device=device)
         self.token, self.slot = torch.zeros_like(self.index), torch.zeros_like(self.index)  # what each row reads next
         self.n = self.span = 0                                                # rows and slots of the step under way
 
     def take(self, old):
         """The content of a smaller one, which loses it, layer by layer."""
         for mine, other in ((self.token, old.token), (self.slot, old.slot)):
-            mine[:old.rows] = other
+            mine[:old.rows] = other[:old.rows]
         for number in range(len(old.layers)):
             for mine, other in zip(self.buffers(number, old.layers[0][0]), old.layers.pop(0)):
                 mine[:old.rows, :, :old.length] = other
 
     def store(self, cache, source, rows):
         """Take prompts over from transformers' cache: its row source[i] becomes our row rows[i] (lists)."""
-        source, rows = self.index.new_tensor(source), self.index.new_tensor(rows)
+        source, rows = send(source, self.index.device), send(rows, self.index.device)
         for number, layer in enumerate(cache.layers):
             for own, new in zip(self.buffers(number, layer.keys), (layer.keys, layer.values)):          # (U, H, L, D)
                 own[rows, :, :new.shape[2]] = new[source]
@@ -1298,8 +1319,9 @@ class KeyValues:
     def buffers(self, number, like):
         """The (keys, values) of a layer, made when first asked for. Zeros: what is masked must not be NaN."""
         if number == len(self.layers):
-            shape = self.rows, like.shape[1], self.length, like.shape[3]
-            self.layers.append((like.new_zeros(shape), like.new_zeros(shape)))
+            shape = self.rows, *((self.length, like.shape[1]) if self.lengths else (like.shape[1], self.length))
+            made = [like.new_zeros(*shape, like.shape[3]) for _ in ("keys", "values")]
+            self.layers.append([x.transpose(1, 2) for x in made] if self.lengths else made)             # (N, H, S, D)
         return self.layers[number]
 
     def update(self, key, value, number, *args, **kwargs):
@@ -1315,7 +1337,7 @@ class KeyValues:
 
     def keep(self, rows, span):
         """Move these rows (a list) to the front; slots from `span` on hold nothing yet."""
-        rows = self.index.new_tensor(rows)  # to the device once
+        rows = send(rows, self.index.device)
         for buffer in (self.token, self.slot, *(b[:, :, :span] for layer in self.layers for b in layer)):
             buffer[:len(rows)] = buffer[rows]
 
@@ -1331,12 +1353,13 @@ def prefill(policy, kv, prompts, places, s):
     for batch in micro_batches([len(p) for p in unique], s.micro_tokens):
         chosen, cache = [unique[i] for i in batch], DynamicCache(config=policy.model.config)
         width = len(chosen[0])                                                # the longest comes first
-        ids = torch.tensor([p + (0,) * (width - len(p)) for p in chosen], device=policy.device)         # (U, L)
+        ids = send([p + (0,) * (width - len(p)) for p in chosen], policy.device)                        # (U, L)
         last = trunk(policy.model, ids, cache)                                                          # (U, L, D)
         source = [i for i, p in enumerate(chosen) for _ in where[p]]
         numbers = [number for p in chosen for number in where[p]]
         kv.store(cache, source, [places[number] for number in numbers])
-        ends = last[range(len(chosen)), [len(p) - 1 for p in chosen]]                                   # (U, D)
+        ends = send([len(p) - 1 for p in chosen], policy.device)                                        # (U,)
+        ends = last[torch.arange(len(chosen), device=policy.device), ends]                              # (U, D)
         for i, number in zip(source, numbers):
             hidden[number] = ends[i]
     return policy.head(torch.stack(hidden))
@@ -1344,30 +1367,30 @@ def prefill(policy, kv, prompts, places, s):
 
 def decode_step(policy, kv, n, span):
     """Logits (n, V) after each of n rows has read kv.token in kv.slot and seen the slots before; span > all slots."""
-    kv.n, kv.span = n, span
-    unseen = torch.arange(span, device=policy.device) > kv.slot[:n, None]                               # (n, span)
-    mask = torch.zeros(n, 1, 1, span, dtype=policy.model.dtype, device=policy.device)
-    mask.masked_fill_(unseen[:, None, None], -math.inf)  # not booleans, which every layer would make into this
+    kv.n, kv.span = n, kv.length if kv.lengths else span
+    if kv.lengths:
+        ends = kv.index[:n + 1]
+        mask = torch.stack([ends, ends * kv.length, kv.slot[:n + 1] + 1]).int()[:, None, None]          # (3, 1, 1, n+1)
+    else:
+        unseen = torch.arange(span, device=policy.device) > kv.slot[:n, None]                           # (n, span)
+        mask = torch.zeros(n, 1, 1, span, dtype=policy.model.dtype, device=policy.device)
+        mask.masked_fill_(unseen[:, None, None], -math.inf)  # not booleans, which every layer would make into this
     hidden = trunk(policy.model, kv.token[:n, None], kv, position_ids=kv.slot[:n, None], attention_mask=mask)
     return policy.head(hidden[:, -1])                                                                   # (n, V)
 
 
 def record_step(policy, kv, n, span):
-    """A CUDA graph of decode_step, whose replay fills kv.logits[:n]. Shapes are few here, so cuDNN's attention, which
-    plans anew for each, is worth its plan."""
-    kernels = torch.nn.attention.SDPBackend
-    order = [kernels.CUDNN_ATTENTION, kernels.EFFICIENT_ATTENTION, kernels.MATH]
+    """A CUDA graph of decode_step, whose replay fills kv.logits[:n]."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
-    with torch.nn.attention.sdpa_kernel(order, set_priority=True):
-        with torch.cuda.stream(side):  # libraries set themselves up in a first call, which must not be recorded
-            logits = decode_step(policy, kv, n, span)
-        torch.cuda.current_stream().wait_stream(side)
-        if kv.logits is None:  # one buffer for all graphs: what a graph makes for itself, it keeps
-            kv.logits = logits.new_zeros(kv.rows, logits.shape[1])
-        graph, shared = torch.cuda.CUDAGraph(), next((graph.pool() for graph in kv.graphs.values()), None)
-        with torch.cuda.graph(graph, pool=shared):
-            kv.logits[:n] = decode_step(policy, kv, n, span)
+    with torch.cuda.stream(side):  # libraries set themselves up in a first call, which must not be recorded
+        logits = decode_step(policy, kv, n, span)
+    torch.cuda.current_stream().wait_stream(side)
+    if kv.logits is None:  # one buffer for all graphs: what a graph makes for itself, it keeps
+        kv.logits = logits.new_zeros(kv.rows, logits.shape[1])
+    graph, shared = torch.cuda.CUDAGraph(), next((graph.pool() for graph in kv.graphs.values()), None)
+    with torch.cuda.graph(graph, pool=shared):
+        kv.logits[:n] = decode_step(policy, kv, n, span)
     return graph
 
 
@@ -1379,7 +1402,7 @@ def fast_step(policy, kv, n, span):
     if kv.graphs is None:
         return decode_step(policy, kv, n, span)
     size = min(-(-n // 16) * 16 if n > 8 else 1 << (n - 1).bit_length(), kv.rows)
-    many = min(-(-span // 256) * 256, kv.length)
+    many = kv.length if kv.lengths else min(-(-span // 256) * 256, kv.length)
     if (size, many) not in kv.graphs:
         try:
             kv.graphs[size, many] = record_step(policy, kv, size, many)
@@ -1392,7 +1415,45 @@ def fast_step(policy, kv, n, span):
     return kv.logits[:n]
 
 
-# ======== Fused kernels, on a GPU =====================================================================================
+# ======== Faster kernels, on a GPU ====================================================================================
+
+def takes_lengths(model):
+    """Whether attention can be told lengths instead of a mask: FlashAttention can run, and the model asks transformers
+    for its attention, where teach_lengths has been."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+    return (model.device.type == "cuda" and torch.version.cuda is not None and model.dtype != torch.float32
+            and torch.cuda.get_device_capability(model.device) >= (8, 0) and model._supports_attention_backend
+            and model.config._attn_implementation == "sdpa" and hasattr(ALL_ATTENTION_FUNCTIONS["sdpa"], "plain"))
+
+
+def teach_lengths():
+    """Let a mask of integers, which transformers hands on to its attention unread, stand for one that FlashAttention
+    knows without reading it. With a real mask a slower kernel would read all keys of all rows."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+    if not hasattr(ALL_ATTENTION_FUNCTIONS["sdpa"], "plain"):
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = attention_by_lengths(ALL_ATTENTION_FUNCTIONS["sdpa"])
+
+
+def attention_by_lengths(plain):
+    """transformers' attention(module, query (B, H, L, D), key and value (B, K, S, D), mask, ...) -> (B, L, H, D), where
+    a mask of integers says: for L > 1, the queries are the last of S tokens, each sees those before it (response_hidden
+    after a prefix); for L = 1, where in (B S, K, D) each row starts and how many keys it sees (decode_step)."""
+    def attention(module, query, key, value, mask, **options):
+        if mask is None or mask.dtype != torch.int32:
+            return plain(module, query, key, value, mask, **options)
+        scale, (longest, keys) = options.get("scaling"), (query.shape[2], key.shape[2])
+        if longest > 1:
+            out = F.scaled_dot_product_attention(query, key, value, causal_lower_right(longest, keys), scale=scale,
+                                                 enable_gqa=True)
+            return out.transpose(1, 2), None
+        query_starts, key_starts, seen = mask[:, 0, 0]                                                  # (B + 1,) each
+        flat = [x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)]
+        out = torch.ops.aten._flash_attention_forward(*flat, query_starts, key_starts, 1, keys, 0.0, False, False,
+                                                      scale=scale, seqused_k=seen[:-1])[0]              # (B, H, D)
+        return out[:, None], None
+    attention.plain = plain
+    return attention
+
 
 def fuse(model):
     """Make every norm, rotary embedding and gated activation of a Llama or Qwen model one kernel of a GPU instead of

@@ -214,7 +214,7 @@ def test_places_taken_over_change_no_response(policy, monkeypatch, look, share, 
     monkeypatch.setattr(sdar, "record_step", Replay)
     if graphs:
         kind = sdar.KeyValues
-        monkeypatch.setattr(sdar, "KeyValues", lambda rows, length, device, graphs: kind(rows, length, device, True))
+        monkeypatch.setattr(sdar, "KeyValues", lambda rows, length, device, *_: kind(rows, length, device, True))
     last = sdar.generate(mine, [p[0] for p in prompts], s, 0, (), None, lambda i: next(lengths[i]), follow)
     monkeypatch.setattr(sdar, "decode_step", step)
     assert last == [got[i][2] for i in range(12)] and [[len(r) for r in got[i]] for i in range(12)] == wanted
@@ -226,6 +226,40 @@ def test_places_taken_over_change_no_response(policy, monkeypatch, look, share, 
         assert answered == [12, 12, 12]
     elif look == 1:
         assert len(answered) > 6 and len(steps) < 500 < sum(max(n) for n in zip(*wanted)) + 300
+
+
+def test_a_gpu_does_not_wait_for_the_environment(policy, monkeypatch):
+    """Where rows are taken over in the midst of decoding, the next prompts are asked for and read between the launch of
+    some steps and the look at their tokens: a GPU has work meanwhile. Elsewhere only when nothing is left to decode."""
+    def events(share):
+        seen, rounds, decode, admit = [], [0] * 8, sdar.decode, sdar.admit
+        class Drawn:
+            def __init__(self, tokens):
+                self.tokens = tokens
+            def tolist(self):
+                seen.append("look")
+                return self.tokens.tolist()
+        def follow(ended):
+            seen.append("ask")
+            for i in ended:
+                rounds[i] += 1
+            return {i: [30 + i] * 9 for i in ended if rounds[i] < 3}
+        def admitted(*args):
+            fresh = admit(*args)
+            seen.extend(["read"] * bool(fresh))
+            return fresh
+        with monkeypatch.context() as patch:
+            patch.setitem(sdar.REFILL, "cpu", share)
+            patch.setitem(sdar.LOOK, "cpu", 2)
+            patch.setattr(sdar, "decode", lambda *args: (seen.append("launch"), Drawn(decode(*args)))[1])
+            patch.setattr(sdar, "admit", admitted)
+            limits = iter(range(3, 60))
+            sdar.generate(dataclasses.replace(policy, cache=None), [[20 + i] * 7 for i in range(8)], settings(max_response=60), 0,
+                          (), None, lambda i: next(limits), follow)
+        return " ".join(seen)
+    assert events(1).count("launch ask") == 0 and events(1).count("ask read launch") == 2
+    free = events(0.2)
+    assert free.count("launch ask read look") >= 4 and free.count("look ask") <= 1 and free.count("look read") == 0
 
 
 def test_rows_stay_within_their_buffers(policy, monkeypatch):
@@ -913,6 +947,63 @@ def test_fused_modules_compute_what_the_plain_ones_do(kind, norms, mlps, monkeyp
     assert torch.allclose(forward_and_gradient(twin), plain, atol=1e-4, rtol=1e-4)
 
 
+def flash_stand_in(q, k, v, q_starts, k_starts, q_longest, k_longest, dropout, causal, debug, *, scale, seqused_k):
+    """torch's FlashAttention for rows of different lengths, one query each, as its source says what it does."""
+    assert all(x.dtype == torch.int32 and x.is_contiguous() for x in (q_starts, k_starts, seqused_k))
+    assert len(q_starts) == len(k_starts) == len(seqused_k) + 1 and q_longest == 1 and not (dropout or causal or debug)
+    assert seqused_k.max() <= k_longest and all(x.stride(-1) == 1 for x in (q, k, v))
+    out = torch.full_like(q, math.nan)
+    for row, (start, seen) in enumerate(zip(k_starts.tolist(), seqused_k.tolist())):
+        keys, values = (x[start:start + seen].repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))  # (S, H, D)
+        weights = (torch.einsum("hd,shd->hs", q[q_starts[row]], keys) * scale).softmax(-1)
+        out[q_starts[row]] = torch.einsum("hs,shd->hd", weights, values)
+    return out, None, None, None, None
+
+
+@pytest.fixture
+def by_lengths(monkeypatch):
+    """Attention as on a GPU: told lengths instead of masks, with a stand-in for the kernel of decoding."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", ALL_ATTENTION_FUNCTIONS["sdpa"])  # to have it back
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", flash_stand_in)
+    def switch():
+        sdar.teach_lengths()
+        sdar.teach_lengths()  # a second model's turn
+        monkeypatch.setattr(sdar, "takes_lengths", lambda model: True)
+    return switch
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+def test_attention_told_lengths_is_attention_with_masks(policy, kind, by_lengths, monkeypatch):
+    """Greedy responses, with rows that end and are taken over, and scores after a shared beginning, of grouped heads."""
+    mine, rng, s = dataclasses.replace(policy, model=small_model(kind), cache=None), random.Random(6), settings(rollout_rows=5)
+    prompts = [[3] * 8 + [rng.randrange(3, 60) for _ in range(n)] for n in (1, 30, 7, 12, 3, 22, 9, 18)]
+    limits = [9, 3, 14, 1, 20, 6, 11, 5]
+    @torch.no_grad()
+    def results():
+        responses = sdar.generate(mine, prompts, s, 0, (), None, limits.__getitem__)
+        prefix = sdar.read_prefix(mine.model, prompts, 4)
+        assert prefix[0] == 8
+        return responses, sdar.response_logps(mine.model, prompts, responses, s, prefix=prefix)[0]
+    plain, scores = results()
+    assert len({tuple(r[-3:]) for r in plain}) > 3
+    by_lengths()
+    monkeypatch.setitem(sdar.REFILL, "cpu", 0.1)
+    monkeypatch.setitem(sdar.LOOK, "cpu", 3)
+    mine.cache = None
+    with pytest.raises(RuntimeError):  # a mask of integers is none to transformers' own attention
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.ops.aten, "_flash_attention_forward", None)
+            patch.setattr(sdar, "attention_by_lengths", None)
+            from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+            patch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", ALL_ATTENTION_FUNCTIONS["sdpa"].plain)
+            results()
+    mine.cache = None
+    told, told_scores = results()
+    assert mine.cache.lengths and told == plain
+    assert torch.allclose(told_scores, scores, atol=1e-5)
+
+
 def test_without_a_compiler_nothing_is_fused(monkeypatch, capsys):
     def none(function):
         raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.")
@@ -954,18 +1045,30 @@ def test_gpu_fused_kernels_compute_what_the_plain_ones_do(gpu):
 
 
 def test_gpu_decoding_in_bf16_follows_a_whole_forward(policy, gpu):
-    """Recorded steps, whose attention is another kernel's, give the logits of a forward over prompt and token."""
+    """Recorded steps, whose attention is told lengths, give the logits of a forward over prompt and token."""
     prompts, s = [[20 + (7 * i + j) % 300 for j in range(5 + 3 * i)] for i in range(20)], settings()
     mine = sdar.wrap_policy(copy.deepcopy(policy.model).to(gpu, torch.bfloat16), policy.tokenizer)
-    kv = sdar.KeyValues(20, 256, mine.device, True)
+    kv = sdar.room(mine, 20, 100, s)
+    assert kv.lengths == (torch.cuda.get_device_capability() >= (8, 0))
     with torch.no_grad():
         sdar.prefill(mine, kv, prompts, range(20), s)
-        kv.slot[:] = torch.tensor([len(p) for p in prompts])
-        kv.token[:] = 33
+        kv.slot[:20] = torch.tensor([len(p) for p in prompts])
+        kv.token[:20] = 33
         decoded = sdar.fast_step(mine, kv, 20, 80).float()
         for row, prompt in zip(decoded, prompts):
             whole = mine.model(torch.tensor([prompt + [33]], device=gpu)).logits[0, -1].float()
             assert (row - whole).norm() < 0.1 * whole.norm()
+
+
+def test_gpu_scores_after_a_shared_beginning_are_those_of_whole_prompts(policy, gpu):
+    mine = sdar.wrap_policy(copy.deepcopy(policy.model).to(gpu, torch.bfloat16), policy.tokenizer)
+    prompts = [[20 + i % 90 for i in range(150)] + [20 + (7 * i + j) % 300 for j in range(5 + 11 * i)] for i in range(9)]
+    responses = [[40 + (3 * i + j) % 200 for j in range(1 + 2 * i)] for i in range(9)]
+    with torch.no_grad():
+        prefix = sdar.read_prefix(mine.model, prompts)
+        score = lambda prefix: sdar.response_logps(mine.model, prompts, responses, settings(), prefix=prefix)[0]
+        once, whole = score(prefix), score(None)
+    assert prefix[0] == 150 and (once - whole).norm() < 0.05 * whole.norm() and whole.norm() > 10
 
 
 @pytest.mark.parametrize("flags", [[], ["--no-graphs"], ["--recompute", "--offload"]])
