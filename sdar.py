@@ -1198,9 +1198,9 @@ REFILL = {"cuda": 0.2}  # share of the rows that must be over before others take
 def generate(policy, prompts, s, temperature, stop, generator, limit=None, follow=None):
     """Responses (lists of token ids) to prompts (lists of token ids), each ended by EOS, by a closing tag of `stop`, or
     by its limit of limit(i) tokens (by default s.max_response). At most s.rollout_rows at a time, short prompts first;
-    what a row writes between its end and the next look is thrown away. follow({i: response}) of those that have ended
-    gives what comes next, {i: prompt}: an episode need not wait for the others' turns. It is called while a GPU works,
-    elsewhere when no prompt is waiting. Of several responses to one i the last is returned."""
+    what a row writes between its end and the next look is thrown away. When no prompt is waiting, follow({i: response})
+    of those that have ended gives what comes next, {i: prompt}: an episode need not wait for the others' turns. Of
+    several responses to one i the last is returned."""
     limit, follow = limit or (lambda i: s.max_response), follow or (lambda ended: {})
     look, due = (table.get(policy.device.type, 1) for table in (LOOK, REFILL))
     waiting, ended, responses, rows = dict(enumerate(prompts)), {}, {}, []
@@ -1212,11 +1212,6 @@ def generate(policy, prompts, s, temperature, stop, generator, limit=None, follo
                 row.over = len(row.ids) == row.limit or response_ended(policy, row.ids, stop)
                 if row.over:
                     ended[row.prompt] = row.ids
-
-    def go_on():
-        taken = {i: ended.pop(i) for i in sorted(ended)}
-        responses.update(taken)
-        waiting.update(follow(taken) if taken else {})
     while True:
         live, batch, drawn = [j for j, row in enumerate(rows) if not row.over], [], None
         enough = len(rows) - len(live) >= due * len(rows)
@@ -1225,14 +1220,15 @@ def generate(policy, prompts, s, temperature, stop, generator, limit=None, follo
                 policy.cache.keep(live, max(row.slot for row in rows))  # copying has a price: not for a few rows
                 rows = [rows[j] for j in live]
             batch, drawn = rows[:], decode(policy, rows, look, temperature, generator)
-        if due < 1 or (enough and not waiting):
-            go_on()  # a GPU is still decoding
+        if enough and ended and not waiting:  # a GPU is still decoding
+            responses |= ended
+            waiting, ended = follow({i: ended[i] for i in sorted(ended)}), {}
         fresh = admit(policy, rows, waiting, s, temperature, generator, limit, look) if enough else []
         for row, values in zip(batch, drawn.tolist() if batch else ()):
             add(row, values)
         for row, token in fresh:
             add(row, [token])
-        if not rows or (not waiting and not ended and all(row.over for row in rows)):
+        if not rows:
             return [responses[i] for i in range(len(prompts))]
 
 
