@@ -242,11 +242,6 @@ def check_settings(s):
             raise UserError(f"{flag(name)} must be a number of 0 or more, not {value}")
     gated = s.algo == "sdar" or (s.as_released and s.algo == "opsd")
     for wrong, message in (
-            (s.gate != "gap" and not gated, f"--gate has no effect with --algo {s.algo}: it has no gate to choose"),
-            (s.divergence != "sampled" and not (gated or (s.as_released and s.algo == "grpo+opsd")),
-             f"--divergence has no effect with --algo {s.algo}"),
-            (s.retrieval != "km" and not (uses_teacher(s) or s.algo == "skill-grpo"),
-             f"--retrieval has no effect with --algo {s.algo}: it uses no skills"),
             (s.group_size < 2, "--group-size must be at least 2: an advantage is a comparison within a group"),
             (not -2**63 <= s.seed < 2**63, "--seed must be a number of 64 bits"),
             (s.dual_clip <= 1, f"--dual-clip must be above 1, not {s.dual_clip}"),
@@ -255,6 +250,13 @@ def check_settings(s):
             (s.tiny_width % 32, f"--tiny-width must be a multiple of 32, not {s.tiny_width}")):
         if wrong:
             raise UserError(message)
+    felt = {"gate": gated, "divergence": gated or (s.as_released and s.algo == "grpo+opsd"), "beta": uses_teacher(s),
+            "lam": s.algo not in ("grpo", "skill-grpo", "rlsd"), "rlsd_lam": s.algo == "rlsd",
+            "retrieval": uses_teacher(s) or s.algo == "skill-grpo", "ucb_c": s.retrieval == "ucb"}
+    for name in felt:
+        if not felt[name] and getattr(s, name) != getattr(Settings, name):
+            where = f"--retrieval {s.retrieval}" if name == "ucb_c" else f"--algo {s.algo}"
+            raise UserError(f"{flag(name)} has no effect with {where}; leave it out")
 
 
 def open_env(s):

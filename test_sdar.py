@@ -1274,6 +1274,8 @@ def test_a_damaged_checkpoint_is_refused(finished, tmp_path, name, capsys):
     (["--resume", "/no/such/run"], "/no/such/run"), (["--split", "holidays"], "holidays"), (["--dual-clip", "0.5"], "dual"),
     (["--gate-baseline", "--algo", "rlsd"], "--gate-baseline"), (["--gate-baseline", "--gate", "entropy"], "--gate-baseline"),
     (["--gate", "none", "--algo", "grpo"], "--gate"), (["--divergence", "jsd", "--algo", "skill-sd"], "--divergence"),
+    (["--beta", "3", "--algo", "grpo"], "--beta has no effect with --algo grpo"), (["--lam", "1", "--algo", "rlsd"], "--lam has no"),
+    (["--rlsd-lam", "1"], "--rlsd-lam has no effect"), (["--ucb-c", "2"], "--ucb-c has no effect with --retrieval km"),
     (["--retrieval", "ucb", "--algo", "grpo"], "--retrieval"), (["--seed", "-99999999999999999999999"], "--seed"),
     (["--device", "meta"], "--device"), (["--val-split", "valid_unsen", "--warm-start", "9"], "valid_unsen"),
     (["--env", "search", "--env-args", "topk=0"], "topk=0"), (["--env", "search", "--env-args", "timeout=soon"], "timeout"),
