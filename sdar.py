@@ -14,7 +14,7 @@ At test time the skills are gone.
 How to read it. The file follows the paper: settings, policy, prompts, rollout, advantages and losses, scoring,
 training. Two dataclasses travel through it: a `Turn` (one prompt, one response) and an `Episode` (its turns and its
 reward). The losses are plain functions on (B, T) tensors that need nothing but torch: copy them. What comes after the
-training is machinery that a first reading can leave out, up to the last section, which runs it all: generation, fused
+training is machinery that a first reading can leave out, up to the last section, which runs it all: generation, faster
 kernels, the vocabulary head in chunks, the warm start, the log, several GPUs, files.
 
 What was left out, and why. No inference server: `generate` here is a page long and shares the weights with the
