@@ -214,6 +214,8 @@ def read_settings(argv):
         settings = Settings(**{**PRESETS[name], **method, **released, **tiny, **explicit})
         short = re.sub(r"[^\w.-]+", "-", Path(settings.model).name)
         settings.out = settings.out or f"runs/{settings.env}-{settings.algo}-{short}"
+        check_settings(settings)
+        check_effects(settings)
     else:
         for name in sorted(set(explicit) - set(MAY_CHANGE)):
             raise UserError(f"{flag(name)} cannot change within a run; start a new one with --out")
@@ -222,7 +224,7 @@ def read_settings(argv):
             settings = Settings(**{**saved, **explicit, "out": str(resume)})
         except TypeError as error:
             raise UserError(f"{resume}/config.json is another version's ({first_line(error)}); start afresh") from None
-    check_settings(settings)
+        check_settings(settings)
     return settings, resume
 
 
@@ -250,6 +252,11 @@ def check_settings(s):
             (s.tiny_width % 32, f"--tiny-width must be a multiple of 32, not {s.tiny_width}")):
         if wrong:
             raise UserError(message)
+
+
+def check_effects(s):
+    """Raise UserError for the first setting that is not the usual one, and would change nothing."""
+    gated = s.algo == "sdar" or (s.as_released and s.algo == "opsd")
     felt = {"gate": gated, "divergence": gated or (s.as_released and s.algo == "grpo+opsd"), "beta": uses_teacher(s),
             "lam": s.algo not in ("grpo", "skill-grpo", "rlsd"), "rlsd_lam": s.algo == "rlsd",
             "retrieval": uses_teacher(s) or s.algo == "skill-grpo", "ucb_c": s.retrieval == "ucb"}
@@ -1218,8 +1225,9 @@ def generate(policy, prompts, s, temperature, stop, generator, limit=None, follo
         live, batch, drawn = [j for j, row in enumerate(rows) if not row.over], [], None
         enough = len(rows) - len(live) >= due * len(rows)
         if live:
-            if len(live) <= 0.8 * len(rows) and (due == 1 or not (waiting or ended)):
-                policy.cache.keep(live, max(row.slot for row in rows))  # copying has a price: not for a few rows
+            coming = (len(waiting) + len(ended)) * (due < 1)  # they may have the places of rows that are over
+            if len(live) + coming <= 0.8 * len(rows):         # copying has a price: not for a few rows
+                policy.cache.keep(live, max(row.slot for row in rows))
                 rows = [rows[j] for j in live]
             batch, drawn = rows[:], decode(policy, rows, look, temperature, generator)
         if enough and ended and not waiting:  # a GPU is still decoding
@@ -1240,7 +1248,8 @@ def decode(policy, rows, look, temperature, generator):
     kv, drawn = policy.cache, []
     for j, row in enumerate(rows):
         if row.over and row.slot > look:  # on in the dark, from the start of its buffer, where it has least to read
-            row.slot = kv.slot[j] = 0
+            row.slot = 0
+            kv.slot[j].zero_()
     for _ in range(min(look, max(row.limit - len(row.ids) for row in rows if not row.over))):
         logits = fast_step(policy, kv, len(rows), 1 + max(row.slot for row in rows))
         kv.slot[:len(rows)] += 1
@@ -1419,9 +1428,12 @@ def takes_lengths(model):
     """Whether attention can be told lengths instead of a mask: FlashAttention can run, and the model asks transformers
     for its attention, where teach_lengths has been."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+    config = model.config
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return (model.device.type == "cuda" and torch.version.cuda is not None and model.dtype != torch.float32
-            and torch.cuda.get_device_capability(model.device) >= (8, 0) and model._supports_attention_backend
-            and model.config._attn_implementation == "sdpa" and hasattr(ALL_ATTENTION_FUNCTIONS["sdpa"], "plain"))
+            and torch.cuda.get_device_capability(model.device) >= (8, 0) and width % 8 == 0 and width <= 256
+            and model._supports_attention_backend and config._attn_implementation == "sdpa"
+            and hasattr(ALL_ATTENTION_FUNCTIONS["sdpa"], "plain"))
 
 
 def teach_lengths():
@@ -1436,15 +1448,15 @@ def attention_by_lengths(plain):
     """transformers' attention(module, query (B, H, L, D), key and value (B, K, S, D), mask, ...) -> (B, L, H, D), where
     a mask of integers says: for L > 1, the queries are the last of S tokens, each sees those before it (response_hidden
     after a prefix); for L = 1, where in (B S, K, D) each row starts and how many keys it sees (decode_step)."""
-    def attention(module, query, key, value, mask, **options):
-        if mask is None or mask.dtype != torch.int32:
-            return plain(module, query, key, value, mask, **options)
+    def attention(module, query, key, value, attention_mask, **options):
+        if attention_mask is None or attention_mask.dtype != torch.int32:
+            return plain(module, query, key, value, attention_mask, **options)
         scale, (longest, keys) = options.get("scaling"), (query.shape[2], key.shape[2])
         if longest > 1:
             out = F.scaled_dot_product_attention(query, key, value, causal_lower_right(longest, keys), scale=scale,
                                                  enable_gqa=True)
             return out.transpose(1, 2), None
-        query_starts, key_starts, seen = mask[:, 0, 0]                                                  # (B + 1,) each
+        query_starts, key_starts, seen = attention_mask[:, 0, 0]                                        # (B + 1,) each
         flat = [x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)]
         out = torch.ops.aten._flash_attention_forward(*flat, query_starts, key_starts, 1, keys, 0.0, False, False,
                                                       scale=scale, seqused_k=seen[:-1])[0]              # (B, H, D)
