@@ -1481,7 +1481,7 @@ def test_divergences_go_with_the_methods_that_have_sdars_term():
         for algo in sdar.METHODS:
             s = settings(algo=algo, as_released=released, divergence="jsd")
             with contextlib.nullcontext() if algo in gated else pytest.raises(UserError, match="--divergence"):
-                sdar.check_settings(s)
+                sdar.check_effects(s)
 
 
 def test_only_the_methods_that_need_them_pay_for_teacher_and_reference():
