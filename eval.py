@@ -605,9 +605,9 @@ def bench_rollout(policy, name, prompts, s, flags):
         rows.append(["  a decode step, prompts not counted", *(f"{t:.2f}" for t in ms), f"{ms[1] / ms[0]:.2f}", "ms"])
     if flags.peak_gbps:  # what a step must read: all weights, and the keys and values of the rows that have not ended
         config, size = policy.model.config, policy.head.weight.element_size()
-        head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         alive = sum((n - 1) * (len(p) + n / 2) for p, n in zip(prompts, limits)) / steps  # tokens a step, on average
-        read = weights_met(policy, 1, 1) + 2 * config.num_hidden_layers * config.num_key_value_heads * head * alive
+        cached = 2 * config.num_hidden_layers * config.num_key_value_heads * sdar.head_width(config)
+        read = weights_met(policy, 1, 1) + cached * alive
         rows.append([f"    of the bandwidth limit, {size * read / 1e9:.2f} GB a step",
                      *(f"{100 * size * read / flags.peak_gbps / 1e6 / t:.0f}" for t in ms), "", "%"])
     return rows

@@ -242,12 +242,11 @@ def check_settings(s):
             raise UserError(f"{flag(name)} must be above 0, not {value}")
         if isinstance(value, (int, float)) and name != "seed" and not 0 <= value < math.inf:
             raise UserError(f"{flag(name)} must be a number of 0 or more, not {value}")
-    gated = s.algo == "sdar" or (s.as_released and s.algo == "opsd")
     for wrong, message in (
             (s.group_size < 2, "--group-size must be at least 2: an advantage is a comparison within a group"),
             (not -2**63 <= s.seed < 2**63, "--seed must be a number of 64 bits"),
             (s.dual_clip <= 1, f"--dual-clip must be above 1, not {s.dual_clip}"),
-            (s.gate_baseline and (s.gate != "gap" or s.divergence != "sampled" or not gated),
+            (s.gate_baseline and (s.gate != "gap" or s.divergence != "sampled" or not uses_gate(s)),
              "--gate-baseline goes with SDAR's own term only: --algo sdar, --gate gap and --divergence sampled"),
             (s.tiny_width % 32, f"--tiny-width must be a multiple of 32, not {s.tiny_width}")):
         if wrong:
@@ -256,9 +255,8 @@ def check_settings(s):
 
 def check_effects(s):
     """Raise UserError for the first setting that is not the usual one, and would change nothing."""
-    gated = s.algo == "sdar" or (s.as_released and s.algo == "opsd")
-    felt = {"gate": gated, "divergence": gated or (s.as_released and s.algo == "grpo+opsd"), "beta": uses_teacher(s),
-            "lam": s.algo not in ("grpo", "skill-grpo", "rlsd"), "rlsd_lam": s.algo == "rlsd",
+    felt = {"gate": uses_gate(s), "divergence": uses_gate(s) or (s.as_released and s.algo == "grpo+opsd"),
+            "beta": uses_teacher(s), "lam": s.algo not in ("grpo", "skill-grpo", "rlsd"), "rlsd_lam": s.algo == "rlsd",
             "retrieval": uses_teacher(s) or s.algo == "skill-grpo", "ucb_c": s.retrieval == "ucb"}
     for name in felt:
         if not felt[name] and getattr(s, name) != getattr(Settings, name):
@@ -991,6 +989,11 @@ def uses_teacher(s):
     return s.algo in ("sdar", "skill-sd", "rlsd") or (s.as_released and s.algo in ("opsd", "grpo+opsd"))
 
 
+def uses_gate(s):
+    """Whether the method's loss holds SDAR's gate."""
+    return s.algo == "sdar" or (s.as_released and s.algo == "opsd")
+
+
 def uses_reference(s):
     """Whether the method needs the frozen policy that training started from."""
     return s.kl > 0 or (s.algo in ("opsd", "grpo+opsd") and not s.as_released)
@@ -1424,15 +1427,19 @@ def fast_step(policy, kv, n, span):
 
 # ======== Faster kernels, on a GPU ====================================================================================
 
+def head_width(config):
+    """The width of an attention head, which not every model's config names."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 def takes_lengths(model):
     """Whether attention can be told lengths instead of a mask: FlashAttention can run, and the model asks transformers
     for its attention, where teach_lengths has been."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-    config = model.config
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    width = head_width(model.config)
     return (model.device.type == "cuda" and torch.version.cuda is not None and model.dtype != torch.float32
             and torch.cuda.get_device_capability(model.device) >= (8, 0) and width % 8 == 0 and width <= 256
-            and model._supports_attention_backend and config._attn_implementation == "sdpa"
+            and model._supports_attention_backend and model.config._attn_implementation == "sdpa"
             and hasattr(ALL_ATTENTION_FUNCTIONS["sdpa"], "plain"))
 
 
