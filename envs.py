@@ -66,9 +66,11 @@ def open_env(name, data=None, seed=233, skills=None, **options):
 
 
 def find_data(name, data=None):
-    """Path of a benchmark's data: `data` if given, else $<NAME>_DATA, else ~/.cache/<name>; None if there is none.
-    Raises UserError for a path the user named that does not exist."""
+    """Path of a benchmark's data: `data` if given, else $<NAME>_DATA, else ~/.cache/<name>; None if there is none, or
+    for "built-in". Raises UserError for a path the user named that does not exist."""
     variable = name.upper() + "_DATA"
+    if data == "built-in":
+        return None
     if not (named := data or os.environ.get(variable)):
         cache = Path.home() / ".cache" / name
         return cache if cache.is_dir() and any(cache.iterdir()) else None
@@ -979,7 +981,7 @@ class Alfworld:
         path = find_data("alfworld", data)
         self._files = GameFiles(path) if path else None
         self.builtin = not (path and self._files.files)
-        if self.builtin and (data or os.environ.get("ALFWORLD_DATA")):
+        if self.builtin and path and (data or os.environ.get("ALFWORLD_DATA")):
             raise UserError(f"no game.tw-pddl in {path}; it lacks json_2.1.1/train: python envs.py download alfworld")
         sizes = _BUILT_IN_SIZES if self.builtin else Counter(name.split("/")[0] for name in self._files.files)
         sizes = ", ".join(f"{split} {size}" for split, size in sizes.items())
@@ -1896,7 +1898,8 @@ def read_question(path, number, row):
     group = found.pop() if len(found) == 1 else named or "other"
     key = row.get("id", row.get("idx", extra.get("index")))
     key = panel_hash([text.encode("ascii", "replace").decode()]) if key is None else key
-    return Question(one_line(f"{group}/{key}"), text.strip(), tuple(map(str, answers)), group)
+    text, *answers = (str(x).encode("utf-8", "replace").decode() for x in (text, *answers))  # no half of a character
+    return Question(one_line(f"{group}/{key}"), text.strip(), tuple(answers), group)
 
 
 def load_questions(path):

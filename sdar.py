@@ -85,7 +85,8 @@ class Settings:
     seed: int = opt(233, "seed of task order, sampling and initial weights; the world itself never depends on it")
     device: str = opt("auto", "auto, cpu, cuda, cuda:1, mps")
     # data
-    data: str = opt("", "folder or archive of the benchmark (default: $ALFWORLD_DATA etc., ~/.cache, then built-in)")
+    data: str = opt("", "folder or archive of the benchmark, or built-in (default: $ALFWORLD_DATA etc., else ~/.cache, "
+                    "else built-in)")
     env_args: str = opt("", "further options of the environment, as in 'house=6 detours=2' (see envs.py)")
     search_url: str = opt("", "search server of --env search, as http://127.0.0.1:8000/retrieve")
     corpus: str = opt("", "passages of --env search, JSONL or .gz (default: those of the data, else built-in)")
@@ -160,15 +161,15 @@ PRESETS = {
     "search": dict(groups=128, max_turns=4, history=4, max_prompt=4096, max_teacher_prompt=5120, success_reward=1.0,
                    invalid_penalty=0.01, lr_warmup=0.1, val_temperature=0.0),
 }
-METHOD_PRESETS = {"skill-sd": dict(lam=0.001)}
-AS_RELEASED = dict(advantage_over="turns", loss_agg="token")  # and OPSD, GRPO+OPSD, Skill-SD, RLSD: see method_tokens
+METHOD_PRESETS = {"skill-sd": dict(lam=0.001), "opsd": dict(kl=0.0)}
+AS_RELEASED = dict(advantage_over="turns", loss_agg="token", kl=0.01)  # and the baselines' losses: see method_tokens
 AS_RELEASED_ENV = {"search": dict(kl=0.001)}
 TINY = dict(prompt_style="brief", groups=4, max_prompt=512, max_teacher_prompt=768, max_response=48, lr=3e-4,
             kl=0.0, steps=4, warm_start=150, warm_lr=3e-3, warm_tasks=4, warm_prompt_loss=0.3, val_every=4,
             val_episodes=64)
 TINY_ENV = {"alfworld": dict(env_args="house=5 detours=3", max_turns=15), "webshop": dict(mini_batch=256, lr=1e-4)}
-MAY_CHANGE = ("data device keep log_episodes max_prompt max_teacher_prompt micro_tokens no_graphs offload recompute "
-              "rollout_rows save_every steps val_episodes val_every val_split").split()  # on --resume
+MAY_CHANGE = ("corpus data device keep log_episodes max_prompt max_teacher_prompt micro_tokens no_graphs offload "  # on
+              "recompute rollout_rows save_every search_url steps val_episodes val_every val_split").split()  # --resume
 
 
 SECTIONS = {"env": "what is trained", "data": "data", "groups": "rollout", "success_reward": "objective",
@@ -256,7 +257,8 @@ def check_settings(s):
 def check_effects(s):
     """Raise UserError for the first setting that is not the usual one, and would change nothing."""
     felt = {"gate": uses_gate(s), "divergence": uses_gate(s) or (s.as_released and s.algo == "grpo+opsd"),
-            "beta": uses_teacher(s), "lam": s.algo not in ("grpo", "skill-grpo", "rlsd"), "rlsd_lam": s.algo == "rlsd",
+            "beta": uses_teacher(s) and s.algo != "grpo+opsd", "rlsd_lam": s.algo == "rlsd",
+            "lam": s.algo not in ("grpo", "skill-grpo", "rlsd"),
             "retrieval": uses_teacher(s) or s.algo == "skill-grpo", "ucb_c": s.retrieval == "ucb"}
     for name in felt:
         if not felt[name] and getattr(s, name) != getattr(Settings, name):
@@ -265,15 +267,20 @@ def check_effects(s):
 
 
 def open_env(s):
-    """The environment of a run: --env-args 'house=6 detours=2' become keyword arguments of its class."""
+    """The environment of a run: --env-args 'house=6 detours=2' become keyword arguments of its class. Where there is no
+    data, s.data says so from now on."""
     options = {name: getattr(s, name) for name in ("search_url", "corpus") if getattr(s, name)}
     for item in s.env_args.split():
         key, equals, value = item.partition("=")
         if not equals:
             raise UserError(f"--env-args takes KEY=VALUE pairs, not {item!r}")
+        if key in ("name", "data", "skills", "seed"):
+            raise UserError(f"--env-args cannot set {key}; --env, --data and --skills can, the world's seed is fixed")
         number = re.fullmatch(r"-?\d+(\.\d+)?", value)
         options[key] = value if not number else float(value) if number[1] else int(value)
-    return envs.open_env(s.env, s.data or None, skills=s.skills or None, **options)
+    env = envs.open_env(s.env, s.data or None, skills=s.skills or None, **options)
+    s.data = s.data or "built-in" * env.builtin  # said, or a run would go on with data that are downloaded later
+    return env
 
 
 # ======== Policy: any causal language model with a chat template ======================================================
@@ -461,9 +468,14 @@ def encode_chats(tokenizer, texts):
     """Token ids of user messages, each in the chat template; in one call, which shares them out among the cores.
     Special tokens that a model or a web page wrote as plain text are taken out first: they would end the message and
     open another."""
-    for token in tokenizer.all_special_tokens:
-        texts = [text.replace(token, "") for text in texts]
-    return tokenizer([render_chat(tokenizer, text) for text in texts], add_special_tokens=False)["input_ids"]
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    forged = re.compile("|".join(map(re.escape, sorted(special | set(tokenizer.all_special_tokens)))))
+
+    def harmless(text):
+        while (less := forged.sub("", text)) != text:  # one that was wrapped around another is left after the first
+            text = less
+        return text
+    return tokenizer([render_chat(tokenizer, harmless(x)) for x in texts], add_special_tokens=False)["input_ids"]
 
 
 def student_prompts(policy, sessions, s, skills):
@@ -701,8 +713,9 @@ def clip_diagnostics(logp, old_logp, advantages, clip=0.2, dual_clip=3.0):
 
 
 def k3_kl(logp, ref_logp):
-    """Per-token estimate exp(d) - d - 1 of KL(pi_theta || pi_ref), d = ref - logp; cut at 10 as in the public code."""
-    d = ref_logp.detach() - logp
+    """Per-token estimate exp(d) - d - 1 of KL(pi_theta || pi_ref), d = ref - logp; cut at 10 as in the public code, and
+    d at 20, far beyond, lest an infinity make a NaN gradient."""
+    d = (ref_logp.detach() - logp).clamp(max=20)
     return (d.exp() - d - 1).clamp(-10, 10)
 
 
@@ -837,6 +850,18 @@ def out_of_memory(error):
     return isinstance(error, MemoryError) or bool(re.search("out of memory|allocate memory|ALLOC_FAILED", str(error)))
 
 
+@contextlib.contextmanager
+def enough_memory():
+    """Where memory runs out, say so as a user's error."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        raise UserError("out of memory; lower --rollout-rows (if it happened in a rollout) or --micro-tokens (in "
+                        "scoring or the update); a training that was saved goes on with --resume") from None
+
+
 def in_halves(work, batch, model):
     """[work(batch)], or where memory runs out the results for its halves, and so on. What is left of the gradients of
     the attempt that failed is dropped, so that nothing counts twice."""
@@ -886,6 +911,7 @@ class State:
     warm_step: int = 0                 # finished steps of the warm start
     cursor: int = 0                    # tasks drawn from the training split so far
     bandit: dict = field(default_factory=dict)
+    tasks: str = ""                    # hash of the training tasks
 
 
 def stream(s, *where):
@@ -999,6 +1025,7 @@ def uses_reference(s):
     return s.kl > 0 or (s.algo in ("opsd", "grpo+opsd") and not s.as_released)
 
 
+@enough_memory()
 def play_step(state, env, reference, s):
     """The first half of a step: rollout, scoring, advantages. It changes nothing in `state`, so that it may be
     interrupted. Returns (episodes, the bandit after them, seconds and tokens per second by phase)."""
@@ -1862,7 +1889,8 @@ def write_log(s, name, rows):
 def read_lines(path):
     """The rows of one of a run's logs, [] if there is none; a line that was half written is left out."""
     rows = []
-    for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else []:  # splitlines cuts at U+2028 too
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    for line in text.split("\n"):  # splitlines cuts at U+2028 too
         with contextlib.suppress(ValueError):
             rows.append(json.loads(line))
     return [row for row in rows if isinstance(row, dict) and "step" in row]
@@ -1905,7 +1933,8 @@ def save_checkpoint(state, s):
         own = [None if m is p else m for p, m in zip(state.policy.model.parameters(), state.masters)]
         torch.save({"optimizer": state.optimizer.state_dict(), "masters": own}, part / "optimizer.pt")
         progress = {"step": state.step, "warm_step": state.warm_step, "cursor": state.cursor, "bandit": state.bandit,
-                    "settings": dataclasses.asdict(s), "files": {p.name: file_digest(p) for p in part.iterdir()}}
+                    "tasks": state.tasks, "settings": dataclasses.asdict(s),
+                    "files": {p.name: file_digest(p) for p in part.iterdir()}}
         write_text(part / "state.json", json.dumps(progress, indent=1))
         for path in part.iterdir():
             with open(path, "rb+") as f:
@@ -1945,6 +1974,7 @@ def load_checkpoint(path, s):
     state.optimizer.load_state_dict(saved["optimizer"])
     for name in ("step", "warm_step", "cursor", "bandit"):
         setattr(state, name, progress[name])
+    state.tasks = progress.get("tasks", "")
     return state
 
 
@@ -1968,6 +1998,7 @@ def begin(s, env, resume):
     """State of a new run, its folder made, or of a resumed one, its log cut back to the last checkpoint: later steps
     will be taken again."""
     out, found, first = Path(s.out), checkpoints(s.out), ranks()[0] == 0
+    tasks = envs.panel_hash(env.tasks(s.split or env.splits[0]))
     if resume is None and found and first:
         raise UserError(f"{out} already holds a run; continue it with --resume {out}, or choose another --out")
     if resume is not None and not found:  # killed before its first checkpoint
@@ -1981,8 +2012,12 @@ def begin(s, env, resume):
                 (out / name).unlink(missing_ok=True)
             write_text(out / "config.json", json.dumps(dataclasses.asdict(s), indent=1))
         texts = tiny_texts(env, s) if s.model == "tiny" else ()
-        return make_state(load_policy(s.model, s.device, texts, s), s, 0.98 if s.warm_start else 0.999)
+        state = make_state(load_policy(s.model, s.device, texts, s), s, 0.98 if s.warm_start else 0.999)
+        state.tasks = tasks
+        return state
     state = load_checkpoint(found[-1], s)
+    if state.tasks not in ("", tasks):
+        raise UserError(f"the training tasks are not those that {out} began with; give that run's data with --data")
     if first:
         write_text(out / "config.json", json.dumps(dataclasses.asdict(s), indent=1))  # flags given now hold from now on
     for name in LOGS if first else ():
@@ -2012,6 +2047,7 @@ def reference_policy(state, s):
     return reference.requires_grad_(False).eval()
 
 
+@enough_memory()
 def validate(state, env, s):
     """Success on the fixed panel, without skills, logged: at the start, every --val-every steps and at the end, unless
     the log has it. A run that was stopped in the middle of a validation thus makes up for it."""
@@ -2101,7 +2137,8 @@ def main(argv=None):
     """The command line."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler that wants its machine back: as Ctrl-C
     try:
-        train(*read_settings(argv))
+        with enough_memory():
+            train(*read_settings(argv))
         gather([])  # nobody hangs up while another still listens
         if ranks()[1] > 1:
             leave(0)
@@ -2109,11 +2146,6 @@ def main(argv=None):
         fail(error)
     except KeyboardInterrupt:
         leave(130)
-    except (MemoryError, RuntimeError) as error:
-        if not out_of_memory(error):
-            raise
-        fail("out of memory; lower --rollout-rows (if it happened in a rollout) or --micro-tokens (in scoring or the "
-             "update); what was saved is whole, continue with --resume")
 
 
 if __name__ == "__main__":
