@@ -113,7 +113,8 @@ def step_each(sessions, responses, think_closed=False):
     """Advances every session by one raw response; those that are done stay as they are. think_closed: the chat template
     has closed the think block in the prompt, so that a response without <think> is valid."""
     for session, response in zip(sessions, responses, strict=True):
-        session.step(response, think_closed)
+        if not session.done:
+            session.step(response, think_closed)
 
 
 def _table(text):
@@ -317,7 +318,6 @@ BYTE_LENGTHS = np.array([n if n < 40 else 24 + ((8 | (n - 24) & 7) << ((n - 24 >
 
 class BM25:
     """An inverted index over texts (any iterable of str, read once) kept in a few arrays: 6 bytes a posting.
-
     docs[starts[t]:starts[t + 1]] are the documents with term t, rising; codes what they score by: term frequency (at
     most 255) * 256 + length byte."""
 
@@ -367,7 +367,6 @@ class BM25:
 
     def search(self, query, k=10):
         """(indices, scores), best first, at most k, only documents with a query term; float32 scores as Lucene's.
-
         Scores every posting of every term: at about 5 ns each, that costs less than deciding which ones to skip."""
         counts = Counter(self.terms[term] for term in map(analyse_word, words(query)) if term in self.terms)
         scores = np.zeros(self.n_docs)
@@ -540,11 +539,9 @@ def _player_names(facts):
 
 class AlfworldGame:
     """One game of ALFWorld, played to the letter as the original does (alfworld 0.4.2 on textworld 1.7.0).
-
     source: path of a game.tw-pddl, its JSON text, or its parts (_read_game); where: what messages call it. Has task,
     task_type, walkthrough; after reset() admissible_commands (sorted), won, held (name of the object in hand or None).
-    A copy.copy() plays on its own after reset(). Raises UserError for an unplayable file.
-    """
+    A copy.copy() plays on its own after reset(). Raises UserError for an unplayable file."""
 
     def __init__(self, source, where=None):
         if isinstance(source, (str, os.PathLike)):
@@ -577,12 +574,6 @@ class AlfworldGame:
             self._refresh()
         return text + (self._look() if shown == "look" else self._describe(shown) if shown else "")
 
-    @property
-    def admissible_commands(self):
-        """Every command that does something now, sorted."""
-        self._commands = self._commands or sorted(self._options)
-        return list(self._commands)
-
     def fits(self, thing, receptacle):
         """Whether objects of that id's type may be put into the receptacle (id)."""
         return (self._kind.get(receptacle), self._kind.get(thing)) in self._game["facts"].get("cancontain", ())
@@ -591,10 +582,10 @@ class AlfworldGame:
         return (thing,) in self._facts.get(predicate, ())
 
     def _refresh(self):
-        """After a change: judges the goal and lists what can be done now."""
+        """After a change: judges the goal and lists what can be done now, all that does something."""
         (self._agent, self._here), = self._facts["atlocation"]
         hand = next((thing for _, thing in self._facts["holds"]), None)
-        self._options, self._commands, self.held = {}, None, self._name.get(hand)
+        self._options, self.held = {}, self._name.get(hand)
         self._offer("look", "", shown="look")
         self._offer("inventory", "You are carrying: a {}." if hand else "You are not carrying anything.", hand)
         if self._game["help"]:
@@ -612,7 +603,7 @@ class AlfworldGame:
                 if place == self._here and self._is("sliceable", thing):
                     self._offer("slice {} with {}", "You sliced the {} with the {}.", thing, hand,
                                 add=[("issliced", thing)])
-        self.won = _holds(self._game["goal"], self._facts, {})
+        self.admissible_commands, self.won = sorted(self._options), _holds(self._game["goal"], self._facts, {})
 
     def _offer(self, command, text, *things, shown=None, add=(), delete=()):
         """Makes a command admissible. text: what it answers, then the description of `shown` (id, or "look"); the {} of
@@ -696,6 +687,8 @@ bedroom: alarmclock desk sidetable, book bed desk, cd drawer shelf, cellphone be
     keychain drawer safe, laptop desk bed, pen desk drawer, pencil desk drawer, pillow bed sofa, vase shelf dresser,
     remotecontrol sofa sidetable, watch dresser sidetable""").items()
     for name, *usual, can in re.findall(r"(\w+) (\w+) (\w+)([\w ]*)", things)}
+_HOSTS = {  # object: kinds of receptacle that can hold it
+    name: sorted(set(_ROOMS[room].split()) - _NARROW | set(usual)) for name, (room, usual, _) in _THINGS.items()}
 _TASKS = {  # task type: [treatment, where, two wordings, the goal's variables, its conditions]
     kind: parts.split("|") for kind, parts in _table("""
 pick_and_place: ||put a {o} in {r}.|put some {o} on {r}.|
@@ -715,24 +708,17 @@ pick_cool_then_place_in_recep: cool|fridge|put a cool {o} in {r}.|cool some {o} 
 _BUILT_IN_SIZES = {"train": 2000, "valid_seen": 140, "valid_unseen": 134}  # the last two as in the release
 
 
-@lru_cache(maxsize=None)
-def _hosts(thing):
-    """Kinds of receptacle that can hold the object."""
-    room, usual, _ = _THINGS[thing]
-    return sorted(set(_ROOMS[room].split()) - _NARROW | set(usual))
-
-
 def _draw_house(rng, task_type, house):
     """(object, its target, kinds of receptacle, [objects in each], indices where it is, index of where it is to go)."""
     (treatment, tool, *_), look = _TASKS[task_type], task_type == "look_at_obj_in_light"
     thing = rng.choice([name for name, (room, _, can) in _THINGS.items()
                         if (not treatment or treatment in can) and (not look or room == "bedroom")])
     room, usual, _ = _THINGS[thing]
-    target = rng.choice(["desk", "sidetable"] if look else [kind for kind in _hosts(thing) if kind != tool])
+    target = rng.choice(["desk", "sidetable"] if look else [kind for kind in _HOSTS[thing] if kind != tool])
     sources = []
     for _ in range(2 if task_type == "pick_two_obj_and_place" else 1):
         likely = [kind for kind in usual if look or kind != target] if rng.random() < 0.85 else []
-        sources.append(rng.choice(likely or [kind for kind in _hosts(thing) if look or kind != target]))
+        sources.append(rng.choice(likely or [kind for kind in _HOSTS[thing] if look or kind != target]))
     kinds = list({target, *sources, tool or target})
     single = {"fridge", "microwave", "safe", "sinkbasin"}
     while len(kinds) < house:
@@ -742,7 +728,7 @@ def _draw_house(rng, task_type, house):
     inside = [[thing] * at.count(i) for i in range(house)]
     for other in rng.choices([name for name in _THINGS if _THINGS[name][0] == room and name != thing], k=house):
         likely = [i for i, kind in enumerate(kinds) if kind in _THINGS[other][1]] if rng.random() < 0.85 else []
-        spots = likely or [i for i, kind in enumerate(kinds) if kind in _hosts(other)]
+        spots = likely or [i for i, kind in enumerate(kinds) if kind in _HOSTS[other]]
         if spots and len(inside[spot := rng.choice(spots)]) < 3:
             inside[spot].append(other)
     goal = rng.choice([i for i, kind in enumerate(kinds) if kind == target])
@@ -763,7 +749,7 @@ def _build_game(rng, task_type, house):
             it, can = f"{what}_bar_{i:02d}_{n}", "toggle" if what == "desklamp" else "pickup" + _THINGS[what][2]
             init += f"(objecttype {it} {what})(inreceptacle {it} {spot})(objectatlocation {it} loc_bar_{i:02d})"
             init += "".join(f"({verb}able {it})" for verb in can.split())
-    facts = _parse_facts(init) | {"cancontain": {(kind, name) for name in _THINGS for kind in _hosts(name)}}
+    facts = _parse_facts(init) | {"cancontain": {(kind, name) for name in _THINGS for kind in _HOSTS[name]}}
     name, walkthrough, here, opened = _player_names(facts), [], None, set()
     for k, source in enumerate(at):
         it = name[f"{thing}_bar_{source:02d}_{at[:k].count(source)}"]
@@ -905,8 +891,8 @@ def _terse(text):
 class AlfworldSession:
     """One episode, from Alfworld.start. turns: [(observation, action)], actions cut to one line of 200 characters."""
 
-    def __init__(self, task_id, game, seed, detours):
-        self.task_id, self._game, self._seed, self._detours, self._script = task_id, game, seed, detours, None
+    def __init__(self, game, seed, detours):
+        self._game, self._seed, self._detours, self._script = game, seed, detours, None
         self.observation, self.turns, self.details = game.reset(), [], {"invalid": 0, "inadmissible": 0}
         self.task, self.category, self.group = game.task, game.task_type, ALFWORLD_TYPES[game.task_type][0]
         self.action, self.valid, self.admissible, self.done, self.won, self.score = "", True, True, False, False, 0.0
@@ -939,9 +925,7 @@ class AlfworldSession:
         return "".join(f"{name}: {text}\n" for name, text in lines if text)
 
     def step(self, response, think_closed=False):
-        """Plays a raw response; after the end it does nothing."""
-        if self.done:
-            return
+        """Plays a raw response."""
         action, self.valid = parse_action(response, think_closed)
         self.admissible, self.action = action.strip() in self._game.admissible_commands, one_line(action)
         self.turns.append((self.observation, self.action))
@@ -963,7 +947,7 @@ class Alfworld:
     """ALFWorld's games, or games built from `seed` where there are none. data: folder or zip of the release; skills: a
     public skill directory; task_types: those to keep, as "Pick,Heat"; house: receptacles of a built-in game, 4 to 12;
     detours: see expert_script. Raises UserError for bad values."""
-    name, stop, splits = "alfworld", ("</action>",), ("train", "valid_seen", "valid_unseen")
+    stop, splits = ("</action>",), ("train", "valid_seen", "valid_unseen")
 
     def __init__(self, data=None, seed=233, skills=None, house=6, task_types="", detours=0):
         self.seed, self.house, self.detours, self.skill_names = seed, house, detours, list(ALFWORLD_TYPES)
@@ -1016,7 +1000,7 @@ class Alfworld:
 
     def start(self, task_id, seed=0, detours=None):
         """A new episode. `seed` and `detours` only decide how its expert searches."""
-        return AlfworldSession(task_id, self.game(task_id), seed, self.detours if detours is None else detours)
+        return AlfworldSession(self.game(task_id), seed, self.detours if detours is None else detours)
 
     step = staticmethod(step_each)
 
@@ -1099,14 +1083,13 @@ def download_webshop(folder, full=False, url=WEBSHOP_URL):
             raise UserError(f"Google Drive sent a page instead of {name} (its quota?); try later or fetch it in a "
                             f"browser: https://drive.google.com/uc?id={drive_id}")
     catalogue = Catalogue(folder, which="full" if full else "small")
-    print(f"{folder}: {len(catalogue.asins)} products, {len(catalogue.goals)} goals")
+    print(f"{folder}: {len(catalogue.asins)} products, {catalogue.n_goals} goals")
 
 
 # ---- the catalogue ----
 
 def stream_json(source, block=1 << 20, limit=1 << 26):
     """(key or None, value, first byte, last byte + 1) for every member of one JSON array or object, in bounded memory.
-
     `source`: a path or bytes. Read as Latin-1, where a character is a byte, so that a member's place can be kept and
     the member read again by itself; what is not ASCII is decoded twice. Raises UserError for anything broken."""
     decode, space = json.JSONDecoder().raw_decode, re.compile(r"[\s,:]*")
@@ -1161,7 +1144,6 @@ def _text_nodes(*texts):
 
 class Catalogue:
     """Products, prices, goals and search index, read-only and shared by all sessions.
-
     Kept per product: its place in the files, its price and its postings; texts are read again when needed (the last few
     thousand stay parsed), so that 1.18 M products fit in a few GB. `data`: a directory, or (products, instructions) as
     bytes; `which`: "small", "full" or None, the small one first. Raises UserError for missing or broken files."""
@@ -1181,7 +1163,7 @@ class Catalogue:
             wanted = [(number, i, i + 1) for number in sorted(self._human) for i in range(len(self._human[number]))]
         self.product = lru_cache(8192)(self._read_product)
         self._draw(seed, wanted, price_ranges)
-        self.goals = GoalList(self)
+        self.n_goals = len(self._goal_product)
 
     @staticmethod
     def _find(data, which):
@@ -1289,7 +1271,7 @@ class Catalogue:
                 "features page": _text_nodes(*(" " + bullet for bullet in _bullets(raw)))}
 
     def goal(self, i):
-        """Goal number i as the original's dictionary."""
+        """Goal number i, in the shuffled order, as the original's dictionary; made anew, for there can be millions."""
         number, choice, limit = int(self._goal_product[i]), int(self._goal_choice[i]), float(self._goal_limit[i])
         product = self.product(number)
         if self._human:
@@ -1317,19 +1299,6 @@ class Catalogue:
             wanted, found = " ".join(keywords[1:]).strip(), ((i, self.product(i)[field]) for i in everything)
             return [i for i, value in found if wanted == value or (field == "attributes" and wanted in value)]
         return self.index.search(" ".join(keywords), SEARCH_RESULTS)[0].tolist()
-
-
-class GoalList:
-    """The goals in their shuffled order, made when asked for (the full catalogue has millions)."""
-
-    def __init__(self, catalogue):
-        self._catalogue, self._numbers = catalogue, range(len(catalogue._goal_product))
-
-    def __len__(self):
-        return len(self._numbers)
-
-    def __getitem__(self, i):
-        return [self[j] for j in self._numbers[i]] if isinstance(i, slice) else self._catalogue.goal(self._numbers[i])
 
 
 # ---- the reward ----
@@ -1460,15 +1429,14 @@ def parse_shop_action(action):
 
 
 class WebShop:
-    """One shopping session in the original's text mode. `data`: a directory, or a Catalogue to share."""
+    """One shopping session in the original's text mode, on a Catalogue that all share."""
 
-    def __init__(self, data, seed=233, human_goals=False, page_size=RESULTS_PER_PAGE):
-        self.catalogue = data if isinstance(data, Catalogue) else Catalogue(data, seed, human_goals)
-        self.goals, self.page_size, self.rng = self.catalogue.goals, page_size, random.Random(seed)
+    def __init__(self, catalogue, seed=233, page_size=RESULTS_PER_PAGE):
+        self.catalogue, self.page_size, self.rng = catalogue, page_size, random.Random(seed)
 
     def reset(self, goal_index):
         """Opens the search page of a goal; returns the observation."""
-        self.goal, self.done, self.details = self.goals[goal_index], False, {}
+        self.goal, self.done, self.details = self.catalogue.goal(goal_index), False, {}
         self.sought = int(self.catalogue._goal_product[goal_index])
         self.task = _text_nodes(self.goal["instruction_text"])
         self._home()
@@ -1502,11 +1470,6 @@ class WebShop:
         self.done = True
         self._show("done", {}, *(filled.get(part, part) for part in DONE_PAGE.split("|")))
         return self.observation, reward, True
-
-    @property
-    def available_actions(self):
-        """What can be done on this page, as the original tells it."""
-        return {"has_search_bar": self.kind == "search", "clickables": list(self.clickables)}
 
     def step(self, action):
         """(observation, reward, done) after search[words] or click[a clickable]; anything else changes nothing."""
@@ -1636,15 +1599,12 @@ def shop_category(instruction):
 
 # ---- the environment as sdar.py and eval.py see it ----
 
-parse_shop_response = partial(parse_action, kept=20)  # as the public webshop_projection has it
-
-
 class ShopSession:
     """One episode on one goal; attributes as in every environment of this file."""
 
-    def __init__(self, shop, task_id, goal_index):
+    def __init__(self, shop, goal_index):
         shop.reset(goal_index)
-        self.shop, self.task_id, self.turns, self.action = shop, task_id, [], ""
+        self.shop, self.turns, self.action = shop, [], ""
         self.task = " ".join(shop.goal["instruction_text"].split())
         self.category = self.group = shop_category(self.task)
         self.valid, self.admissible, self.done, self.won, self.score, self.details = True, True, False, False, 0.0, {}
@@ -1655,10 +1615,8 @@ class ShopSession:
         return " [SEP] ".join(f"'{part}'" for part in self.shop.parts)
 
     def step(self, response, think_closed=False):
-        """Plays a raw response; after the end it does nothing."""
-        if self.done:
-            return
-        action, self.valid = parse_shop_response(response, think_closed)
+        """Plays a raw response."""
+        action, self.valid = parse_action(response, think_closed, 20)  # as the public webshop_projection has it
         action = action[:2000]
         self.action = one_line(action, 300)
         self.turns.append((self.observation, self.action))
@@ -1738,12 +1696,11 @@ class ShopSession:
 
 class WebShopEnv:
     """WebShop for training and evaluation. `data`: a directory (see find_data), else an invented catalogue.
-
     Splits: "train" (all goals but the first 500), "test" (a fixed panel of 128 of those 500), "test500" (all of them).
     Goals of "train" that are the same product and the same instruction as one of the 500 are left out.
     Options: human_goals; catalogue "small" or "full"; nouns: see noun_finder."""
 
-    name, stop, splits, skill_names = "webshop", ("</action>",), ("train", "test", "test500"), list(SHOP_KEYWORDS)
+    stop, splits, skill_names = ("</action>",), ("train", "test", "test500"), list(SHOP_KEYWORDS)
 
     def __init__(self, data=None, seed=233, skills=None, human_goals=False, catalogue=None, nouns=""):
         if catalogue not in (None, "small", "full") or human_goals not in (0, 1):
@@ -1754,7 +1711,7 @@ class WebShopEnv:
         self.catalogue = Catalogue(source, seed, human_goals, catalogue, nouns)
         self._page_size = 5 if self.builtin else RESULTS_PER_PAGE  # 5: few products, yet pages to turn
         self.skill = self.all_skills = partial(skill_text, read_skills(skills, SHOP_SKILLS, self.skill_names))
-        count = len(self.catalogue.goals)
+        count = self.catalogue.n_goals
         held_out = min(TEST_GOALS, count // 4)
         panel = sorted(random.Random(233).sample(range(held_out), min(PANEL_GOALS, held_out)))
         self._goals = {"train": self._unseen(held_out, count), "test": np.array(panel, int),
@@ -1765,10 +1722,10 @@ class WebShopEnv:
 
     def _unseen(self, held_out, count):
         """Indices of the training goals: no product with the same instruction is among the test goals."""
-        products, goals = self.catalogue._goal_product, self.catalogue.goals
-        tested = {(products[i], goals[i]["instruction_text"]) for i in range(held_out)}
+        products, goal = self.catalogue._goal_product, self.catalogue.goal
+        tested = {(products[i], goal(i)["instruction_text"]) for i in range(held_out)}
         shared = held_out + np.flatnonzero(np.isin(products[held_out:], products[:held_out]))
-        seen = [i for i in shared if (products[i], goals[i]["instruction_text"]) in tested]
+        seen = [i for i in shared if (products[i], goal(i)["instruction_text"]) in tested]
         return np.setdiff1d(np.arange(held_out, count), seen)
 
     def tasks(self, split):
@@ -1782,7 +1739,7 @@ class WebShopEnv:
         found = re.fullmatch(r"(\w+)/goal-(\d{5,12})", str(task_id), re.ASCII)
         if not found or int(found[2]) not in self._goals.get(found[1], ()):
             raise UserError(f"WebShop has no task {task_id!r}; ask tasks(split) for them")
-        return ShopSession(WebShop(self.catalogue, seed, page_size=self._page_size), str(task_id), int(found[2]))
+        return ShopSession(WebShop(self.catalogue, seed, self._page_size), int(found[2]))
 
     step = staticmethod(step_each)
 
@@ -1813,10 +1770,6 @@ COMPARING = re.compile(r"^(which|who|what|where|are|is|was|were|do|does|did|betw
 RELATION = re.compile(r"\b(of|by|whose|that|who|which|where|when|birthplace)\b|['\u2019]s\b", re.I)
 PROPERTY = re.compile(r"\b(occupation|genre|capital|director|producer|screenwriter|composer|author|religion|sport|"
                       r"mother|father|country|born|river|colou?r)\b|^what (is|was) the \w+ of\b", re.I)
-
-
-class ServerError(UserError):
-    """The search server failed for good. No session was changed: the same step can be made again."""
 
 
 def normalize_answer(text):
@@ -1926,7 +1879,7 @@ def load_questions(path):
 
 def search_server(url, timeout=30.0, retries=4, delay=1.0):
     """Client of Search-R1's server: function (queries, k) -> [[passage, ...] per query], one POST for all queries.
-    Failures are repeated `retries` times with doubling delay (s), refusals (4xx) never; then ServerError."""
+    Failures are repeated `retries` times with doubling delay (s), refusals (4xx) never; then UserError."""
     if not re.match(r"https?://[^/]", str(url)):
         raise UserError(f"search_url {url!r} is no http address; give for example http://127.0.0.1:8000/retrieve")
     url = url if re.match(r"https?://[^/]+/.", url) else url.rstrip("/") + "/retrieve"
@@ -1954,8 +1907,8 @@ def search_server(url, timeout=30.0, retries=4, delay=1.0):
                 problem = one_line(f"{type(error).__name__}: {error}")
                 if isinstance(error, urllib.error.HTTPError) and error.code < 500 and error.code != 429:
                     break  # refused: repeating it cannot help
-        raise ServerError(f"search server {url} failed {attempt + 1} times ({problem}); see that it answers "
-                          "POST /retrieve, then run again (a training is saved and goes on with --resume)")
+        raise UserError(f"search server {url} failed {attempt + 1} times ({problem}); see that it answers "
+                        "POST /retrieve, then run again (a training is saved and goes on with --resume)")
     return retrieve
 
 
@@ -2052,7 +2005,7 @@ class SearchSession:
     """One episode; made by SearchQA.start, advanced by SearchQA.step."""
 
     def __init__(self, question, max_turns):
-        self.question, self.max_turns, self.task_id, self.task = question, max_turns, question.id, question.text
+        self.question, self.max_turns, self.task = question, max_turns, question.text
         self.group, self.category = question.group, search_category(question.text, question.group)
         self.turns, self.found = [], []  # (observation, action), and the passages that the action brought
         self.observation, self.action, self.score, self.details = "", "", 0.0, {}
@@ -2106,7 +2059,7 @@ class SearchSession:
 class SearchQA:
     """The benchmark. `data`: question file or folder; `corpus`: passage file; `search_url`: a Search-R1 server;
     topk: passages a search returns; timeout (s) and retries: see search_server. UserError for unusable data."""
-    name, stop, skill_names = "search", ("</search>", "</answer>"), list(SEARCH_CATEGORIES)
+    stop, skill_names = ("</search>", "</answer>"), list(SEARCH_CATEGORIES)
 
     def __init__(self, data=None, seed=233, skills=None, search_url=None, corpus=None, topk=3, max_turns=4,
                  timeout=30.0, retries=4):
@@ -2153,7 +2106,7 @@ class SearchQA:
         return SearchSession(found[0], self.max_turns)
 
     def step(self, sessions, responses, think_closed=False):
-        """Advance sessions by their responses, all queries in one request; ServerError leaves every session as it was.
+        """Advance sessions by their responses, all queries in one request; a UserError leaves every session as it was.
         `think_closed` changes nothing: the public code judges Search responses by their tags alone."""
         moves = [(session, *parse_search(text)) for session, text in zip(sessions, responses) if not session.done]
         asked = [one_line(content, MAX_QUERY) if kind == "search" else "" for _, kind, content, _ in moves]

@@ -117,8 +117,7 @@ def paired_difference(a, b):
 def summarize(env_name, rows):
     """One summary per group, the paper's columns first and in its order, and `Avg` last: over all episodes, but on
     Search-QA success and F1 are means over the data sets. Rates and scores are 0 to 1, turns are per episode."""
-    names = sorted({r["group"] for r in rows})
-    names.sort(key=lambda name: (COLUMNS[env_name] + (name,)).index(name))
+    names = sorted({r["group"] for r in rows}, key=lambda name: ((COLUMNS[env_name] + (name,)).index(name), name))
     out = []
     for name in [*names, "Avg"]:
         part = [r for r in rows if name in (r["group"], "Avg")]
@@ -172,14 +171,6 @@ def parser_for(command, description, usage):
     return parser
 
 
-def find_checkpoint(name):
-    """(folder or None, its state.json or {}) of what --model names; UserError if its files are damaged."""
-    folder = None if name == "tiny" else sdar.last_checkpoint(Path(name))
-    if not folder or not (folder / "state.json").is_file():
-        return folder, {}
-    return folder, sdar.read_state(folder, unread=("optimizer.pt",))
-
-
 def read_flags(argv):
     """(flags, Settings, checkpoint folder or None, its state.json or {}) of an evaluation; UserError for what cannot
     work. Settings are, in this order: those given as flags, those of the checkpoint, the paper's."""
@@ -192,14 +183,16 @@ def read_flags(argv):
                    "paper's starred rows): those in DIR; without DIR those of the training, else the built-in ones")
     p.add_argument("--temperature", type=float, metavar="T", help="of sampling; 0: greedy (default: the paper's)")
     p.add_argument("--out", metavar="FILE", help="JSON written (default: eval-ENV-SPLIT.json in the model's folder)")
-    names = ["--" + name.replace("_", "-") for name in (*KEPT[1:], "seed", "device")]
+    names = [sdar.flag(name) for name in (*KEPT[1:], "seed", "device")]
     p.epilog = ("These flags of sdar.py work too; by default the settings are the checkpoint's, else the paper's:\n  "
                 + " ".join(names[:8]) + "\n  " + " ".join(names[8:]))
     flags, rest = p.parse_known_args(argv)
     explicit = vars(sdar.make_parser().parse_args(rest))
     if useless := sorted(set(explicit) - {*KEPT, "seed", "device"}):
-        raise UserError(f"--{useless[0].replace('_', '-')} has no effect on an evaluation; leave it out")
-    folder, state = find_checkpoint(flags.model)
+        raise UserError(f"{sdar.flag(useless[0])} has no effect on an evaluation; leave it out")
+    folder = None if flags.model == "tiny" else sdar.last_checkpoint(Path(flags.model))
+    trained = folder and (folder / "state.json").is_file()
+    state = sdar.read_state(folder, unread=("optimizer.pt",)) if trained else {}
     saved = state.get("settings", {})
     name = flags.env or saved.get("env") or sdar.Settings.env
     s, _ = sdar.read_settings(["--env", name, "--model", flags.model])
@@ -232,8 +225,7 @@ def play(policy, env, ids, s, with_skills, unfinished, key):
         for e in sdar.rollout(policy, env, part, s, generator, s.val_temperature, skills, label=label):
             rows.append({"id": e.task_id, "task": env.start(e.task_id).task, "group": e.group, "won": e.won,
                          "score": e.score, "done": e.done, "f1": float(e.details.get("f1", 0.0)), "turns": len(e.turns),
-                         "valid": sum(bool(t.valid) for t in e.turns),
-                         "admissible": sum(bool(t.admissible) for t in e.turns)})
+                         "valid": sum(t.valid for t in e.turns), "admissible": sum(t.admissible for t in e.turns)})
         sdar.write_text(unfinished, json.dumps({"key": key, "rows": rows}, allow_nan=False))
     return rows
 
@@ -282,10 +274,7 @@ def print_summary(result):
              *(row.get(g["group"], "-") for row in paper.values())] for g in result["summary"]]
     header = ["", "n", "success % [95 %]", f"{extra} %", "turns", "valid %", "admissible %"]
     print(render(header + [f"paper's {m}" for m in paper], rows))
-    if paper:
-        print(ORIGIN)
-    else:
-        print("Built-in tasks: nothing published compares with them.")
+    print(ORIGIN if paper else "Built-in tasks: nothing published compares with them.")
 
 
 # ---- reading evaluations: compare, table, gates ----
@@ -295,16 +284,15 @@ def load_result(path):
     result = sdar.read_json(path, f"{path} cannot be read; give a JSON that python eval.py wrote")
     try:
         panel = result["panel"]
-        whole = result["format"] == FORMAT and panel["hash"] == envs.panel_hash(
-            [text for r in result["results"] for text in (r["id"], r["task"])])
+        texts = [text for r in result["results"] for text in (r["id"], r["task"])]
+        if (result["format"], panel["hash"]) != (FORMAT, envs.panel_hash(texts)):
+            raise ValueError
         result["summary"] = summarize(result["env"], result["results"])
         # what two evaluations must share to be compared; built-in tasks are other ones if their world has other options
         result["tasks"] = f"{result['env']}, {panel['name']}, hash {panel['hash']}" + (
             f", BUILT-IN tasks ({result['settings']['env_args'] or 'no --env-args'})" * result["builtin"])
     except (KeyError, TypeError, AttributeError, ValueError, ZeroDivisionError):
-        whole = False
-    if not whole:
-        raise UserError(f"{path} is not a whole evaluation; give a JSON that python eval.py wrote")
+        raise UserError(f"{path} is not a whole evaluation; give a JSON that python eval.py wrote") from None
     return result
 
 
@@ -517,13 +505,11 @@ def endless(policy):
     return dataclasses.replace(policy, end_ids=frozenset(), closing_ids=frozenset(), cache=None)
 
 
-def stretched(prompts_of):
+def stretched(policy, sessions, s, skills, student_prompts=sdar.student_prompts):
     """student_prompts, but of the longest prompts that the settings allow: each is repeated up to its budget."""
-    def prompts(policy, sessions, s, skills):
-        sizes = [s.max_teacher_prompt if skill else s.max_prompt for skill in skills]
-        return [((ids * (size // len(ids) + 1))[:size], cut)
-                for (ids, cut), size in zip(prompts_of(policy, sessions, s, skills), sizes)]
-    return prompts
+    sizes = [s.max_teacher_prompt if skill else s.max_prompt for skill in skills]
+    return [((ids * (size // len(ids) + 1))[:size], cut)
+            for (ids, cut), size in zip(student_prompts(policy, sessions, s, skills), sizes)]
 
 
 def alternate(calls, pairs, device):
@@ -661,8 +647,8 @@ def bench_learning(policy, turns, s, flags):
 def head_memory(kind, device, tokens, width, chunk):
     """MiB beyond inputs, weight and their gradients while log-probabilities of `tokens` positions over HEAD_VOCAB words
     are computed and differentiated; kind: "chunked" as in training, or "full" logits. nan where nobody can tell."""
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    hidden, weight = (torch.randn(n, width, device=device, dtype=dtype).requires_grad_() for n in (tokens, HEAD_VOCAB))
+    kind_of = {"device": device, "dtype": sdar.weight_dtype(device)}
+    hidden, weight = (torch.randn(n, width, **kind_of).requires_grad_() for n in (tokens, HEAD_VOCAB))
     targets = torch.arange(tokens, device=device)                                                       # (N,)
     small = weight.detach()[:64].clone().requires_grad_()
     sdar.chunked_logps(hidden[:8].detach(), small, targets[:8]).sum().backward()  # start-up costs are not counted
@@ -746,7 +732,7 @@ def bench(argv):
     flags, s = bench_flags(argv)
     with contextlib.ExitStack() as stack:
         if flags.longest:
-            stack.enter_context(mock.patch.object(sdar, "student_prompts", stretched(sdar.student_prompts)))
+            stack.enter_context(mock.patch.object(sdar, "student_prompts", stretched))
             stack.enter_context(mock.patch.object(sys.modules[__name__], "LENGTHS", [512]))
         bench_table(flags, s)
 

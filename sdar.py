@@ -29,8 +29,6 @@ are in envs.py, measuring is in eval.py.
     python sdar.py --help                                                # every setting, explained
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import copy
@@ -235,10 +233,9 @@ def check_settings(s):
                 "temperature", "micro_tokens", "head_chunk", "grad_clip", "keep", "save_every", "lr", "warm_lr",
                 "warm_tasks", "clip", "tiny_width", "tiny_layers")
     for f in dataclasses.fields(s):  # a config.json may hold anything
-        value, kind = getattr(s, f.name), type(f.default)
+        name, value, kind = f.name, getattr(s, f.name), type(f.default)
         if type(value) not in (kind, int if kind is float else kind) or value not in (f.metadata["choices"] or [value]):
-            raise UserError(f"{flag(f.name)} cannot be {value!r}")
-    for name, value in dataclasses.asdict(s).items():
+            raise UserError(f"{flag(name)} cannot be {value!r}")
         if name in positive and not 0 < value < math.inf:
             raise UserError(f"{flag(name)} must be above 0, not {value}")
         if isinstance(value, (int, float)) and name != "seed" and not 0 <= value < math.inf:
@@ -863,10 +860,10 @@ def enough_memory():
 
 
 def in_halves(work, batch, model):
-    """[work(batch)], or where memory runs out the results for its halves, and so on. What is left of the gradients of
-    the attempt that failed is dropped, so that nothing counts twice."""
+    """work(batch), a list, or where memory runs out those of its halves, joined, and so on. What is left of the
+    gradients of the attempt that failed is dropped, so that nothing counts twice."""
     try:
-        return [work(batch)]
+        return work(batch)
     except RuntimeError as error:
         if not out_of_memory(error) or len(batch) == 1:
             raise
@@ -890,8 +887,7 @@ def score_turns(model, groups, prompt_field, result_field, s, label):
                      for batch in batches_of(turns, s, prompt_field)], []
     prefix = functools.cache(lambda number: read_prefix(model, [getattr(t, prompt_field) for t in groups[number]]))
     for number, batch in progress(share(todo), desc=label):
-        parts = in_halves(functools.partial(score, prefix(number)), batch, model)
-        results.append([values for part in parts for values in part])
+        results.append(in_halves(functools.partial(score, prefix(number)), batch, model))
     for (_, batch), rows in zip(todo, gather(results)):
         for turn, values in zip(batch, rows):
             setattr(turn, result_field, values)
@@ -1126,12 +1122,12 @@ def step_loss(policy, turns, s, step=0, baseline=0.0):
 
 
 def backward(state, turns, s, baseline):
-    """Add the gradient of a micro-batch to state.grads; the sums of step_loss, and each turn's log-probabilities (T,)
-    on the CPU."""
+    """Add the gradient of a micro-batch to state.grads; [(the sums of step_loss, each turn's log-probabilities (T,) on
+    the CPU)]."""
     loss, sums, logp, mask = step_loss(state.policy, turns, s, state.step, baseline)
     loss.backward()
     collect_gradients(state)
-    return {k: float(value) for k, value in sums.items()}, [row[keep] for row, keep in zip(logp.cpu(), mask.cpu())]
+    return [({k: float(v) for k, v in sums.items()}, [row[keep] for row, keep in zip(logp.cpu(), mask.cpu())])]
 
 
 def update(state, episodes, s, lr):
@@ -1188,9 +1184,8 @@ def learn_step(state, episodes, bandit, phases, s):
 
 
 # ======== Generation: what a rollout spends its time on ==============================================================
-# `generate` is all that the rest of the file knows of it: prompts in, sampled token ids out, and what to ask next. The
-# greedy ones are those of model.generate; the machinery is here because that one copies its cache for every token and
-# pads what has ended.
+# `generate` is all that the rest of the file knows of it. Its greedy tokens are those of model.generate, which copies
+# its cache for every token and pads what has ended.
 
 def response_ended(policy, ids, stop):
     """Whether the last of these sampled ids ends the response: an EOS, or the last piece of a closing tag."""
@@ -1327,7 +1322,7 @@ def room(policy, rows, length, s):
 
 class KeyValues:
     """Keys and values of a batch in buffers of a fixed size, row i's token t in slot t, in the place of transformers'
-    cache: that one copies all it holds for every token, and moves, which a CUDA graph could not follow."""
+    cache, which moves with every token, so that no CUDA graph could follow."""
 
     def __init__(self, rows, length, device, graphs, lengths=False):
         self.rows, self.length, self.layers = rows, length, []
@@ -1383,9 +1378,9 @@ def prefill(policy, kv, prompts, places, s):
     """Read the prompts into these rows of kv, equal ones once, s.micro_tokens at a time; padded on the right, where
     causal attention never looks. Returns the logits (B, V) of the first tokens."""
     from transformers import DynamicCache
-    where, hidden = {}, [None] * len(prompts)
-    for number, prompt in enumerate(prompts):
-        where.setdefault(tuple(prompt), []).append(number)
+    where, hidden = {}, {}
+    for prompt, place in zip(prompts, places):
+        where.setdefault(tuple(prompt), []).append(place)
     unique = list(where)
     for batch in micro_batches([len(p) for p in unique], s.micro_tokens):
         chosen, cache = [unique[i] for i in batch], DynamicCache(config=policy.model.config)
@@ -1393,13 +1388,10 @@ def prefill(policy, kv, prompts, places, s):
         ids = send([p + (0,) * (width - len(p)) for p in chosen], policy.device)                        # (U, L)
         last = trunk(policy.model, ids, cache)                                                          # (U, L, D)
         source = [i for i, p in enumerate(chosen) for _ in where[p]]
-        numbers = [number for p in chosen for number in where[p]]
-        kv.store(cache, source, [places[number] for number in numbers])
+        kv.store(cache, source, [place for p in chosen for place in where[p]])
         ends = send([len(p) - 1 for p in chosen], policy.device)                                        # (U,)
-        ends = last[torch.arange(len(chosen), device=policy.device), ends]                              # (U, D)
-        for i, number in zip(source, numbers):
-            hidden[number] = ends[i]
-    return policy.head(torch.stack(hidden))
+        hidden.update(zip(chosen, last[torch.arange(len(chosen), device=policy.device), ends]))         # (U, D)
+    return policy.head(torch.stack([hidden[tuple(p)] for p in prompts]))
 
 
 def decode_step(policy, kv, n, span):
@@ -1503,7 +1495,6 @@ def fuse(model):
     """Make every norm, rotary embedding and gated activation of a Llama or Qwen model one kernel of a GPU instead of
     three to ten, whose time is that of reading and writing memory, or in decoding that of starting. What lay between
     those kernels was rounded to bf16, and is not now. For other models nothing changes."""
-    modeling, rotary = sys.modules[type(model).__module__], "apply_rotary_pos_emb"
     try:
         compiled(gated)(*torch.ones(2, 2, 16, device=model.device))
         torch._dynamo.config.recompile_limit = 64  # there are about 8 kinds of shapes, after which it would give up
@@ -1514,8 +1505,12 @@ def fuse(model):
             replace_forward(module, fused_norm, module.weight)
         if hasattr(module, "gate_proj") and "SiLU" in type(getattr(module, "act_fn", None)).__name__:
             replace_forward(module, fused_mlp, module.gate_proj.weight)
-    if hasattr(modeling, rotary) and not hasattr(getattr(modeling, rotary), "plain"):
-        setattr(modeling, rotary, fused_rotary(getattr(modeling, rotary)))
+    modeling = sys.modules[type(model).__module__]
+    plain = getattr(modeling, "apply_rotary_pos_emb", None)
+    if plain and not hasattr(plain, "plain"):
+        def rotary(q, *rest, **options):  # (q, k, cos, sin)
+            return (compiled(plain) if q.is_cuda else plain)(q, *rest, **options)
+        rotary.plain, modeling.apply_rotary_pos_emb = plain, rotary
 
 
 @torch.no_grad()
@@ -1545,14 +1540,6 @@ def fused_norm(self, x):
 
 def fused_mlp(self, x):
     return self.down_proj(compiled(gated)(self.gate_proj(x), self.up_proj(x)))
-
-
-def fused_rotary(plain):
-    """transformers' apply_rotary_pos_emb(q, k, cos, sin), compiled where its tensors are on a GPU."""
-    def rotary(q, *rest, **options):
-        return (compiled(plain) if q.is_cuda else plain)(q, *rest, **options)
-    rotary.plain = plain
-    return rotary
 
 
 # ======== The vocabulary head in chunks ===============================================================================
