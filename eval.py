@@ -547,7 +547,7 @@ def weights_met(policy, tokens, written):
 def bench_env(policy, env, s):
     """(prompts, table rows). Experts play s.group_size episodes of each task, each some turns further than the one
     before, as a rollout is in its middle; `prompts` holds for every episode those that it has seen."""
-    tasks, played, times = sdar.draw_tasks(env, s.split or env.splits[0], s, 0, s.groups), [], []
+    tasks, played, times = sdar.draw_tasks(env, s, 0, s.groups), [], []
     clock = time.perf_counter
     for i in range(s.groups * s.group_size):
         session, prompts = env.start(tasks[i // s.group_size], seed=i), []

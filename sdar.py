@@ -444,7 +444,7 @@ def build_tiny(texts, s):
 
 def tiny_texts(env, s, count=300):
     """Text for `tiny`'s tokenizer: prompts and responses of expert episodes, and the skills."""
-    for task in draw_tasks(env, s.split or env.splits[0], s, 0, count):
+    for task in draw_tasks(env, s, 0, count):
         session = env.start(task, seed=stream(s, "texts", task))
         while not session.done and len(session.turns) < s.max_turns:
             yield session.prompt(history=s.history, brief=s.prompt_style == "brief")
@@ -480,8 +480,7 @@ def student_prompts(policy, sessions, s, skills):
     except where a method gives skills to the student itself (Skill-GRPO, Skill-Prompt). Beyond the budget of tokens
     first the oldest history goes, then the middle of the observation, never the skill; UserError if that is not
     enough."""
-    brief = s.prompt_style == "brief"
-    texts = [x.prompt(skill, min(s.history, len(x.turns)), brief=brief) for x, skill in zip(sessions, skills)]
+    texts = [x.prompt(skill, s.history, brief=s.prompt_style == "brief") for x, skill in zip(sessions, skills)]
     budgets = [s.max_teacher_prompt if skill else s.max_prompt for skill in skills]
     return [(ids, False) if len(ids) <= budget else (shortened_prompt(policy, x, s, skill, budget), True)
             for ids, x, skill, budget in zip(encode_chats(policy.tokenizer, texts), sessions, skills, budgets)]
@@ -977,9 +976,9 @@ def apply_update(state, lr, grad_clip):
     return norm.item(), finite
 
 
-def draw_tasks(env, split, s, cursor, count):
-    """`count` task ids of the split from position `cursor` of an endless sequence of shuffled epochs."""
-    ids, drawn = env.tasks(split), []
+def draw_tasks(env, s, cursor, count):
+    """`count` task ids of the training split from position `cursor` of an endless sequence of shuffled epochs."""
+    ids, drawn = env.tasks(s.split or env.splits[0]), []
     while len(drawn) < count:
         epoch, start = divmod(cursor + len(drawn), len(ids))
         order = ids[:]
@@ -1027,7 +1026,7 @@ def play_step(state, env, reference, s):
     interrupted. Returns (episodes, the bandit after them, seconds and tokens per second by phase)."""
     policy, phases, bandit = state.policy, {}, copy.deepcopy(state.bandit)
     lap = stopwatch(phases, policy.device)
-    tasks, skills = draw_tasks(env, s.split or env.splits[0], s, state.cursor, s.groups), None
+    tasks, skills = draw_tasks(env, s, state.cursor, s.groups), None
     categories = [env.start(task).category for task in tasks]
     if uses_teacher(s) or s.algo == "skill-grpo":
         skills = choose_skills(env, categories, s, bandit, state.step)
@@ -1142,7 +1141,7 @@ def update(state, episodes, s, lr):
     state.policy.model.train()
     with progress(total=len(share(turns)), desc="update", unit="turn") as bar:
         for mini in minis:
-            if s.gate_baseline and uses_teacher(s):
+            if s.gate_baseline:
                 old, teacher = (torch.cat([getattr(t, name) for t in mini]) for name in ("old_logp", "teacher_logp"))
                 baseline = sdar_gate(old, teacher, s.beta).mean().item()
             if s.diagnose_every and uses_teacher(s) and state.step % s.diagnose_every == 0 and mini is minis[0]:
@@ -1639,7 +1638,7 @@ def warm_start_step(state, env, s):
     token in nats. The prompt's own tokens count s.warm_prompt_loss each: guessing them teaches copying. The last step
     leaves a fresh optimizer for RL behind, so that no interruption can come between the two."""
     policy, turns = state.policy, []
-    tasks = draw_tasks(env, s.split or env.splits[0], s, state.warm_step * s.warm_tasks, s.warm_tasks)
+    tasks = draw_tasks(env, s, state.warm_step * s.warm_tasks, s.warm_tasks)
     for i, task in enumerate(tasks):
         turns += expert_turns(policy, env, task, s, stream(s, "expert", state.warm_step, i))
     count, total = sum(len(response) for _, response in turns), 0.0
@@ -1654,8 +1653,8 @@ def warm_start_step(state, env, s):
         collect_gradients(state)
         total -= float(logp.detach()[mask & ~prompt].sum())
     total = sum(gather([total]))  # before the gradients are: where a process has ended, this says so in one line
-    progress = state.warm_step / s.warm_start
-    lr = s.warm_lr * min(1.0, (state.warm_step + 1) / 20) * (0.55 + 0.45 * math.cos(math.pi * progress))
+    cosine = math.cos(math.pi * (state.warm_step / s.warm_start))
+    lr = s.warm_lr * min(1.0, (state.warm_step + 1) / 20) * (0.55 + 0.45 * cosine)
     apply_update(state, lr, s.grad_clip)
     policy.model.eval()
     state.warm_step += 1
@@ -1919,10 +1918,10 @@ def save_checkpoint(state, s):
         state.policy.tokenizer.save_pretrained(part)
         own = [None if m is p else m for p, m in zip(state.policy.model.parameters(), state.masters)]
         torch.save({"optimizer": state.optimizer.state_dict(), "masters": own}, part / "optimizer.pt")
-        progress = {"step": state.step, "warm_step": state.warm_step, "cursor": state.cursor, "bandit": state.bandit,
-                    "tasks": state.tasks, "settings": dataclasses.asdict(s),
-                    "files": {p.name: file_digest(p) for p in part.iterdir()}}
-        write_text(part / "state.json", json.dumps(progress, indent=1))
+        saved = {"step": state.step, "warm_step": state.warm_step, "cursor": state.cursor, "bandit": state.bandit,
+                 "tasks": state.tasks, "settings": dataclasses.asdict(s),
+                 "files": {p.name: file_digest(p) for p in part.iterdir()}}
+        write_text(part / "state.json", json.dumps(saved, indent=1))
         for path in part.iterdir():
             with open(path, "rb+") as f:
                 os.fsync(f.fileno())
@@ -1949,7 +1948,7 @@ def read_state(path, unread=()):
 
 def load_checkpoint(path, s):
     """State from a checkpoint folder; UserError as read_state."""
-    progress = read_state(path)
+    kept = read_state(path)
     state = make_state(load_policy(str(path), s.device), s)
     saved = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
     with torch.no_grad():
@@ -1960,8 +1959,8 @@ def load_checkpoint(path, s):
         old["fused"] = new["fused"]  # the device and --offload may have changed; it says where the step counts belong
     state.optimizer.load_state_dict(saved["optimizer"])
     for name in ("step", "warm_step", "cursor", "bandit"):
-        setattr(state, name, progress[name])
-    state.tasks = progress.get("tasks", "")
+        setattr(state, name, kept[name])
+    state.tasks = kept.get("tasks", "")
     return state
 
 

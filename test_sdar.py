@@ -1556,7 +1556,7 @@ def test_a_response_without_thinking_is_valid_only_where_the_prompt_has_closed_i
 def test_training_tasks_run_through_every_epoch(env):
     """An epoch holds each training task once, whatever the step size, and no task of a validation split."""
     s, ids = settings(), env.tasks("train")
-    drawn = [t for cursor in range(0, len(ids), 50) for t in sdar.draw_tasks(env, "train", s, cursor, min(50, len(ids) - cursor))]
+    drawn = [t for cursor in range(0, len(ids), 50) for t in sdar.draw_tasks(env, s, cursor, min(50, len(ids) - cursor))]
     assert sorted(drawn) == ids and drawn != ids
     assert not set(ids) & set(env.tasks("valid_seen") + env.tasks("valid_unseen"))
 
