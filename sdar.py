@@ -7,9 +7,9 @@ privileged prompt is the teacher; each token's detached gap opens or closes a ga
 
     Delta_t = log pi(y_t | s_t, skill) - log pi(y_t | s_t)            the teacher-student gap
     g_t     = sigmoid(beta * Delta_t)                                 the gate            -> sdar_gate
-    L       = L_GRPO + lambda * mean_t( g_t * (log pi_teacher - log pi_student) )         -> sdar_tokens, step_loss
+    L       = L_GRPO + lambda * mean( g_t * (log pi_teacher - log pi_student) )           -> sdar_tokens, step_loss
 
-At test time the skills are gone.
+The mean is over the tokens of an episode, then over episodes (--loss-agg). At test time the skills are gone.
 
 How to read it. The file follows the paper: settings, policy, prompts, rollout, advantages and losses, scoring,
 training. Two dataclasses travel through it: a `Turn` (one prompt, one response) and an `Episode` (its turns and its
@@ -78,7 +78,7 @@ class Settings:
     env: str = opt("alfworld", "benchmark", ("alfworld", "webshop", "search"))
     model: str = opt("tiny", "Hugging Face name, folder, GGUF file, or `tiny` (a million parameters, no download)")
     algo: str = opt("sdar", "training objective", METHODS)
-    as_released: bool = opt(False, "the public code's objective: advantages over turns, token mean, its baselines")
+    as_released: bool = opt(False, "the public code's objective: advantages over turns, token mean, KL, baselines")
     out: str = opt("", "run folder (default: runs/ENV-ALGO-MODEL)")
     seed: int = opt(233, "seed of task order, sampling and initial weights; the world itself never depends on it")
     device: str = opt("auto", "auto, cpu, cuda, cuda:1, mps")
@@ -92,7 +92,7 @@ class Settings:
     split: str = opt("", "training split (default: the benchmark's own)")
     val_split: str = opt("", "validation split (default: the benchmark's own)")
     # rollout
-    groups: int = opt(16, "tasks per step")
+    groups: int = opt(16, "tasks per step, each the task of one group of GRPO")
     group_size: int = opt(8, "episodes per task, the G of GRPO")
     max_turns: int = opt(50, "turns before an episode ends as a failure")
     history: int = opt(2, "past turns shown in the prompt")
@@ -112,8 +112,9 @@ class Settings:
                         "public code", ("trajectory", "token"))
     gate: str = opt("gap", "what opens a token's gate", ("gap", "entropy", "soft-or", "none"))
     beta: float = opt(5.0, "sharpness of the gate")
-    gate_baseline: bool = opt(False, "subtract the mini-batch's mean gate: same expected gradient, less variance")
-    divergence: str = opt("sampled", "what is gated: the sampled log-ratio, or an exact divergence over the vocabulary",
+    gate_baseline: bool = opt(False, "subtract the mini-batch's mean gate: less variance, no reward for brevity")
+    divergence: str = opt("sampled", "what is gated: the sampled log-ratio, or an exact divergence over the vocabulary "
+                          "(with --gate none: full distillation)",
                           ("sampled", "reverse-kl", "forward-kl", "jsd"))
     lam: float = opt(0.01, "lambda, the weight of the distillation term")
     rlsd_lam: float = opt(0.5, "share of RLSD's advantage that the teacher scales")
@@ -521,7 +522,7 @@ class Turn:
     text: str
     action: str
     observation: str                    # what the agent saw before it acted
-    valid: bool                         # well-formed, as the public code judges
+    valid: bool                         # well-formed by the public code's rule, but see Policy.think_closed
     admissible: bool                    # among the actions offered
     teacher_ids: list = None
     shortened: bool = False
@@ -591,7 +592,7 @@ def rollout(policy, env, task_ids, s, generator, temperature, skills=None, teach
 
 # ======== Advantages and losses =======================================================================================
 # Every loss is first a per-token function, (B, T) -> (B, T). aggregate() makes it a scalar with weights (B, T) that
-# token_weights() computed ONCE for the whole mini-batch: slicing them into micro-batches cannot change the gradient.
+# token_weights() computed ONCE for the whole step or mini-batch: micro-batches, slices of it, change no gradient.
 
 def group_normalized_advantages(rewards, group_ids, eps=1e-6):
     """GRPO's A = (R - mean_G) / (std_G + eps), Bessel's std: rewards (N,), N hashable group_ids -> (N,) float32, CPU.
@@ -667,7 +668,8 @@ def sdar_tokens(student_logp, teacher_logp, beta=5.0, gate="gap", entropy=None, 
 
 def sdar_loss(student_logp, teacher_logp, mask, beta=5.0, weights=None, gate="gap", entropy=None, **options):
     """SDAR's distillation loss -> (scalar, metrics: token means of gap_diagnostics). All (B, T); options as for
-    sdar_tokens. weights: this micro-batch's slice of token_weights(...); by default the token mean over `mask`."""
+    sdar_tokens. weights: this micro-batch's slice of token_weights(...); by default the token mean over `mask`. Not used
+    here: for other trainers, as grpo_loss."""
     student_logp, teacher_logp, entropy = _blank(mask, student_logp, teacher_logp, entropy)
     tokens = sdar_tokens(student_logp, teacher_logp, beta, gate, entropy, **options)
     values, mean = gap_diagnostics(student_logp, teacher_logp, beta, gate, entropy), token_weights(mask)
@@ -874,17 +876,17 @@ def in_halves(work, batch, model):
 
 
 @torch.no_grad()
-def score_turns(model, groups, prompt_field, result_field, s, label):
-    """Set turn.<result_field>, (T,) on the CPU: log-probabilities of the response under turn.<prompt_field>. groups:
-    lists of turns; what the prompts of a group have in common at their beginning is read once per group."""
+def score_turns(model, lists, prompt_field, result_field, s, label):
+    """Set turn.<result_field>, (T,) on the CPU, of the turns in these lists: log-probabilities of the response under
+    turn.<prompt_field>. What the prompts of a list have in common at their beginning is read once."""
     def score(prefix, batch):
         prompts, responses = [getattr(t, prompt_field) for t in batch], [t.response_ids for t in batch]
         logp, mask, _, _ = response_logps(model, prompts, responses, s, prefix=prefix)
         return [values[keep].clone() for values, keep in zip(logp.cpu(), mask.cpu())]
     model.eval()
-    todo, results = [(number, batch) for number, turns in enumerate(groups)
+    todo, results = [(number, batch) for number, turns in enumerate(lists)
                      for batch in batches_of(turns, s, prompt_field)], []
-    prefix = functools.cache(lambda number: read_prefix(model, [getattr(t, prompt_field) for t in groups[number]]))
+    prefix = functools.cache(lambda number: read_prefix(model, [getattr(t, prompt_field) for t in lists[number]]))
     for number, batch in progress(share(todo), desc=label):
         results.append(in_halves(functools.partial(score, prefix(number)), batch, model))
     for (_, batch), rows in zip(todo, gather(results)):
@@ -1039,7 +1041,7 @@ def play_step(state, env, reference, s):
         if s.retrieval == "ucb" and skills:
             bandit[categories[episode.group_id]][episode.skill_name][1] += episode.won / s.group_size
     turns = [t for e in episodes for t in e.turns]
-    read = sum(len(t.prompt_ids) + len(t.response_ids) for t in turns)
+    tokens = sum(len(t.prompt_ids) + len(t.response_ids) for t in turns)
     lap("rollout", sum(len(t.response_ids) for t in turns))
     if uses_teacher(s):
         by_skill = {}
@@ -1049,18 +1051,18 @@ def play_step(state, env, reference, s):
         lap("teacher", sum(len(t.teacher_ids) + len(t.response_ids) for t in turns))
     if reference is not None:
         score_turns(reference, [turns], "prompt_ids", "ref_logp", s, "reference")
-        lap("reference", read)
-    if (s.mini_batch and len(turns) > s.mini_batch) or s.gate_baseline:  # else the current policy is the old one
+        lap("reference", tokens)
+    if (s.mini_batch and len(turns) > s.mini_batch) or s.gate_baseline:  # one update per rollout: old is current
         score_turns(policy.model, [turns], "prompt_ids", "old_logp", s, "old policy")
-        lap("old_policy", read)
+        lap("old_policy", tokens)
     assign_advantages(episodes, s)
     return episodes, bandit, phases
 
 
 def assign_advantages(episodes, s):
     """Set turn.advantage. Over trajectories (Algorithm 1): one normalised reward per episode, shared by its turns; the
-    penalty for a malformed response is taken off after the normalisation, for before it one bad turn in a group of
-    equal rewards would get -20. Over turns: as the public code, penalty and all, each turn a sample of its own."""
+    penalty for a malformed response is taken off after the normalisation, for before it one bad turn among n of equal
+    reward would get -sqrt(n), about. Over turns: as the public code, penalty and all, each turn a sample of its own."""
     turns = [(e, t) for e in episodes for t in e.turns]
     penalty = lambda turn: s.invalid_penalty * (not turn.valid)
     if s.advantage_over == "turns":
@@ -1084,15 +1086,15 @@ def assign_weights(episodes, minis, s):
     if s.loss_agg == "token":
         for mini in minis:
             assign(mini)
-    else:  # times the number of mini-batches: the mean over them is then the paper's sum
+    else:  # they sum to 1 over the step; each of its mini-batches, an optimizer step of its own, needs that much
         owners = [i for i, e in enumerate(episodes) for _ in e.turns]
         assign([t for e in episodes for t in e.turns], len(minis), mode="trajectory", trajectory_ids=owners)
 
 
 def step_loss(policy, turns, s, step=0, baseline=0.0):
-    """The loss of these turns as their share of the mini-batch's (the shares add up), sums over their tokens for the
-    log, their log-probabilities and the mask, (B, T). `step` is RLSD's clock, `baseline` the mini-batch's mean gate if
-    one is to be subtracted."""
+    """These turns' part of the mini-batch's loss (the parts add up to it), sums over their tokens for the log, their
+    log-probabilities and the mask, (B, T). `step` is RLSD's clock, `baseline` the mini-batch's mean gate where one is
+    subtracted."""
     prompts, responses = [t.prompt_ids for t in turns], [t.response_ids for t in turns]
     logp, mask, hidden, entropy = response_logps(policy.model, prompts, responses, s, s.gate in ("entropy", "soft-or"))
     column = lambda name: None if getattr(turns[0], name) is None else unflatten(
@@ -1106,8 +1108,8 @@ def step_loss(policy, turns, s, step=0, baseline=0.0):
     divergence = None
     if s.divergence != "sampled" and teacher is not None:
         with torch.no_grad():
-            above, _, _ = response_hidden(policy.model, [t.teacher_ids for t in turns], responses)
-        divergence = unflatten(chunked_divergence(hidden, above, policy.head.weight, s.divergence, s.head_chunk,
+            taught, _, _ = response_hidden(policy.model, [t.teacher_ids for t in turns], responses)
+        divergence = unflatten(chunked_divergence(hidden, taught, policy.head.weight, s.divergence, s.head_chunk,
                                                   policy.head.bias, s.temperature), mask)
     tokens = method_tokens(s.algo, logp, old, advantages, teacher, ref, s.lam, s.kl, s.clip, s.dual_clip, s.as_released,
                            beta=s.beta, gate=s.gate, entropy=entropy, divergence=divergence, baseline=baseline)
@@ -1137,7 +1139,7 @@ def update(state, episodes, s, lr):
     count = -(-len(turns) // (s.mini_batch or len(turns)))
     minis = [turns[i::count] for i in range(count)]  # of equal size: Adam makes as much of two turns as of many
     assign_weights(episodes, minis, s)
-    totals, norms, apart, baseline = {}, [], {}, 0.0
+    totals, norms, term_norms, baseline = {}, [], {}, 0.0
     state.policy.model.train()
     with progress(total=len(share(turns)), desc="update", unit="turn") as bar:
         for mini in minis:
@@ -1145,7 +1147,7 @@ def update(state, episodes, s, lr):
                 old, teacher = (torch.cat([getattr(t, name) for t in mini]) for name in ("old_logp", "teacher_logp"))
                 baseline = sdar_gate(old, teacher, s.beta).mean().item()
             if s.diagnose_every and uses_teacher(s) and state.step % s.diagnose_every == 0 and mini is minis[0]:
-                apart = term_gradients(state.policy, mini, s, state.step, baseline)
+                term_norms = term_gradients(state.policy, mini, s, state.step, baseline)
             batches, results = batches_of(mini, s), []
             for batch in share(batches):
                 results.append(in_halves(lambda part: backward(state, part, s, baseline), batch, state.policy.model))
@@ -1161,7 +1163,7 @@ def update(state, episodes, s, lr):
     if not norms:
         raise UserError("no gradient of this step is finite, the training has diverged; start again with a lower --lr")
     loss, tokens = totals.pop("loss"), totals.pop("tokens")
-    return {"loss": loss / len(minis), **{name: value / tokens for name, value in totals.items()}, **apart,
+    return {"loss": loss / len(minis), **{name: value / tokens for name, value in totals.items()}, **term_norms,
             "grad_norm": sum(norms) / len(norms), "updates": len(minis),
             "updates_skipped": len(minis) - len(norms), "lr": lr, "update_tokens": int(tokens)}
 
