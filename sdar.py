@@ -92,7 +92,7 @@ class Settings:
     split: str = opt("", "training split (default: the benchmark's own)")
     val_split: str = opt("", "validation split (default: the benchmark's own)")
     # rollout
-    groups: int = opt(16, "tasks per step, each the task of one group of GRPO")
+    groups: int = opt(16, "tasks per step, one group of GRPO each")
     group_size: int = opt(8, "episodes per task, the G of GRPO")
     max_turns: int = opt(50, "turns before an episode ends as a failure")
     history: int = opt(2, "past turns shown in the prompt")
@@ -668,8 +668,8 @@ def sdar_tokens(student_logp, teacher_logp, beta=5.0, gate="gap", entropy=None, 
 
 def sdar_loss(student_logp, teacher_logp, mask, beta=5.0, weights=None, gate="gap", entropy=None, **options):
     """SDAR's distillation loss -> (scalar, metrics: token means of gap_diagnostics). All (B, T); options as for
-    sdar_tokens. weights: this micro-batch's slice of token_weights(...); by default the token mean over `mask`. Not used
-    here: for other trainers, as grpo_loss."""
+    sdar_tokens. weights: this micro-batch's slice of token_weights(...); by default the token mean over `mask`. Not
+    used here: for other trainers, as grpo_loss is."""
     student_logp, teacher_logp, entropy = _blank(mask, student_logp, teacher_logp, entropy)
     tokens = sdar_tokens(student_logp, teacher_logp, beta, gate, entropy, **options)
     values, mean = gap_diagnostics(student_logp, teacher_logp, beta, gate, entropy), token_weights(mask)

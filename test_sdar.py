@@ -1289,7 +1289,7 @@ def test_help_explains_every_setting(capsys):
     assert stop.value.code == 0 and "objective:" in text
     for f in dataclasses.fields(sdar.Settings):
         assert sdar.flag(f.name) + " " in text and f.metadata["help"][:40] in " ".join(text.split())
-    assert "tasks per step (default: 16)" in text and "(default: False)" not in text and "(default: )" not in text
+    assert "one group of GRPO each (default: 16)" in text and "(default: False)" not in text and "(default: )" not in text
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "state.json"])
