@@ -72,7 +72,7 @@ def find_data(name, data=None):
     if data == "built-in":
         return None
     if not (named := data or os.environ.get(variable)):
-        cache = Path.home() / ".cache" / name
+        cache = Path(os.path.expanduser("~/.cache")) / name
         return cache if cache.is_dir() and any(cache.iterdir()) else None
     path = Path(os.path.expandvars(os.path.expanduser(str(named))))
     if not path.exists():
@@ -183,6 +183,15 @@ def skill_text(library, category=None, brief=False):
 
 # ---- downloads ----
 
+def file_digest(path):
+    """SHA-256 of a file, hex."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def download(url, path, sha256=None, tries=5):
     """Fetches `url` into `path` with a progress bar. A broken transfer is taken up again where it stopped (HTTP Range),
     in this call or a later one: until it is complete the data is in `path` + ".part". Checks the length, and `sha256`
@@ -199,6 +208,8 @@ def download(url, path, sha256=None, tries=5):
         except urllib.error.HTTPError as error:
             if error.code != 416:
                 raise UserError(f"{url} answers {error.code} {error.reason}; check the address or try later") from None
+            if error.headers.get("Content-Range") == f"bytes */{part.stat().st_size}":
+                break  # it was whole already
             part.unlink()  # the file on the server is not longer than what was here: begin again
             trouble = str(error)
         except (OSError, http.client.HTTPException) as error:
@@ -206,7 +217,7 @@ def download(url, path, sha256=None, tries=5):
             time.sleep(min(0.2 * 2 ** attempt, 5))
     else:
         raise UserError(f"{url}: {trouble}; run the same command again to resume")
-    if sha256 not in (None, hashlib.sha256(part.read_bytes()).hexdigest()):
+    if sha256 and file_digest(part) != sha256:
         part.unlink()
         raise UserError(f"{url} is not the expected file (its sha256 differs); it was removed, download it again")
     part.replace(path)
@@ -218,6 +229,8 @@ def _transfer(url, part):
     have = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     with urllib.request.urlopen(request, timeout=60) as reply:
+        if have and reply.headers.get_content_type() == "text/html":
+            raise UserError(f"{url} answers with a page instead of the file (its quota?); try later, {part} is kept")
         have = have if reply.status == 206 else 0  # else the server sends the whole file
         length = reply.headers.get("Content-Length")
         total = have + int(length) if length else None
@@ -1843,9 +1856,10 @@ def read_question(path, number, row):
              row.get("answers"), row.get("answer"))
     answers = next((value if isinstance(value, list) else [value] for value in given if value), [])
     text = row.get("question") or extra.get("question")
-    if not isinstance(text, str) or not text.strip() or not answers:
+    plain = answers and all(isinstance(answer, (str, int, float)) for answer in answers)
+    if not isinstance(text, str) or not text.strip() or not plain:
         raise UserError(f"{path}, line {number}: no `question` with answers (golden_answers, answers, answer or "
-                        "reward_model.ground_truth.target); mend the line or take it out")
+                        "reward_model.ground_truth.target: a text or a list of texts); mend the line or take it out")
     named = str(row.get("data_source") or row.get("dataset") or "")
     found = {DATASET_ALIASES.get(word) for word in re.split("[^a-z0-9]+", (named or path.name).lower())} - {None}
     group = found.pop() if len(found) == 1 else named or "other"
@@ -1856,11 +1870,12 @@ def read_question(path, number, row):
 
 
 def load_questions(path):
-    """File or folder -> ({split: {id: Question}}, passage files in the folder). Split by file name (train*, dev*,
-    val*, test*), else by hash of the id (20 % test); wordings found in another split are taken out of train."""
+    """File or folder -> ({split: {id: Question}}, passage files in the folder). Split by file name (a word in it begins
+    with train, dev, val or test), else by hash of the id (20 % test); wordings found in another split are taken out of
+    train."""
     splits, passages, folder = {"train": {}, "test": {}}, [], path.is_dir()
     for file in sorted(path.iterdir()) if folder else [path]:
-        named = re.match("train|test|dev|val", file.name.lower())
+        named = re.search("(?<![a-z])(?:train|test|dev|val)", file.name.lower())
         rows = read_rows(file) if not folder or file.name.endswith((".jsonl", ".jsonl.gz", ".parquet")) else ()
         for count, (number, row) in enumerate(rows):
             if folder and not count and "question" not in row and "extra_info" not in row:
@@ -1869,8 +1884,8 @@ def load_questions(path):
             question = read_question(file, number, row)
             drawn = "test" if int(panel_hash([question.id])[:4], 16) < 0.2 * 65536 else "train"
             split = splits.setdefault(named[0].replace("val", "dev") if named else drawn, {})
-            while any(other.get(question.id, question).text != question.text for other in splits.values()):
-                question = question._replace(id=question.id + "'")
+            if any(other.get(question.id, question).text != question.text for other in splits.values()):
+                question = question._replace(id=f"{question.id}-{panel_hash([question.text])}")
             split[question.id] = question
     held = {normalize_answer(q.text) for name in splits if name != "train" for q in splits[name].values()}
     splits["train"] = {key: q for key, q in splits["train"].items() if normalize_answer(q.text) not in held}
@@ -1935,7 +1950,7 @@ def corpus_search(path):
 
     stat = path.stat()
     name = f"{path.name}.{panel_hash([str(stat.st_size), str(stat.st_mtime_ns)])}.bm25.npz"
-    files, index = [path.parent / name, Path.home() / ".cache" / "search-index" / name], None
+    files, index = [path.parent / name, Path(os.path.expanduser("~/.cache")) / "search-index" / name], None
     for file in files:
         with suppress(ValueError):  # none there, or damaged: the next one, or built anew
             index = index or BM25.load(file)
@@ -2143,6 +2158,8 @@ def bench_alfworld(data, games=20, wandering=10):
     """Print the mean milliseconds of a load, a reset and a step (text and admissible commands), beside the original
     engine's where it is installed: the same games, random commands, then the walkthrough, every text compared."""
     env, rng, differences = Alfworld(data=data), random.Random(0), 0
+    if env.builtin:
+        raise UserError("the benchmark needs the official games; give their folder or archive")
     seconds = {what: ([], []) for what in ("load", "reset", "step")}  # here, and the original's
 
     def timed(what, *calls):
@@ -2184,11 +2201,11 @@ def main(argv=None):
         match argv:
             case ["download", name, *folder] if name in fetch and len(folder) < 2:
                 benchmark = name.removesuffix("-full")
-                default = os.environ.get(benchmark.upper() + "_DATA") or Path.home() / ".cache" / benchmark
-                fetch[name](Path(*folder or [default]))
+                default = os.environ.get(benchmark.upper() + "_DATA") or f"~/.cache/{benchmark}"
+                fetch[name](Path(os.path.expanduser(os.path.expandvars(*folder or [default]))))
             case ["bench", data]:
                 bench_alfworld(data)
-            case ["bench", data, games] if games.isdigit():
+            case ["bench", data, games] if re.fullmatch("[1-9][0-9]*", games):
                 bench_alfworld(data, int(games))
             case _:
                 raise UserError(f"usage: python envs.py download {'|'.join(fetch)} [DIR], or: bench DATA [GAMES]")

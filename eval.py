@@ -59,8 +59,9 @@ ORIGIN = ("Published: Qwen2.5-3B-Instruct, arXiv 2605.15155; another protocol (1
 NOTE = "The header counts tasks. Intervals: one run, Wilson's over its episodes; several, Student's over their rates."
 KEPT = ("skills", "data", "env_args", "search_url", "corpus", "prompt_style", "history", "max_turns", "max_prompt",
         "max_teacher_prompt", "max_response", "rollout_rows", "no_graphs")  # settings that come from the checkpoint
-OF_NO_WEIGHT = ("seed out data device corpus search_url keep log_episodes micro_tokens head_chunk rollout_rows offload "
-                "recompute no_graphs save_every diagnose_every val_every val_episodes val_split").split()
+OF_NO_WEIGHT = ("seed out data device keep log_episodes micro_tokens head_chunk rollout_rows offload recompute "
+                "no_graphs save_every diagnose_every val_every val_episodes val_split").split()
+OF_NO_RESULT = ("rollout_rows", "no_graphs", "search_url")  # may change when an interrupted evaluation goes on
 CHUNK = 1024  # episodes played together: bounds the memory of a panel of 50,000 questions
 
 
@@ -213,6 +214,8 @@ def play(policy, env, ids, s, with_skills, unfinished, key):
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # none there, or not whole
         saved = json.loads(unfinished.read_text(encoding="utf-8"))
         rows = saved["rows"] if saved["key"] == key else []
+        if not rows:
+            print(f"{unfinished} is of other settings, weights or skills: not used", flush=True)
     if rows:
         print(f"the first {len(rows)} tasks were played before an interruption", flush=True)
     for start in range(len(rows), len(ids), CHUNK):
@@ -254,7 +257,9 @@ def evaluate(argv):
               "settings": {key: getattr(s, key) for key in (*KEPT, "seed", "val_temperature")},
               "torch": torch.__version__, "transformers": transformers.__version__}
     weights = sorted(folder.glob("*.safetensors")) if folder else []
-    key = json.dumps([header, env.all_skills(), [(f.name, f.stat().st_size, f.stat().st_mtime) for f in weights]])
+    same = {**header, "device": "", "settings": {k: v for k, v in header["settings"].items() if k not in OF_NO_RESULT}}
+    key = json.dumps([same, env.all_skills(), [(f.name, f.stat().st_size, f.stat().st_mtime) for f in weights]])
+    refuse_another(out, same)
     began, unfinished = time.time(), Path(f"{out}.unfinished")
     rows = play(policy, env, ids, s, bool(skills), unfinished, key)
     result = {**header, "seconds": time.time() - began, "finished": time.time(), "summary": summarize(s.env, rows),
@@ -265,14 +270,25 @@ def evaluate(argv):
     print(f"written: {out} ({result['seconds']:.0f} s)")
 
 
+def refuse_another(out, header):
+    """UserError if `out` holds an evaluation of the same weights in other settings, which would be lost."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        old = json.loads(out.read_text(encoding="utf-8"))
+        differing = [key for key, value in header["settings"].items() if old["settings"][key] != value]
+        differing += [key for key in ("panel", "skills") if old[key] != header[key]]
+        if differing and all(old[key] == header[key] for key in ("format", "model", "checkpoint", "step")):
+            raise UserError(f"{out} holds an evaluation of this model with other {differing[0]}; choose another --out")
+
+
 def print_summary(result):
     """One evaluation as a table; beside real tasks the paper's rows, for orientation."""
-    env, extra = result["env"], "f1" if result["env"] == "search" else "score"
+    env, extra = result["env"], {"search": "f1", "webshop": "score"}.get(result["env"])  # ALFWorld's is the success
     paper = {} if result["builtin"] else {m: published(env, m) for m in ("Vanilla", "GRPO", "SDAR")}
-    rows = [[g["group"], g["n"], percent(g["success"], g["success_95"]), percent(g[extra], g.get(f"{extra}_95")),
-             f"{g['turns']:.1f}", percent(g["valid"]), percent(g["admissible"]),
-             *(row.get(g["group"], "-") for row in paper.values())] for g in result["summary"]]
-    header = ["", "n", "success % [95 %]", f"{extra} %", "turns", "valid %", "admissible %"]
+    second = lambda g: [percent(g[extra], known_spread(g.get(f"{extra}_95")))] if extra else []
+    rows = [[g["group"], g["n"], percent(g["success"], g["success_95"]), *second(g), f"{g['turns']:.1f}",
+             percent(g["valid"]), percent(g["admissible"]), *(row.get(g["group"], "-") for row in paper.values())]
+            for g in result["summary"]]
+    header = ["", "n", "success % [95 %]", *([f"{extra} %"] if extra else []), "turns", "valid %", "admissible %"]
     print(render(header + [f"paper's {m}" for m in paper], rows))
     print(ORIGIN if paper else "Built-in tasks: nothing published compares with them.")
 
@@ -305,20 +321,24 @@ def compare(argv):
     if a["tasks"] != b["tasks"]:
         raise UserError(f"different panels, {a['tasks']} and {b['tasks']}: only evaluations of the same tasks pair")
     rows, parts = [], []
-    for ga, gb in zip(a["summary"], b["summary"]):
+    for u, v in zip(a["results"], b["results"]):
+        v["group"] = u["group"]  # another version of the code may have called it otherwise
+    for ga, gb in zip(a["summary"], summarize(b["env"], b["results"])):
         x, y = ([row["won"] for row in r["results"] if ga["group"] in (row["group"], "Avg")] for r in (a, b))
         only_a, only_b = sum(u and not v for u, v in zip(x, y)), sum(v and not u for u, v in zip(x, y))
         parts.append(paired_difference(x, y))
-        if ga["group"] == "Avg" and a["env"] == "search":
-            parts[-1] = macro(parts[:-1])
+        pairs = [only_a, only_b, f"{mcnemar_exact(only_a, only_b):.3g}"]
+        if ga["group"] == "Avg" and a["env"] == "search":  # over data sets, which counts of episodes are not
+            parts[-1], pairs = macro(parts[:-1]), ["-"] * 3
         rows.append([ga["group"], ga["n"], percent(ga["success"]), percent(gb["success"]), percent(*parts[-1], "+"),
-                     only_a, only_b, f"{mcnemar_exact(only_a, only_b):.3g}"])
+                     *pairs])
     for letter, path, r in zip("AB", files, (a, b)):
         print(f"{letter}: {path}: {r['model']}, step {r['step']}, {r['skills'] or 'no'} skills in the prompt")
     print(a["tasks"] + "\n" + render(["", "n", "A %", "B %", "B - A [95 %]", "only A", "only B", "p"], rows))
-    score = mean_interval([v["score"] - u["score"] for u, v in zip(a["results"], b["results"])])
-    print(f"score, B - A [95 %]: {percent(*score, '+')}\n"
-          "Intervals: Newcombe's method 10 for paired proportions (score: Student's t; Avg of Search-QA: joined over\n"
+    if a["env"] == "webshop":  # elsewhere the score is the success
+        score = mean_interval([v["score"] - u["score"] for u, v in zip(a["results"], b["results"])])
+        print(f"score, B - A [95 %]: {percent(*score, '+')}")
+    print("Intervals: Newcombe's method 10 for paired proportions (score: Student's t; Avg of Search-QA: joined over\n"
           "data sets); p: McNemar's exact test, two-sided. How much training runs differ by seed is in neither.")
     for key, value in a["settings"].items():
         if value != b["settings"].get(key):
@@ -352,8 +372,14 @@ def table(argv):
             notes.append(f"{run}: missing, evaluate it with python eval.py --model {run}")
         if len(results) < len(found):
             notes.append(f"{run}: {len(found) - len(results)} evaluation(s) of an earlier checkpoint left out")
-        for r in sorted(results, key=lambda r: r["finished"]):  # of two under one name, the newer one
-            tables.setdefault((r["tasks"], r["base_model"]), {}).setdefault(method_name(r), {})[run] = r
+        for r in results:
+            settings = {key: value for key, value in r["settings"].items() if key != "seed"}
+            weights = json.dumps([r["checkpoint"] or r["model"], r["training"], settings])  # however the path is spelt
+            rows = tables.setdefault((r["tasks"], r["base_model"]), {}).setdefault(method_name(r), {})
+            old = rows.setdefault(weights, r)
+            rows[weights] = max(r, old, key=lambda r: r["finished"])
+            if r["finished"] != old["finished"]:
+                notes.append(f"{run}: evaluated more than once in the same settings, the newest is shown")
         if results and results[0]["step"] != results[0]["steps"]:
             notes.append(f"{run}: not finished, step {results[0]['step']} of {results[0]['steps']}")
     for (tasks, base), methods in sorted(tables.items()):
@@ -362,13 +388,20 @@ def table(argv):
     print("\n".join(notes), end="\n" if notes else "")
 
 
+def trained_as(result):
+    """The settings of a model's training; those that an evaluation has too under another name."""
+    names = {key: f"training's {key}" if key in KEPT else key for key in result["training"] if key not in OF_NO_WEIGHT}
+    built_in = {"training's data": "built-in"} if result["training"].get("data") == "built-in" else {}
+    return {name: result["training"][key] for key, name in names.items()} | built_in
+
+
 def told_apart(methods):
     """{name: {run: its evaluation}} with a row of its own for each setting, of training or evaluation, that runs of a
     method differ in, called as "SDAR, beta 0.0": only runs that differ in nothing but seed and bookkeeping
     (OF_NO_WEIGHT) may be averaged."""
     rows = {}
     for name, runs in methods.items():
-        used = {run: {**r["training"], **r["settings"]} for run, r in runs.items()}
+        used = {run: {**trained_as(r), **r["settings"]} for run, r in runs.items()}
         keys = dict.fromkeys(key for own in used.values() for key in own if key not in OF_NO_WEIGHT)
         differing = [key for key in keys if len({str(own.get(key)) for own in used.values()}) > 1]
         for run, r in runs.items():
@@ -392,13 +425,18 @@ def method_table(methods):
     return ["method", "runs", *(f"{c} ({counts[c]})" if c in counts else c for c in columns)], rows
 
 
+def known_spread(limits):
+    """An interval, or None where equal values would make it a single point: they do not tell how far others may lie."""
+    return limits if limits and limits[0] < limits[1] else None
+
+
 def cell(results, column):
     """The mean over runs of what stands in a column, in percent with its 95 % interval (see NOTE)."""
     kind, group = ("score", "Avg") if column == "Score" else ("success", column)
     found = [g for r in results for g in r["summary"] if g["group"] == group]
     mean, limits = mean_interval([g[kind] for g in found])
     limits = found[0][kind + "_95"] if len(found) == 1 else limits
-    return percent(mean, limits if limits[0] < limits[1] else None)  # runs that agree have no spread
+    return percent(mean, known_spread(limits))
 
 
 def gates(argv):

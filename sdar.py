@@ -181,7 +181,7 @@ def make_parser():
     parser = argparse.ArgumentParser(
         prog="sdar.py", usage="python sdar.py [--env ENV] [--model MODEL] [flags]", description=__doc__,
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=30, width=120),
-        argument_default=argparse.SUPPRESS,
+        argument_default=argparse.SUPPRESS, allow_abbrev=False,
         epilog="Defaults are the paper's for ALFWorld; the other benchmarks and `tiny` have presets (PRESETS, TINY).")
     parser.error = lambda message: fail(f"{message}; see python sdar.py --help")
     parser.add_argument("--resume", metavar="RUN", help="continue the run in this folder with its own settings")
@@ -428,7 +428,7 @@ def build_tiny(texts, s):
     trainer = trainers.BpeTrainer(vocab_size=s.tiny_vocab, show_progress=False,
                                   special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    bpe.train_from_iterator(itertools.chain(roles, texts), trainer)
+    bpe.train_from_iterator(itertools.chain(roles, map(encodable, texts)), trainer)
     tags = [f"<{slash}{tag}>" for tag in ("think", "action", "search", "answer") for slash in ("", "/")]
     bpe.add_tokens([AddedToken(tag, normalized=False) for tag in tags])  # before the training they would be lost
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>",
@@ -462,6 +462,11 @@ def render_chat(tokenizer, text):
                                          add_generation_prompt=True, enable_thinking=False)
 
 
+def encodable(text):
+    """The text without halves of characters, as a cut JSON string may hold: no tokenizer takes them."""
+    return text.encode("utf-8", "replace").decode()
+
+
 def encode_chats(tokenizer, texts):
     """Token ids of user messages, each in the chat template; in one call, which shares them out among the cores.
     Special tokens that a model or a web page wrote as plain text are taken out first: they would end the message and
@@ -470,6 +475,7 @@ def encode_chats(tokenizer, texts):
     forged = re.compile("|".join(map(re.escape, sorted(special | set(tokenizer.all_special_tokens)))))
 
     def harmless(text):
+        text = encodable(text)
         while (less := forged.sub("", text)) != text:  # one that was wrapped around another is left after the first
             text = less
         return text
@@ -1628,7 +1634,7 @@ def expert_turns(policy, env, task_id, s, seed):
     session, lot, turns = env.start(task_id, seed=seed), random.Random(seed), []
     while not session.done and len(turns) < s.max_turns:
         skill = env.skill(session.category, s.prompt_style == "brief") if lot.random() < 0.5 else ""
-        text = session.expert()
+        text = encodable(session.expert())
         (ids, _), = student_prompts(policy, [session], s, [skill])
         turns.append((ids, policy.tokenizer(text, add_special_tokens=False)["input_ids"]))
         env.step([session], [text])
@@ -1862,7 +1868,7 @@ def read_json(path, missing):
 def write_text(path, text):
     """Write a file whole or not at all."""
     part = Path(f"{path}.part")
-    part.write_text(text, encoding="utf-8")
+    part.write_text(text, encoding="utf-8", errors="replace")
     os.replace(part, path)
 
 
@@ -1870,7 +1876,7 @@ def write_log(s, name, rows):
     """Append rows to one of the run's JSON-lines files; one log for all ranks."""
     if ranks()[0] > 0:
         return
-    with open(Path(s.out) / name, "a", encoding="utf-8") as f:
+    with open(Path(s.out) / name, "a", encoding="utf-8", errors="replace") as f:
         f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
@@ -1882,15 +1888,6 @@ def read_lines(path):
         with contextlib.suppress(ValueError):
             rows.append(json.loads(line))
     return [row for row in rows if isinstance(row, dict) and "step" in row]
-
-
-def file_digest(path):
-    """SHA-256 of a file, hex."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as f:
-        while block := f.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def checkpoints(run):
@@ -1922,7 +1919,7 @@ def save_checkpoint(state, s):
         torch.save({"optimizer": state.optimizer.state_dict(), "masters": own}, part / "optimizer.pt")
         saved = {"step": state.step, "warm_step": state.warm_step, "cursor": state.cursor, "bandit": state.bandit,
                  "tasks": state.tasks, "settings": dataclasses.asdict(s),
-                 "files": {p.name: file_digest(p) for p in part.iterdir()}}
+                 "files": {p.name: envs.file_digest(p) for p in part.iterdir()}}
         write_text(part / "state.json", json.dumps(saved, indent=1))
         for path in part.iterdir():
             with open(path, "rb+") as f:
@@ -1942,7 +1939,7 @@ def read_state(path, unread=()):
     state, whole = read_json(path / "state.json", f"{path} is no checkpoint (no state.json)"), False
     with contextlib.suppress(AttributeError, KeyError, TypeError, OSError):
         whole = {"step", "warm_step", "cursor", "bandit", "settings"} <= set(state) and all(
-            file_digest(path / name) == digest for name, digest in state["files"].items() if name not in unread)
+            envs.file_digest(path / name) == digest for name, digest in state["files"].items() if name not in unread)
     if not whole:
         raise UserError(f"the checkpoint {path} is damaged; delete that folder to use the one before it")
     return state
@@ -2123,6 +2120,8 @@ def leave(status):
 
 def main(argv=None):
     """The command line."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a path or a task may hold what this terminal cannot show
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler that wants its machine back: as Ctrl-C
     try:
         with enough_memory():

@@ -514,6 +514,14 @@ def test_special_tokens_in_text_are_text(policy):
         assert forged.count(number) == nested.count(number) == plain.count(number) > 0
 
 
+def test_half_of_a_character_can_be_encoded_trained_on_and_logged(policy, tmp_path):
+    text = "a lamp \ud83d"
+    assert sdar.encode_chats(policy.tokenizer, [text]) == sdar.encode_chats(policy.tokenizer, ["a lamp ?"])
+    sdar.build_tiny([text] * 3, settings())
+    sdar.write_log(settings(out=str(tmp_path)), "episodes.jsonl", [{"step": 1, "observation": text}])
+    assert sdar.read_lines(tmp_path / "episodes.jsonl") == [{"step": 1, "observation": "a lamp ?"}]
+
+
 def test_tokens_that_are_special_without_a_role_are_no_text_either(policy):
     """As Llama 3's header tokens, which its `all_special_tokens` does not name."""
     from tokenizers import AddedToken
@@ -3016,9 +3024,12 @@ def file_server():
                 start = int(asked.split("=")[1].split("-")[0])
             self.server.asked.append(start)
             if start >= len(body) or self.path.endswith("missing"):
-                self.send_error(416 if start else 404)
+                self.send_response(416 if start else 404)
+                self.send_header("Content-Range", f"bytes */{len(body)}")
+                self.end_headers()
                 return
             self.send_response(206 if start else 200)
+            self.send_header("Content-Type", self.server.kind)
             self.send_header("Content-Length", str(len(body) - start))
             self.end_headers()
             self.wfile.write(body[start:][: self.server.stop_after])
@@ -3028,6 +3039,7 @@ def file_server():
 
     file_server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     file_server.body, file_server.asked, file_server.stop_after, file_server.ranges = bytes(range(256)) * 2000, [], None, True
+    file_server.kind = "application/octet-stream"
     threading.Thread(target=file_server.serve_forever, daemon=True).start()
     file_server.url = f"http://127.0.0.1:{file_server.server_port}/file.bin"
     yield file_server
@@ -3043,7 +3055,8 @@ def test_bench_runs_without_the_original(tmp_path, capsys, monkeypatch):
     out = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in out[:3]] == ["load", "reset", "step"] and "not installed" in out[3]
     assert all(float(line.split()[1]) > 0 for line in out[:3])
-    for words in ([], ["bench"], ["bench", "a", "many"], ["download", "chess"], ["bench", str(tmp_path / "none")]):
+    for words in ([], ["bench"], ["bench", "a", "many"], ["download", "chess"], ["bench", str(tmp_path / "none")],
+                  ["bench", "built-in"], ["bench", str(archive), "0"], ["bench", str(archive), "\u00b2"]):
         assert envs.main(words) == 2 and capsys.readouterr().err.startswith("error: ")
 
 
@@ -3065,7 +3078,16 @@ def test_downloads_are_checked(file_server, tmp_path):
     assert not list(tmp_path.glob("x*"))
     (tmp_path / "y.part").write_bytes(b"left over" * 100_000)  # longer than the file: begin again
     assert download(file_server.url, tmp_path / "y").read_bytes() == file_server.body
+    (tmp_path / "w.part").write_bytes(file_server.body)  # whole, but something failed before it got its name
+    file_server.asked.clear()
+    assert download(file_server.url, tmp_path / "w").read_bytes() == file_server.body
+    assert file_server.asked == [len(file_server.body)]
     (tmp_path / "z.part").write_bytes(b"other")
+    file_server.ranges, file_server.kind = False, "text/html; charset=utf-8"  # a quota page in the place of the rest
+    with pytest.raises(UserError, match="page instead of the file"):
+        download(file_server.url, tmp_path / "z")
+    assert (tmp_path / "z.part").read_bytes() == b"other"
+    file_server.kind = "application/octet-stream"
     file_server.ranges = False  # a file_server that always sends all of it
     assert download(file_server.url, tmp_path / "z").read_bytes() == file_server.body
 
@@ -3761,10 +3783,10 @@ def test_reads_every_known_layout_and_names_the_data_set(tmp_path):
 def test_splits_from_names_are_disjoint_in_wording(tmp_path):
     def row(text):
         return {"question": text, "golden_answers": ["x"], "data_source": "nq"}
-    write(tmp_path / "train.jsonl", [row("only train?"), row("In both?")])
-    write(tmp_path / "test.jsonl.gz", [row("in both"), row("only test?")])
+    write(tmp_path / "latest_train.jsonl", [row("only train?"), row("In both?")])
+    write(tmp_path / "nq-test.jsonl.gz", [row("in both"), row("only test?")])
     write(tmp_path / "dev_small.jsonl", [row("only dev?")])
-    write(tmp_path / "validation.jsonl", [row("valid?")])
+    write(tmp_path / "nq_validation.jsonl", [row("valid?")])
     write(tmp_path / "corpus.jsonl", ANIMALS)
     write(tmp_path / "predictions.jsonl", [{"pred": "x"}])
     env = SearchQA(data=tmp_path)
@@ -3781,6 +3803,18 @@ def test_equal_ids_in_two_files_are_two_questions(tmp_path):
     env = SearchQA(data=tmp_path)
     for split in env.splits:
         assert sorted(env.start(task).task for task in env.tasks(split)) == [f"{split} {i}?" for i in range(3)]
+
+
+def test_equal_ids_in_one_file_are_told_apart_at_once(tmp_path):
+    questions = load_questions(write(tmp_path / "test.jsonl", [{"id": 0, "question": f"Q{i}?", "answer": "x"} for i in range(5000)]))
+    assert len(questions[0]["test"]) == 5000
+
+
+@pytest.mark.parametrize("answer", [{"text": ["Ann"], "answer_start": [3]}, [None], [["Ann"]]])
+def test_answers_that_are_no_texts_are_refused(tmp_path, answer):
+    """As SQuAD's: their text as Python writes it would be an answer that nobody gives."""
+    with pytest.raises(UserError, match="line 1: no `question` with answers"):
+        load_questions(write(tmp_path / "test.jsonl", [{"question": "Who?", "answers": answer}]))
 
 
 def test_half_of_a_character_in_a_question_is_a_question_mark(tmp_path):
@@ -4130,7 +4164,7 @@ def result_file(path, wins, groups=None, env="alfworld", algo="sdar", step=5, id
         "format": ev.FORMAT, "env": env, "source": "", "builtin": True, "split": "valid_seen", "model": "m",
         "step": step, "panel": {"name": "all", "hash": hash_of(ids)}, "algo": algo, "steps": step and 5,
         "training": more.pop("training", {}), "base_model": "tiny", "skills": None, "settings": settings, "finished": 1.0,
-        "checkpoint": f"step-{step or 0:06d}",
+        "checkpoint": str(path.parent / "checkpoints" / f"step-{step:06d}") if step else "",
         "results": rows, **more}))
     return str(path)
 
@@ -4316,7 +4350,18 @@ def test_compare_averages_over_data_sets_on_search(tmp_path, capsys):
     b = result_file(tmp_path / "b.json", [1] * 10 + [0] * 10 + [0] * 4, groups, env="search")
     ev.main(["compare", a, b])
     row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("Avg"))
-    assert row.split()[2:5] == ["0.0", "25.0", "+25.0"]                               # not 10 of 24
+    assert row.split()[2:5] == ["0.0", "25.0", "+25.0"] and row.split()[-3:] == ["-"] * 3  # not 10 of 24
+
+
+def test_compare_takes_the_groups_of_the_first(tmp_path, capsys):
+    """Which group a task is in may have been said otherwise by an earlier version of the code."""
+    a = result_file(tmp_path / "a.json", [1, 0, 1, 0], ["apparel", "apparel", "other", "other"], env="webshop")
+    b = result_file(tmp_path / "b.json", [1, 1, 1, 0], ["apparel", "footwear", "other", "footwear"], env="webshop")
+    ev.main(["compare", a, b])
+    text = capsys.readouterr().out
+    assert [row.split()[:4] for row in text.splitlines() if row.startswith(("apparel", "other"))] == [
+        ["apparel", "2", "50.0", "100.0"], ["other", "2", "50.0", "50.0"]]
+    assert "score, B - A" in text
 
 
 def test_compare_refuses_other_panels_worlds_and_files(tmp_path, capsys):
@@ -4366,6 +4411,31 @@ def test_table_shows_runs_beside_the_paper_and_says_what_is_missing(tmp_path, ca
     marked = [row for row in capsys.readouterr().out.splitlines() if row.startswith("|")]
     assert len({row.count("|") for row in marked}) == 1 and set(marked[1]) <= set("|-: ")
     assert "nothing" in refused(capsys, "table", tmp_path / "nothing")
+
+
+def rows_of_table(capsys, *files):
+    ev.main(["table", *map(str, files)])
+    out = capsys.readouterr().out
+    return [row.split("  ")[0] for row in out.splitlines() if row.startswith("SDAR")][:-1], out
+
+
+def test_table_tells_trainings_apart_that_were_evaluated_alike(tmp_path, capsys):
+    """The skills of the training are not those of the evaluation, nor is its world."""
+    files = [result_file(tmp_path / f"{i}" / "e.json", [1, 0, 1], training={"skills": skills, "data": data, "seed": i})
+             for i, (skills, data) in enumerate([("", "built-in"), ("/lib", "built-in"), ("", "/games"), ("", "/moved/games")])]
+    assert rows_of_table(capsys, *files[:2])[0] == ["SDAR, training's skills", "SDAR, training's skills /lib"]
+    assert rows_of_table(capsys, files[0], files[2])[0] == ["SDAR, training's data None", "SDAR, training's data built-in"]
+    assert rows_of_table(capsys, files[2], files[3])[0] == ["SDAR"]
+
+
+def test_table_counts_a_run_once(tmp_path, capsys):
+    run = make_run(tmp_path / "r")
+    sampled = result_file(run / "eval-a.json", [1, 0, 1])
+    again = result_file(run / "eval-b.json", [1, 1, 1], seed=1, finished=2.0)
+    rows, out = rows_of_table(capsys, sampled, f"{run}/../r/eval-a.json", again)
+    line = next(row for row in out.splitlines() if row.startswith("SDAR "))
+    assert rows == ["SDAR"] and line.split()[1:3] == ["1", "100.0"] and out.count("evaluated more than once") == 1
+    assert "evaluated more" not in rows_of_table(capsys, sampled, sampled)[1]
 
 
 def test_table_averages_only_runs_that_differ_in_nothing_but_seed(tmp_path, capsys):
@@ -4427,7 +4497,7 @@ def test_the_skill_reaches_the_agents_prompt_only_when_asked(run, monkeypatch, t
     monkeypatch.setattr(sdar, "generate", lambda policy, prompts, *a, **k: seen.extend(prompts) or inner(policy, prompts, *a, **k))
     for flags in ([], ["--skills"]):
         ev.main(["--model", str(run), "--device", "cpu", "--episodes", "1", "--max-turns", "1",
-                 "--out", str(tmp_path / "x"), *flags])
+                 "--out", str(tmp_path / f"x{len(flags)}"), *flags])
     assert len(seen) == 2 and len(seen[1]) > len(seen[0]) + 20
 
 
@@ -4459,7 +4529,7 @@ def test_an_interrupted_evaluation_goes_on(run, monkeypatch, tmp_path, capsys):
     assert not (tmp_path / "x").exists() and len(played) == 6
     kept = (tmp_path / "x.unfinished").read_text()
     capsys.readouterr()
-    assert evaluate(tmp_path / "x") == whole and played[6:] == [r["id"] for r in whole[3:]]
+    assert evaluate(tmp_path / "x", "--rollout-rows", "64") == whole and played[6:] == [r["id"] for r in whole[3:]]
     assert "the first 3 tasks" in capsys.readouterr().out and not (tmp_path / "x.unfinished").exists()
     weights = next(run.glob("checkpoints/*/*.safetensors"))
     for change in ("--seed", "damage", "skills", "weights"):
@@ -4467,11 +4537,41 @@ def test_an_interrupted_evaluation_goes_on(run, monkeypatch, tmp_path, capsys):
         if change == "weights":
             os.utime(weights, (1, 1))
         del played[:]
+        (tmp_path / "x").unlink()
         with monkeypatch.context() as patch:
             if change == "skills":
                 patch.setattr(envs, "skill_text", lambda *which: "the folder holds others now")
             evaluate(tmp_path / "x", *["--seed", "1"] * (change == "--seed"))
         assert len(played) == 8, change
+        assert ("x.unfinished is of other settings" in capsys.readouterr().out) == (change != "damage")
+
+
+def test_an_evaluation_in_other_settings_is_not_written_over(run, tmp_path, capsys):
+    out, argv = tmp_path / "x.json", ["--model", str(run), "--device", "cpu", "--max-turns", "1", "--out", str(tmp_path / "x.json")]
+    ev.main([*argv, "--episodes", "2"])
+    ev.main([*argv, "--episodes", "2", "--rollout-rows", "3"])
+    capsys.readouterr()
+    for flags, hint in ((["--episodes", "2", "--temperature", "0"], "val_temperature"), (["--episodes", "3"], "panel"),
+                        (["--episodes", "2", "--skills"], "skills")):
+        assert f"other {hint}; choose another --out" in refused(capsys, *argv, *flags)
+    assert len(ev.load_result(out)["results"]) == 2
+    out.write_text("{}")
+    ev.main([*argv, "--episodes", "3"])  # no evaluation: written over, as ever
+
+
+def test_flags_are_not_guessed_from_their_beginnings(run, capsys):
+    """--skill would have been --skills of the training's flags, and so no skills at all."""
+    assert "--skill" in refused(capsys, "--model", str(run), "--skill", "/does/not/exist")
+    with pytest.raises(SystemExit):
+        sdar.main(["--step", "3"])
+    assert "--step" in capsys.readouterr().err
+
+
+def test_an_interval_of_equal_scores_is_not_a_point(capsys):
+    summary = ev.summarize("webshop", rows("apparel", [0] * 5))
+    ev.print_summary({"env": "webshop", "builtin": True, "summary": summary})
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("Avg"))
+    assert row.split()[:6] == ["Avg", "5", "0.0", "[0,", "43]", "0.0"] and row.count("[") == 1
 
 
 def test_users_mistakes_are_one_line(run, tmp_path, capsys):
