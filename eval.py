@@ -374,10 +374,10 @@ def table(argv):
             notes.append(f"{run}: {len(found) - len(results)} evaluation(s) of an earlier checkpoint left out")
         for r in results:
             settings = {key: value for key, value in r["settings"].items() if key != "seed"}
-            weights = json.dumps([r["checkpoint"] or r["model"], r["training"], settings])  # however the path is spelt
+            which = json.dumps([r["checkpoint"] or r["model"], r["training"], settings])  # however the path is spelt
             rows = tables.setdefault((r["tasks"], r["base_model"]), {}).setdefault(method_name(r), {})
-            old = rows.setdefault(weights, r)
-            rows[weights] = max(r, old, key=lambda r: r["finished"])
+            old = rows.setdefault(which, r)
+            rows[which] = max(r, old, key=lambda r: r["finished"])
             if r["finished"] != old["finished"]:
                 notes.append(f"{run}: evaluated more than once in the same settings, the newest is shown")
         if results and results[0]["step"] != results[0]["steps"]:
