@@ -277,7 +277,8 @@ def refuse_another(out, header):
         differing = [key for key, value in header["settings"].items() if old["settings"][key] != value]
         differing += [key for key in ("panel", "skills") if old[key] != header[key]]
         if differing and all(old[key] == header[key] for key in ("format", "model", "checkpoint", "step")):
-            raise UserError(f"{out} holds an evaluation of this model with other {differing[0]}; choose another --out")
+            other = differing[0].removeprefix("val_")  # the name of its flag
+            raise UserError(f"{out} holds an evaluation of this model with other {other}; choose another --out")
 
 
 def print_summary(result):

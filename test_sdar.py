@@ -4551,7 +4551,7 @@ def test_an_evaluation_in_other_settings_is_not_written_over(run, tmp_path, caps
     ev.main([*argv, "--episodes", "2"])
     ev.main([*argv, "--episodes", "2", "--rollout-rows", "3"])
     capsys.readouterr()
-    for flags, hint in ((["--episodes", "2", "--temperature", "0"], "val_temperature"), (["--episodes", "3"], "panel"),
+    for flags, hint in ((["--episodes", "2", "--temperature", "0"], "temperature"), (["--episodes", "3"], "panel"),
                         (["--episodes", "2", "--skills"], "skills")):
         assert f"other {hint}; choose another --out" in refused(capsys, *argv, *flags)
     assert len(ev.load_result(out)["results"]) == 2
