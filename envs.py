@@ -94,9 +94,14 @@ def shorten_middle(text, room):
     return (text[:(keep + 1) // 2] + " ... " + text[len(text) - keep // 2:])[:max(room, 0)]
 
 
+def encodable(text):
+    """The text without halves of characters, as a cut JSON string may hold: neither files nor tokenizers take them."""
+    return text.encode("utf-8", "replace").decode()
+
+
 def one_line(text, limit=200):
     """A model's text made fit to be quoted: one line, no control or unencodable characters, cut at `limit`."""
-    text = text[:4 * limit].encode("utf-8", "replace").decode()
+    text = encodable(text[:4 * limit])
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:limit]
 
 
@@ -1865,8 +1870,8 @@ def read_question(path, number, row):
     group = found.pop() if len(found) == 1 else named or "other"
     key = row.get("id", row.get("idx", extra.get("index")))
     key = panel_hash([text.encode("ascii", "replace").decode()]) if key is None else key
-    text, *answers = (str(x).encode("utf-8", "replace").decode() for x in (text, *answers))  # no half of a character
-    return Question(one_line(f"{group}/{key}"), text.strip(), tuple(answers), group)
+    answers = tuple(encodable(str(answer)) for answer in answers)
+    return Question(one_line(f"{group}/{key}"), encodable(text).strip(), answers, group)
 
 
 def load_questions(path):

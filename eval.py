@@ -392,8 +392,8 @@ def table(argv):
 def trained_as(result):
     """The settings of a model's training; those that an evaluation has too under another name."""
     names = {key: f"training's {key}" if key in KEPT else key for key in result["training"] if key not in OF_NO_WEIGHT}
-    built_in = {"training's data": "built-in"} if result["training"].get("data") == "built-in" else {}
-    return {name: result["training"][key] for key, name in names.items()} | built_in
+    world = "built-in" if result["training"].get("data") == "built-in" else "other"  # the same data may lie elsewhere
+    return {"training's data": world, **{name: result["training"][key] for key, name in names.items()}}
 
 
 def told_apart(methods):

@@ -428,7 +428,7 @@ def build_tiny(texts, s):
     trainer = trainers.BpeTrainer(vocab_size=s.tiny_vocab, show_progress=False,
                                   special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    bpe.train_from_iterator(itertools.chain(roles, map(encodable, texts)), trainer)
+    bpe.train_from_iterator(itertools.chain(roles, map(envs.encodable, texts)), trainer)
     tags = [f"<{slash}{tag}>" for tag in ("think", "action", "search", "answer") for slash in ("", "/")]
     bpe.add_tokens([AddedToken(tag, normalized=False) for tag in tags])  # before the training they would be lost
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>",
@@ -462,11 +462,6 @@ def render_chat(tokenizer, text):
                                          add_generation_prompt=True, enable_thinking=False)
 
 
-def encodable(text):
-    """The text without halves of characters, as a cut JSON string may hold: no tokenizer takes them."""
-    return text.encode("utf-8", "replace").decode()
-
-
 def encode_chats(tokenizer, texts):
     """Token ids of user messages, each in the chat template; in one call, which shares them out among the cores.
     Special tokens that a model or a web page wrote as plain text are taken out first: they would end the message and
@@ -475,7 +470,7 @@ def encode_chats(tokenizer, texts):
     forged = re.compile("|".join(map(re.escape, sorted(special | set(tokenizer.all_special_tokens)))))
 
     def harmless(text):
-        text = encodable(text)
+        text = envs.encodable(text)
         while (less := forged.sub("", text)) != text:  # one that was wrapped around another is left after the first
             text = less
         return text
@@ -1634,7 +1629,7 @@ def expert_turns(policy, env, task_id, s, seed):
     session, lot, turns = env.start(task_id, seed=seed), random.Random(seed), []
     while not session.done and len(turns) < s.max_turns:
         skill = env.skill(session.category, s.prompt_style == "brief") if lot.random() < 0.5 else ""
-        text = encodable(session.expert())
+        text = envs.encodable(session.expert())
         (ids, _), = student_prompts(policy, [session], s, [skill])
         turns.append((ids, policy.tokenizer(text, add_special_tokens=False)["input_ids"]))
         env.step([session], [text])

@@ -1102,7 +1102,7 @@ def test_gpu_scores_after_a_shared_beginning_are_those_of_whole_prompts(bf16_pol
 def test_gpu_tokens_do_not_depend_on_the_others(bf16_policy):
     """Turns that go on while others decode, of rows of very different lengths: the likeliest token each time, but for
     rounding, which other sizes of the batch may change."""
-    mine, s, rng, rounds = bf16_policy, settings(rollout_rows=12, max_response=90), random.Random(8), [0] * 20
+    mine, s, rng = bf16_policy, settings(rollout_rows=12, max_response=90), random.Random(8)
     prompts = [[[rng.randrange(3, 50) for _ in range(3 + 17 * i % 200)] for _ in range(3)] for i in range(20)]
     got = {i: [] for i in range(20)}
     def follow(ended):
@@ -1451,6 +1451,8 @@ def test_a_run_stays_in_its_world(finished, tmp_path, monkeypatch, capsys):
     assert not envs.open_env("alfworld").builtin and envs.open_env("alfworld", "built-in").builtin
     assert sdar.read_settings(["--resume", str(finished)])[0].data == "built-in"
     assert sdar.read_settings([])[0].data == ""
+    moved = sdar.read_settings(["--resume", str(finished), "--search-url", "http://b:1/retrieve", "--corpus", "c.jsonl"])[0]
+    assert (moved.search_url, moved.corpus) == ("http://b:1/retrieve", "c.jsonl")  # the server of a run may move
     shutil.copytree(finished, tmp_path / "run")
     with pytest.raises(SystemExit) as stop:
         sdar.main(["--resume", str(tmp_path / "run"), "--data", str(tmp_path / ".cache" / "alfworld"), "--val-every", "0"])
@@ -3807,7 +3809,7 @@ def test_equal_ids_in_two_files_are_two_questions(tmp_path):
 
 def test_equal_ids_in_one_file_are_told_apart_at_once(tmp_path):
     questions = load_questions(write(tmp_path / "test.jsonl", [{"id": 0, "question": f"Q{i}?", "answer": "x"} for i in range(5000)]))
-    assert len(questions[0]["test"]) == 5000
+    assert len(questions[0]["test"]) == 5000 and max(map(len, questions[0]["test"])) < 30  # not a mark more for each
 
 
 @pytest.mark.parametrize("answer", [{"text": ["Ann"], "answer_start": [3]}, [None], [["Ann"]]])
@@ -4424,7 +4426,7 @@ def test_table_tells_trainings_apart_that_were_evaluated_alike(tmp_path, capsys)
     files = [result_file(tmp_path / f"{i}" / "e.json", [1, 0, 1], training={"skills": skills, "data": data, "seed": i})
              for i, (skills, data) in enumerate([("", "built-in"), ("/lib", "built-in"), ("", "/games"), ("", "/moved/games")])]
     assert rows_of_table(capsys, *files[:2])[0] == ["SDAR, training's skills", "SDAR, training's skills /lib"]
-    assert rows_of_table(capsys, files[0], files[2])[0] == ["SDAR, training's data None", "SDAR, training's data built-in"]
+    assert rows_of_table(capsys, files[0], files[2])[0] == ["SDAR, training's data built-in", "SDAR, training's data other"]
     assert rows_of_table(capsys, files[2], files[3])[0] == ["SDAR"]
 
 
