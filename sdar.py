@@ -805,8 +805,10 @@ def response_hidden(model, prompts, responses, prefix=None):
 
 
 def unflatten(flat, mask):
-    """(N,) values of the tokens in mask (B, T), N = mask.sum(), as (B, T) with zeros elsewhere."""
-    return flat.new_zeros(mask.shape).masked_scatter(mask, flat)
+    """(N,) values of the tokens in mask (B, T), N = mask.sum(), as (B, T) with zeros elsewhere. Not masked_scatter:
+    its gradient waits for a GPU to count the mask."""
+    places = mask.flatten().int().argsort(descending=True, stable=True)[:len(flat)]                     # (N,)
+    return flat.new_zeros(mask.numel()).scatter(0, places, flat).view(mask.shape)
 
 
 def response_logps(model, prompts, responses, s, with_entropy=False, prefix=None):
@@ -1410,9 +1412,15 @@ def decode_step(policy, kv, n, span):
     return policy.head(hidden[:, -1])                                                                   # (n, V)
 
 
+@functools.cache
+def side_stream(device):
+    """The stream on which recordings are prepared. One for all: cuBLAS keeps 32 MiB for every stream that it sees."""
+    return torch.cuda.Stream(device)
+
+
 def record_step(policy, kv, n, span):
     """A CUDA graph of decode_step, whose replay fills kv.logits[:n]."""
-    side = torch.cuda.Stream()
+    side = side_stream(policy.device)
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):  # libraries set themselves up in a first call, which must not be recorded
         logits = decode_step(policy, kv, n, span)
@@ -1420,7 +1428,7 @@ def record_step(policy, kv, n, span):
     if kv.logits is None:  # one buffer for all graphs: what a graph makes for itself, it keeps
         kv.logits = logits.new_zeros(kv.rows, logits.shape[1])
     graph, shared = torch.cuda.CUDAGraph(), next((graph.pool() for graph in kv.graphs.values()), None)
-    with torch.cuda.graph(graph, pool=shared):
+    with torch.cuda.graph(graph, pool=shared, capture_error_mode="thread_local"):  # NCCL's threads go on beside it
         kv.logits[:n] = decode_step(policy, kv, n, span)
     return graph
 
@@ -1649,7 +1657,7 @@ def warm_start_step(state, env, s):
     for rows in share(micro_batches([len(p) + len(r) for p, r in turns], s.micro_tokens)):
         cut = [(1 if s.warm_prompt_loss else len(turns[i][0]), *turns[i]) for i in rows]  # 1: score prompts as well
         logp, mask, _, _ = response_logps(policy.model, [p[:n] for n, p, _ in cut], [p[n:] + r for n, p, r in cut], s)
-        lengths = torch.tensor([[len(p) - n] for n, p, _ in cut], device=policy.device)
+        lengths = send([[len(p) - n] for n, p, _ in cut], policy.device)                                   # (B, 1)
         prompt = (torch.arange(mask.shape[1], device=policy.device) < lengths) & mask                      # (B, T)
         weights = (mask.float() - (1 - s.warm_prompt_loss) * prompt.float()) / count
         (-logp * weights).sum().backward()

@@ -574,6 +574,24 @@ def test_micro_batch_size_and_row_order_change_no_gradient(policy, episodes, alg
     assert torch.allclose(whole, shuffled, atol=1e-5 * whole.norm().item() + 1e-7)
 
 
+def test_nothing_waits_for_a_gpu_within_a_micro_batch(policy, episodes):
+    """From the first matrix product to the end of the backward pass no operation needs a number from the device."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+    called, s = [], settings(gate="soft-or")
+
+    class Spy(TorchDispatchMode):
+        def __torch_dispatch__(self, function, kinds, args=(), kwargs=None):
+            called.append(function.overloadpacket.__name__)
+            return function(*args, **(kwargs or {}))
+    sdar.score_turns(policy.model, [[t for e in episodes for t in e.turns]], "prompt_ids", "ref_logp", s, "")
+    with Spy():
+        sdar.step_loss(policy, [t for e in episodes for t in e.turns], s)[0].backward()
+    policy.model.zero_grad(set_to_none=True)
+    after = called[called.index("addmm"):]
+    assert "_log_softmax_backward_data" in after
+    assert not set(after) & {"masked_scatter_backward", "masked_select", "nonzero", "_local_scalar_dense", "item"}
+
+
 def test_the_loss_of_a_step_is_the_papers_sum(policy, episodes):
     """-(1/G) sum_i Agg[A r] + lambda (1/G) sum_i Agg[l], written out trajectory by trajectory from the definition."""
     s = settings(algo="sdar", lam=0.7)
@@ -1356,10 +1374,13 @@ def test_flags_given_on_resume_are_remembered(finished, tmp_path):
     shutil.copytree(finished, tmp_path / "run")
     with open(tmp_path / "run" / "metrics.jsonl", "a") as f:
         f.write('5\n{"no": "step"}\n')
-    sdar.main(["--resume", str(tmp_path / "run"), "--steps", "5"])
+    sdar.main(["--resume", str(tmp_path / "run"), "--steps", "5", "--val-split", "valid_unseen"])
     assert json.loads((tmp_path / "run" / "config.json").read_text())["steps"] == 5
     sdar.main(["--resume", str(tmp_path / "run")])
     assert log_of(tmp_path / "run")[-1]["step"] == 5
+    panels = [(r["split"], r["panel"]) for r in log_of(tmp_path / "run", "validation.jsonl")]
+    seen, unseen = (envs.panel(envs.open_env("alfworld", house=4), name, 2)[1] for name in ("valid_seen", "valid_unseen"))
+    assert panels == [("valid_seen", seen)] * 3 + [("valid_unseen", unseen)]
 
 
 def test_an_error_that_can_be_mended_loses_no_step(tmp_path, capsys, monkeypatch):
