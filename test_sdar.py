@@ -169,6 +169,9 @@ def test_replayed_steps_in_buckets_and_late_looks_change_no_token(policy, monkey
     mine.cache.graphs = {}
     with pytest.raises(UserError, match="no CUDA graph.*--no-graphs"):
         run(mine)
+    monkeypatch.setattr(sdar, "record_step", lambda *args: (_ for _ in ()).throw(RuntimeError("CUDA out of memory")))
+    with pytest.raises(RuntimeError, match="out of memory"):  # which names other flags
+        run(mine)
 
 
 def test_rows_that_leave_the_batch_disturb_no_other(policy, monkeypatch):
@@ -1516,6 +1519,40 @@ def test_warm_start_lowers_the_loss(env):
     assert losses[-1] < 0.8 * losses[0]
     assert state.optimizer.param_groups[0]["betas"] == (0.9, 0.999)                   # RL starts with a fresh one
     assert all(m is p for m, p in zip(state.masters, state.policy.model.parameters()))
+
+
+def test_the_warm_start_learns_responses_and_a_little_of_the_prompts(policy, env, monkeypatch):
+    """Its gradient is that of -[sum of log pi(response) + 0.3 sum of log pi(prompt but its first token)] / response tokens."""
+    s, got = settings(warm_start=5, warm_tasks=2, max_turns=3, warm_prompt_loss=0.3, micro_tokens=700), []
+    state = sdar.make_state(dataclasses.replace(policy, model=copy.deepcopy(policy.model)), s)
+    turns = [turn for i, task in enumerate(sdar.draw_tasks(env, s, 0, 2))
+             for turn in sdar.expert_turns(policy, env, task, s, sdar.stream(s, "expert", 0, i))]
+    monkeypatch.setattr(sdar, "apply_update", lambda state, lr, clip: got.extend(state.grads))
+    loss, total, count = sdar.warm_start_step(state, env, s), 0.0, sum(len(response) for _, response in turns)
+    for prompt, response in turns:
+        logp = state.policy.model(torch.tensor([prompt + response])).logits[0].log_softmax(-1)[:-1]
+        logp = logp.gather(1, torch.tensor([prompt[1:] + response]).T)[:, 0]
+        total = total - (0.3 * logp[:len(prompt) - 1].sum() + logp[len(prompt) - 1:].sum()) / count
+        loss += float(logp[len(prompt) - 1:].detach().sum()) / count
+    assert abs(loss) < 1e-4
+    wanted = torch.autograd.grad(total, list(state.policy.model.parameters()))
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(got, wanted)) and max(g.abs().max() for g in got) > 1e-2
+
+
+def test_half_of_the_experts_prompts_hold_the_skill(policy, env):
+    task, s = env.tasks("train")[0], settings(max_turns=30)
+    skill = env.skill(env.start(task).category, True)
+    prompts = [policy.tokenizer.decode(ids) for seed in range(20) for ids, _ in sdar.expert_turns(policy, env, task, s, seed)]
+    assert len(prompts) > 60 and 0.35 < sum(skill in prompt for prompt in prompts) / len(prompts) < 0.65
+
+
+def test_the_learning_rate_rises_to_its_full_value(policy, episodes, monkeypatch):
+    """Over the first half of eight steps here, from a quarter; Search-QA's preset has a tenth of its steps."""
+    s = settings(algo="grpo", steps=8, lr=0.4, lr_warmup=0.5)
+    monkeypatch.setattr(sdar, "update", lambda state, episodes, s, lr: {"lr": lr})
+    state = sdar.make_state(policy, s)
+    rates = [sdar.learn_step(state, episodes, {}, {}, s)["lr"] for _ in range(8)]
+    assert rates == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.4, 0.4, 0.4, 0.4])
 
 
 def test_the_warm_start_saves_a_tenth_as_often_and_at_its_end(monkeypatch, tmp_path):
