@@ -311,6 +311,8 @@ def test_sampling_follows_the_softmax():
         freq = torch.bincount(drawn, minlength=4) / len(drawn)
         assert torch.allclose(freq, torch.softmax(logits[0] / temperature, -1), atol=0.01)
     assert sdar.sample(logits[:3], 0, None).tolist() == [0, 0, 0]
+    rough = torch.randn(5000, 300, generator=torch.Generator().manual_seed(2)).bfloat16()  # probabilities are not
+    assert torch.equal(*(sdar.sample(x, 1.0, torch.Generator().manual_seed(3)) for x in (rough, rough.float())))
 
 
 def test_sampling_can_reach_every_rare_word(monkeypatch):
@@ -593,6 +595,12 @@ def test_nothing_waits_for_a_gpu_within_a_micro_batch(policy, episodes):
     after = called[called.index("addmm"):]
     assert "_log_softmax_backward_data" in after
     assert not set(after) & {"masked_scatter_backward", "masked_select", "nonzero", "_local_scalar_dense", "item"}
+
+
+def test_scoring_and_training_keep_no_keys_and_values(policy, monkeypatch):
+    modeling = sys.modules[type(policy.model).__module__]
+    monkeypatch.setattr(modeling, "DynamicCache", lambda *args, **kwargs: pytest.fail("a cache that nobody asked for"))
+    assert sdar.trunk(policy.model, torch.tensor([[5, 6, 7]])).shape == (1, 3, 32)
 
 
 def test_the_loss_of_a_step_is_the_papers_sum(policy, episodes):
@@ -1668,12 +1676,13 @@ def test_every_method_trains_on_every_benchmark(benchmark_, algo, as_released):
 @pytest.mark.parametrize("changes", [
     dict(gate="entropy"), dict(gate="soft-or"), dict(gate="none"), dict(divergence="reverse-kl"), dict(divergence="jsd"),
     dict(divergence="forward-kl", gate="none"), dict(gate_baseline=True), dict(retrieval="full"), dict(retrieval="random"),
-    dict(advantage_over="turns", loss_agg="token"), dict(diagnose_every=1), dict(mini_batch=0, recompute=True)])
+    dict(advantage_over="turns", loss_agg="token"), dict(diagnose_every=2), dict(mini_batch=0, recompute=True)])
 def test_every_variant_trains(benchmark_, changes):
     rows, _ = two_steps(benchmark_, algo="sdar", lam=1.0, max_teacher_prompt=4096, **changes)
     assert len(rows[1]["gap_by_turn"]) == 2 and 0 <= rows[1]["negative_gap"] <= 1
     if changes.get("diagnose_every"):
-        assert -1 <= rows[0]["grad_cosine"] <= 1 and rows[0]["grad_norm_distill"] > 0
+        assert -1 <= rows[0]["grad_cosine"] <= 1 and rows[0]["grad_norm_distill"] > 0 and "grad_cosine" not in rows[1]
+    assert ("seconds_old_policy" in rows[0]) == (changes.get("mini_batch") != 0)      # one update per rollout needs none
     if changes.get("gate") == "none":
         assert rows[0]["gate"] == 1
 
@@ -4692,6 +4701,12 @@ def test_evaluating_the_other_benchmarks(name, tmp_path, capsys):
     ev.main(["table", "--markdown", str(out)])
     text = capsys.readouterr().out
     assert "Skill-Prompt*, published" in text and f"{name}, test, 4 of" in text and "BUILT-IN" in text
+
+
+def test_a_model_of_another_benchmark_is_measured_in_the_benchmarks_own_settings(run):
+    """Those of the training are for what it was trained on."""
+    assert ev.read_flags(["--model", str(run)])[1].max_turns == 2
+    assert ev.read_flags(["--model", str(run), "--env", "webshop"])[1].max_turns == sdar.PRESETS["webshop"]["max_turns"]
 
 
 def test_a_closed_pipe_is_no_traceback(tmp_path):
