@@ -884,14 +884,15 @@ def score_turns(model, lists, prompt_field, result_field, s, label):
     turn.<prompt_field>. What the prompts of a list have in common at their beginning is read once."""
     def score(prefix, batch):
         prompts, responses = [getattr(t, prompt_field) for t in batch], [t.response_ids for t in batch]
-        logp, mask, _, _ = response_logps(model, prompts, responses, s, prefix=prefix)
-        return [values[keep].clone() for values, keep in zip(logp.cpu(), mask.cpu())]
+        logp = response_logps(model, prompts, responses, s, prefix=prefix)[0]
+        return [row[:len(r)].clone() for row, r in zip(logp, responses)]
     model.eval()
     todo, results = [(number, batch) for number, turns in enumerate(lists)
                      for batch in batches_of(turns, s, prompt_field)], []
     prefix = functools.cache(lambda number: read_prefix(model, [getattr(t, prompt_field) for t in lists[number]]))
     for number, batch in progress(share(todo), desc=label):
         results.append(in_halves(functools.partial(score, prefix(number)), batch, model))
+    results = [[row.cpu() for row in rows] for rows in results]  # only now: a GPU is not waited for before
     for (_, batch), rows in zip(todo, gather(results)):
         for turn, values in zip(batch, rows):
             setattr(turn, result_field, values)
@@ -1096,8 +1097,7 @@ def assign_weights(episodes, minis, s):
 
 def step_loss(policy, turns, s, step=0, baseline=0.0):
     """These turns' part of the mini-batch's loss (the parts add up to it), sums over their tokens for the log, their
-    log-probabilities and the mask, (B, T). `step` is RLSD's clock, `baseline` the mini-batch's mean gate where one is
-    subtracted."""
+    log-probabilities (B, T). `step` is RLSD's clock, `baseline` the mini-batch's mean gate where one is subtracted."""
     prompts, responses = [t.prompt_ids for t in turns], [t.response_ids for t in turns]
     logp, mask, hidden, entropy = response_logps(policy.model, prompts, responses, s, s.gate in ("entropy", "soft-or"))
     column = lambda name: None if getattr(turns[0], name) is None else unflatten(
@@ -1122,16 +1122,16 @@ def step_loss(policy, turns, s, step=0, baseline=0.0):
     if ref is not None:
         values["kl"] = k3_kl(logp.detach(), ref)
     sums = {"loss": loss.detach(), "tokens": mask.sum(), **{k: (v * mask).sum() for k, v in values.items()}}
-    return loss, sums, logp.detach(), mask
+    return loss, sums, logp.detach()
 
 
 def backward(state, turns, s, baseline):
-    """Add the gradient of a micro-batch to state.grads; [(the sums of step_loss, each turn's log-probabilities (T,) on
-    the CPU)]."""
-    loss, sums, logp, mask = step_loss(state.policy, turns, s, state.step, baseline)
+    """Add the gradient of a micro-batch to state.grads; [(the sums of step_loss, each turn's log-probabilities (T,))],
+    which a GPU need not have made yet."""
+    loss, sums, logp = step_loss(state.policy, turns, s, state.step, baseline)
     loss.backward()
     collect_gradients(state)
-    return [({k: float(v) for k, v in sums.items()}, [row[keep] for row, keep in zip(logp.cpu(), mask.cpu())])]
+    return [(sums, [row[:len(t.response_ids)].clone() for row, t in zip(logp, turns)])]
 
 
 def update(state, episodes, s, lr):
@@ -1155,6 +1155,8 @@ def update(state, episodes, s, lr):
             for batch in share(batches):
                 results.append(in_halves(lambda part: backward(state, part, s, baseline), batch, state.policy.model))
                 bar.update(len(batch))
+            results = [[({name: float(value) for name, value in sums.items()}, [row.cpu() for row in rows])
+                        for sums, rows in parts] for parts in results]
             for batch, parts in zip(batches, gather(results)):
                 for turn, logp in zip(batch, [row for _, rows in parts for row in rows]):
                     turn.logp = logp

@@ -580,7 +580,8 @@ def test_micro_batch_size_and_row_order_change_no_gradient(policy, episodes, alg
 
 
 def test_nothing_waits_for_a_gpu_within_a_micro_batch(policy, episodes):
-    """From the first matrix product to the end of the backward pass no operation needs a number from the device."""
+    """From the first matrix product on, the backward pass and what is kept for the log included, no operation needs a
+    number from the device."""
     from torch.utils._python_dispatch import TorchDispatchMode
     called, s = [], settings(gate="soft-or")
 
@@ -588,10 +589,10 @@ def test_nothing_waits_for_a_gpu_within_a_micro_batch(policy, episodes):
         def __torch_dispatch__(self, function, kinds, args=(), kwargs=None):
             called.append(function.overloadpacket.__name__)
             return function(*args, **(kwargs or {}))
-    sdar.score_turns(policy.model, [[t for e in episodes for t in e.turns]], "prompt_ids", "ref_logp", s, "")
+    state, turns = sdar.make_state(dataclasses.replace(policy, model=copy.deepcopy(policy.model)), s), [t for e in episodes for t in e.turns]
+    sdar.score_turns(policy.model, [turns], "prompt_ids", "ref_logp", s, "")
     with Spy():
-        sdar.step_loss(policy, [t for e in episodes for t in e.turns], s)[0].backward()
-    policy.model.zero_grad(set_to_none=True)
+        sdar.backward(state, turns, s, 0.0)
     after = called[called.index("addmm"):]
     assert "_log_softmax_backward_data" in after
     assert not set(after) & {"masked_scatter_backward", "masked_select", "nonzero", "_local_scalar_dense", "item"}
@@ -665,6 +666,9 @@ def test_micro_batches_cover_everything_within_the_budget():
     assert sorted(i for b in batches for i in b) == list(range(200))
     assert all(len(b) == 1 or len(b) * max(lengths[i] for i in b) <= 300 for b in batches)
     assert sdar.micro_batches([500], 300) == [[0]]
+    turns = [sdar.Turn([1] * n, [2] * m, "", "", "", True, True, [3] * 90) for n, m in ((30, 10), (10, 30), (20, 20), (5, 5))]
+    sizes = lambda field: [len(batch) for batch in sdar.batches_of(turns, settings(micro_tokens=80), field)]
+    assert sizes("prompt_ids") == [2, 2] and sizes("teacher_ids") == [1, 1, 1, 1]
 
 
 # ------------------------------------------------------------------------------------------------------------------
