@@ -944,8 +944,8 @@ def test_a_killed_run_resumes_bit_for_bit(finished, tmp_path):
     process.kill()
     process.wait()
     assert process.returncode == -signal.SIGKILL and not (out / "checkpoints" / "step-000004").exists()
-    with open(out / "metrics.jsonl", "ab") as f:
-        f.write('{"step": 99, "a line of a step that was never saved: caf\u00e9'.encode()[:-1])  # in the midst of a letter
+    with open(out / "metrics.jsonl", "ab") as f:  # lines of steps that were never saved, the last one cut in the midst of a letter
+        f.write('{"step": 98, "loss": 0.0}\n{"step": 0, "warm_step": 98}\n{"step": 99, "loss at the caf\u00e9'.encode()[:-1])
     sdar.main(["--resume", str(out)])
     assert log_of(out) == log_of(finished) and log_of(out, "validation.jsonl") == log_of(finished, "validation.jsonl")
     assert weights_of(out) == weights_of(finished)
