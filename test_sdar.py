@@ -2942,7 +2942,12 @@ def test_inadmissible_actions_are_counted_and_played():
     session = env.start(env.tasks("train")[0])
     env.step([session], ["<think></think><action>dance</action>"])
     assert session.observation == "Nothing happens." and session.valid and not session.admissible
-    assert session.details["inadmissible"] == 1 and session.turns[-1][1] == "dance" and not session.done
+    assert session.details == {"invalid": 0, "inadmissible": 1} and session.turns[-1][1] == "dance" and not session.done
+    env.step([session], ["look"])
+    env.step([session], ["<think></think><action>look</action>"])
+    assert session.details == {"invalid": 1, "inadmissible": 1}
+    with pytest.raises(ValueError):
+        env.step([session], ["one", "two"])
 
 
 def test_any_text_is_survived():
@@ -3567,6 +3572,7 @@ def test_half_right_is_no_success(shop_env):
         shop_env.step([session], ["<think>now</think><action>click[buy now]</action>"])
         assert session.done and 0 < session.score < 1 and not session.won
         assert session.details["r_option"] == 0 and session.details["reward"] == session.score
+        assert session.details["asin"] == session.shop.product["asin"] and session.details["options"] == {}
 
 
 def test_expert_serves_human_goals(tmp_path):
