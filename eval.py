@@ -27,11 +27,11 @@ import statistics
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
 from unittest import mock
 
 import torch
-import transformers
 from tqdm import tqdm
 
 import envs
@@ -255,7 +255,7 @@ def evaluate(argv):
               "algo": saved.get("algo"), "base_model": saved.get("model", s.model), "step": state.get("step"),
               "steps": saved.get("steps"), "training": saved, "skills": skills, "device": str(policy.device),
               "settings": {key: getattr(s, key) for key in (*KEPT, "seed", "val_temperature")},
-              "torch": torch.__version__, "transformers": transformers.__version__}
+              "torch": torch.__version__, "transformers": version("transformers")}
     weights = sorted(folder.glob("*.safetensors")) if folder else []
     same = {**header, "device": "", "settings": {k: v for k, v in header["settings"].items() if k not in OF_NO_RESULT}}
     key = json.dumps([same, env.all_skills(), [(f.name, f.stat().st_size, f.stat().st_mtime) for f in weights]])
@@ -523,14 +523,14 @@ def random_policy(config, s, env):
     if config not in SHAPES:
         shape = sdar.read_json(path / "config.json" if path.is_dir() else path, f"no model shape {config!r}; give a "
                                f"config.json, its folder, or one of {', '.join(SHAPES)}")
-    transformers.logging.set_verbosity_error()
+    from transformers import AutoConfig, AutoModelForCausalLM, logging
+    logging.set_verbosity_error()
     try:
         with device:
-            model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**shape),
-                                                                  dtype=sdar.weight_dtype(device)).eval()
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape), dtype=sdar.weight_dtype(device))
     except Exception as error:  # a file of the user's can be wrong in any way
         raise UserError(f"no model can be built from {config!r}: {sdar.first_line(error)}") from None
-    return sdar.wrap_policy(model, sdar.build_tiny(sdar.tiny_texts(env, s, 50), s)[1])
+    return sdar.wrap_policy(model.eval(), sdar.build_tiny(sdar.tiny_texts(env, s, 50), s)[1])
 
 
 def draw_lengths(count, s):
@@ -790,7 +790,7 @@ def bench_table(flags, s):
     where = torch.cuda.get_device_name(policy.device) if policy.device.type == "cuda" else policy.device
     print(f"{env.source}\n{s.model}{', random weights' * bool(flags.random_weights)}: "
           f"{policy.model.num_parameters() / 1e6:.1f}M parameters, {policy.model.dtype}, {where}, torch "
-          f"{torch.__version__}, transformers {transformers.__version__}, {torch.get_num_threads()} threads, "
+          f"{torch.__version__}, transformers {version('transformers')}, {torch.get_num_threads()} threads, "
           f"medians of {flags.pairs}")
     def show(rows):
         with tqdm.external_write_mode():

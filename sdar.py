@@ -55,7 +55,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from torch.nn.attention.bias import causal_lower_right
 from tqdm import tqdm
 
 import envs
@@ -1491,6 +1490,7 @@ def attention_by_lengths(plain):
             return plain(module, query, key, value, attention_mask, **options)
         scale, (longest, keys) = options.get("scaling"), (query.shape[2], key.shape[2])
         if longest > 1:
+            from torch.nn.attention.bias import causal_lower_right  # here, for it takes seconds that --help has not
             out = F.scaled_dot_product_attention(query, key, value, causal_lower_right(longest, keys), scale=scale,
                                                  enable_gqa=True)
             return out.transpose(1, 2), None

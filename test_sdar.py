@@ -1045,8 +1045,9 @@ def test_attention_told_lengths_is_attention_with_masks(policy, kind, by_lengths
     plain = results()
     assert len({tuple(r[-3:]) for r in plain[0]}) > 3
     by_lengths()
-    bias, buffers = sdar.causal_lower_right, sdar.KeyValues
-    monkeypatch.setattr(sdar, "causal_lower_right", lambda *sizes: (causal.append(sizes), bias(*sizes))[1])
+    from torch.nn.attention import bias
+    lower_right, buffers = bias.causal_lower_right, sdar.KeyValues
+    monkeypatch.setattr(bias, "causal_lower_right", lambda *sizes: (causal.append(sizes), lower_right(*sizes))[1])
     monkeypatch.setattr(sdar, "KeyValues", lambda rows, length, device, graphs, lengths: buffers(rows, length, device, True, lengths))
     monkeypatch.setattr(sdar, "record_step", Replay)
     monkeypatch.setitem(sdar.REFILL, "cpu", 0.1)
