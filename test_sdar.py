@@ -1,4 +1,4 @@
-"""Tests of sdar.py, envs.py and eval.py. `python -m pytest -q` runs offline in under three minutes on a laptop; with
+"""Tests of sdar.py, envs.py and eval.py. `python -m pytest -q` runs offline in three to four minutes on two cores; with
 SDAR_TEST_DATA=folder the real benchmark data and the recordings of the original engines in it are tested too."""
 
 import contextlib
