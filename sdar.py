@@ -1415,7 +1415,7 @@ def decode_step(policy, kv, n, span):
 
 @functools.cache
 def side_stream(device):
-    """The stream on which recordings are prepared. One for all: cuBLAS keeps 32 MiB for every stream that it sees."""
+    """The stream on which recordings are prepared. One for all: cuBLAS keeps up to 32 MiB for each that it sees."""
     return torch.cuda.Stream(device)
 
 

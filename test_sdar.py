@@ -2247,6 +2247,8 @@ def test_token_weights():
     assert close(w, (mask / torch.tensor([[8], [8], [4], [1]])).double(), 1e-6)  # the empty one has no share
     for mode in ("token-mean", "trajectory", "seq-mean-token-mean"):
         assert close(token_weights(mask, mode, [0, 0, 1, 2]).sum(), 1.0, 1e-6)
+    for some in (mask, mask[:1]):
+        assert torch.equal(token_weights(some, "seq-mean-token-sum"), some / len(some))
     rows = token_weights(mask, "seq-mean-token-mean", [0, 0, 1, 2])
     assert close(rows.sum(1).double(), [1 / 3, 1 / 3, 1 / 3, 0], 1e-6)
     for mode, ids in (("trajectory", None), ("mean", [0, 0, 1, 2])):
