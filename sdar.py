@@ -1095,7 +1095,7 @@ def assign_weights(episodes, minis, s):
 
 
 def step_loss(policy, turns, s, step=0, baseline=0.0):
-    """These turns' part of the mini-batch's loss (the parts add up to it), sums over their tokens for the log, their
+    """These turns' part of the mini-batch's loss (the parts add up to it), sums over their tokens for the log, and the
     log-probabilities (B, T). `step` is RLSD's clock, `baseline` the mini-batch's mean gate where one is subtracted."""
     prompts, responses = [t.prompt_ids for t in turns], [t.response_ids for t in turns]
     logp, mask, hidden, entropy = response_logps(policy.model, prompts, responses, s, s.gate in ("entropy", "soft-or"))

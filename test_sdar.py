@@ -589,7 +589,8 @@ def test_nothing_waits_for_a_gpu_within_a_micro_batch(policy, episodes):
         def __torch_dispatch__(self, function, kinds, args=(), kwargs=None):
             called.append(function.overloadpacket.__name__)
             return function(*args, **(kwargs or {}))
-    state, turns = sdar.make_state(dataclasses.replace(policy, model=copy.deepcopy(policy.model)), s), [t for e in episodes for t in e.turns]
+    turns = [t for e in episodes for t in e.turns]
+    state = sdar.make_state(dataclasses.replace(policy, model=copy.deepcopy(policy.model)), s)
     sdar.score_turns(policy.model, [turns], "prompt_ids", "ref_logp", s, "")
     with Spy():
         sdar.backward(state, turns, s, 0.0)
