@@ -15,13 +15,12 @@ gate is open. The mean is over the tokens of an episode, then over episodes. At 
 no skills.
 
 How to read it. Sections 1 to 9 are the whole method, in the paper's order: data, prompts, rollout,
-scoring, advantages, losses, the table METHODS, the update, training. They use `generate` (section
-12) and the vocabulary head (section 14); the rest is machinery that you can skip. To add a method,
-write a function of a Batch and add a row to METHODS.
+scoring, advantages, losses, the table METHODS, the update, training. `generate` (section 12) and
+small helpers of sections 10, 11 and 14 are used there by name. The rest is machinery that you can
+skip. To add a method, write a function of a Batch and add a row to METHODS.
 
-What was left out. No inference server: `generate` shares the weights with the trainer, so nothing
-has to be synchronised. No sharding: about 3B parameters train on one GPU; docs/adapters.md shows
-the loss in trainers that shard. No value network: GRPO has none.
+Left out: an inference server, because `generate` shares the weights with the trainer; sharding over
+GPUs (docs/adapters.md shows the loss in trainers that shard); a value network, GRPO has none.
 
     python sdar.py --env alfworld --model tiny                        # laptop, offline, minutes
     python sdar.py --env alfworld --model Qwen/Qwen2.5-1.5B-Instruct  # one GPU, paper's settings
@@ -102,17 +101,17 @@ class Settings:
                          ("km", "ucb", "full", "random"))
     invalid_penalty: float = opt(0.1, "subtracted from the advantage of a malformed turn")
     clip: float = opt(0.2, "clip range of the importance ratio", above=0)
-    kl: float = opt(0.01, "alpha_KL, weight of the KL term; 0: no reference policy")
+    kl: float = opt(0.01, "alpha_KL, weight of the KL term to the reference policy")
     # optimisation
     steps: int = opt(150, "training steps, one rollout each")
     lr: float = opt(1e-6, "learning rate of AdamW", above=0)
     lr_warmup: float = opt(0.0, "share of the steps in which the learning rate rises from 0")
     mini_batch: int = opt(256, "turns per optimizer step; 0: one optimizer step per rollout")
-    micro_tokens: int = opt(8192, "tokens per forward-backward: memory, not the gradient", above=0)
+    micro_tokens: int = opt(8192, "tokens per forward-backward; changes memory only", above=0)
     grad_clip: float = opt(1.0, "largest gradient norm", above=0)
     small_gpu: bool = opt(False, "optimizer in host memory, activations recomputed: slower")
     # behaviour cloning before RL
-    warm_start: int = opt(0, "steps of cloning expert episodes, half of them with the skill")
+    warm_start: int = opt(0, "steps of cloning experts, a random half of the turns with the skill")
     warm_lr: float = opt(1e-5, "learning rate of the cloning (cosine to a tenth)", above=0)
     # measuring and saving
     val_every: int = opt(10, "steps between validations; 0: never")
@@ -124,7 +123,7 @@ HEADINGS = {"env": "what is trained", "data": "data", "groups": "rollout", "lam"
             "steps": "optimisation", "warm_start": "behaviour cloning before RL",
             "val_every": "measuring and saving"}  # of --help, by each group's first setting
 
-PRESETS = {  # of every row whose words all name this run's env, algo, recipe or model; later wins
+PRESETS = {  # a row applies if all its words are the run's env, algo, recipe or model; later wins
     "webshop": dict(max_turns=15, max_prompt=4096, max_teacher_prompt=5120, mini_batch=64),
     "search": dict(groups=128, max_turns=4, history=4, max_prompt=4096, max_teacher_prompt=5120,
                    invalid_penalty=0.01, lr_warmup=0.1, val_temperature=0.0),
@@ -139,7 +138,7 @@ PRESETS = {  # of every row whose words all name this run's env, algo, recipe or
     "tiny alfworld": dict(env_args="house=5 detours=3", max_turns=15),
     "tiny webshop": dict(mini_batch=256, lr=1e-4),
 }
-SUCCESS_REWARD = {"search": 1.0}  # 10 in the other benchmarks; everything but success gets 0
+SUCCESS_REWARD = {"alfworld": 10.0, "webshop": 10.0, "search": 1.0}  # all but success gets 0
 MAY_CHANGE = ("data device max_prompt max_teacher_prompt micro_tokens rollout_rows save_every "
               "small_gpu steps val_episodes val_every val_split").split()  # with --resume
 
@@ -150,7 +149,8 @@ class Turn:
 
     prompt_ids: list                    # what the agent read
     response_ids: list = None           # as sampled, never re-tokenised; with EOS where sampled
-    other_ids: list = None              # the prompt of the other view; for SDAR the teacher's
+    other_ids: list = None              # the same with the skill, for SDAR the teacher's prompt;
+                                        # without it if prompt_ids has the skill
     observation: str = ""               # what the agent saw before it acted
     text: str = ""                      # the response
     action: str = ""
@@ -184,21 +184,21 @@ class Batch:
     """B turns, padded to T tokens: a micro-batch for Method.term, the whole step for
     Method.advantages. What was not scored is None."""
 
-    mask: torch.Tensor  # (B, T) True on response tokens
-    old: torch.Tensor  # (B, T) log-probabilities
-    teacher: torch.Tensor  # (B, T)
-    ref: torch.Tensor  # (B, T)
-    advantages: torch.Tensor  # (B, T)
-    weights: torch.Tensor  # (B, T) sum to 1 over a mini-batch
-    reward: torch.Tensor  # (B,)
-    valid: torch.Tensor  # (B,)
-    group: torch.Tensor  # (B,)
-    rollout: torch.Tensor  # (B,)
-    number: torch.Tensor  # (B,)
+    mask: torch.Tensor                  # (B, T) True on response tokens
+    old: torch.Tensor                   # (B, T) log-probabilities
+    teacher: torch.Tensor               # (B, T)
+    ref: torch.Tensor                   # (B, T)
+    advantages: torch.Tensor            # (B, T)
+    weights: torch.Tensor               # (B, T) in the mini-batch's loss, see assign_weights
+    reward: torch.Tensor                # (B,)
+    valid: torch.Tensor                 # (B,)
+    group: torch.Tensor                 # (B,)
+    rollout: torch.Tensor               # (B,)
+    number: torch.Tensor                # (B,)
     extra: dict                         # {name: (B, T)}
-    logp: torch.Tensor = None  # (B, T) of the current policy, with gradient
-    entropy: torch.Tensor = None  # (B, T) of the current policy, in nats
-    compare: Callable = None            # f -> (B, T): f(log pi, log pi_T) over the vocabulary
+    logp: torch.Tensor = None           # (B, T) of the current policy, with gradient
+    entropy: torch.Tensor = None        # (B, T) of the current policy, in nats, if needed
+    compare: Callable = None            # compare(f): f(log pi, log pi_T) over the words, (B, T)
     baseline: float = 0.0               # subtracted from the gate
 
 def batch_of(turns, device="cpu"):
@@ -227,8 +227,8 @@ def encode_chats(tokenizer, texts):
 
 def prompts(policy, sessions, s, skills):
     """(token ids, over budget?) of the sessions' current prompts. skills: a text per session, ""
-    for the student, the retrieved skill (the privileged context c^+) for the teacher. A prompt over
-    its budget loses history, then the middle of the observation, never the skill."""
+    for the student, the retrieved skill (c^+ in the paper) for the teacher. A prompt over its
+    budget loses history, then the middle of the observation, never the skill."""
     brief = s.prompt_style == "brief"
     texts = [x.prompt(skill, s.history, brief=brief) for x, skill in zip(sessions, skills)]
     encoded = encode_chats(policy.tokenizer, texts)
@@ -238,16 +238,16 @@ def prompts(policy, sessions, s, skills):
 def rollout(policy, env, tasks, s, temperature, generator, group_size=1, skills=None, acts="plain",
             both=False, label="rollout"):
     """group_size Episodes per task id, played together; a finished one costs nothing. skills:
-    (name, text) per task. acts: "skilled" shows it to the agent itself, "half" to every other
-    episode. both: also build the other view's prompt: the teacher's, if the agent sees no skill."""
+    (name, text) per task. acts: "skilled" shows it to the agent itself, "half" in every second
+    episode. both: also build the other prompt, the teacher's if the agent sees no skill."""
     skills = [skill for skill in skills or [("", "")] * len(tasks) for _ in range(group_size)]
     tasks = [task for task in tasks for _ in range(group_size)]
     episodes = [Episode(task, env.start(task), name) for task, (name, _) in zip(tasks, skills)]
     skilled = [acts == "skilled" or (acts == "half" and i % 2 == 0) for i in range(len(tasks))]
     waiting = {}                                       # {episode: prompt ids}, emptied by generate
 
-    def view(live, with_skill):
-        texts = [skills[i][1] if skilled[i] == with_skill else "" for i in live]
+    def view(live, own):                               # the agent's own prompts, or the other ones
+        texts = [skills[i][1] if skilled[i] == own else "" for i in live]
         return prompts(policy, [episodes[i].session for i in live], s, texts)
 
     def ask(live):
@@ -273,14 +273,34 @@ def rollout(policy, env, tasks, s, temperature, generator, group_size=1, skills=
                     and len(episodes[i].turns) < s.max_turns]
             bar.update(len(ended) - len(live))
             if live:
-                ask(live)
-    for e in episodes:                                 # cut off at the turn limit: not won
-        e.reward = SUCCESS_REWARD.get(s.env, 10.0) * bool(e.session.won)
+                ask(live)                              # generate takes these next
+    for e in episodes:
+        # an episode that was cut off at the turn limit has not won
+        e.reward = SUCCESS_REWARD[s.env] * bool(e.session.won)
         for turn in e.turns:
             turn.reward = e.reward
     return episodes
 
 # ======== 4. Scoring: log-probabilities of responses under a prompt ===============================
+@torch.no_grad()
+def score_turns(model, turns, prompt, result, s, label):
+    """Set turn.<result>, (T,) on the CPU, to the log-probabilities under turn.<prompt>."""
+    model.eval()
+    batches = micro_batches(turns, s.micro_tokens, prompt)
+    scores = []
+    for batch in progress(batches, desc=label):
+        rows = [getattr(t, prompt) for t in batch]
+        scores.append(response_logps(model, rows, [t.response_ids for t in batch], s)[0])
+    for batch, logps in zip(batches, scores):          # after the loop, which never waits for a GPU
+        set_rows(batch, result, logps)
+
+def response_logps(model, prompts, responses, s):
+    """(log pi(token | prompt, earlier tokens), mask), both (B, T), zeros beyond the mask. Taken at
+    the rollout's temperature: the policy that is scored is the policy that sampled."""
+    hidden, targets, mask = response_hidden(model, prompts, responses)
+    logp, _ = chunked_logps(model.get_output_embeddings(), hidden, targets, s.temperature)
+    return unflatten(logp, mask), mask
+
 def response_hidden(model, prompts, responses):
     """Last hidden states (N, D) that predict the response tokens, those tokens (N,), and their mask
     (B, T), from B lists of token ids; N = mask.sum(). Rows are padded on the right, where causal
@@ -296,30 +316,25 @@ def response_hidden(model, prompts, responses):
     hidden = hidden_states(model, ids)                                                  # (B, L, D)
     return hidden[row, position], ids[row, position + 1], mask
 
-def response_logps(model, prompts, responses, s):
-    """(log pi(token | prompt, earlier tokens), mask), both (B, T), zeros beyond the mask. Taken at
-    the rollout's temperature: the policy that is scored is the policy that sampled."""
-    hidden, targets, mask = response_hidden(model, prompts, responses)
-    logp, _ = chunked_logps(model.get_output_embeddings(), hidden, targets, s.temperature)
-    return unflatten(logp, mask), mask
-
-@torch.no_grad()
-def score_turns(model, turns, prompt, result, s, label):
-    """Set turn.<result>, (T,) on the CPU, to the log-probabilities under turn.<prompt>."""
-    model.eval()
-    batches = micro_batches(turns, s.micro_tokens, prompt)
-    scores = []
-    for batch in progress(batches, desc=label):
-        rows = [getattr(t, prompt) for t in batch]
-        scores.append(response_logps(model, rows, [t.response_ids for t in batch], s)[0])
-    for batch, logps in zip(batches, scores):          # read only now: a GPU is still at work
-        set_rows(batch, result, logps)
-
 # ======== 5. Advantages and token weights =========================================================
+def grpo(b, s, state=None):
+    """GRPO's advantages (B, T) of a whole step: one per episode (Algorithm 1), minus the penalty of
+    malformed turns. --recipe released: normalised over turns, the penalty subtracted before; one
+    malformed turn among n of equal reward then gets about -sqrt(n)."""
+    rewards = b.reward.double()
+    penalty = s.invalid_penalty * (~b.valid).double()                                   # (B,)
+    if s.recipe == "released":
+        values = group_normalized_advantages(rewards - penalty, b.group)                # (B,)
+    else:
+        first = b.number == 0                          # one row per episode, in episode order
+        shared = group_normalized_advantages(rewards[first], b.group[first])  # (episodes,)
+        values = (shared[b.rollout].double() - penalty).float()                         # (B,)
+    return values[:, None].expand(b.mask.shape)
+
 def group_normalized_advantages(rewards, groups, eps=1e-6):
     """GRPO's A = (R - mean_G R) / (std_G R + eps) with Bessel's std: (N,) rewards and group ids ->
-    (N,) float32. A group without variance gets exactly 0. A group of one keeps its reward, as in
-    the public code (mean 0, std 1). In float64, because rounding must not invent a variance."""
+    (N,) float32. A group without variance gets exactly 0. A group of one, which other callers may
+    have, keeps its reward as in the public code. float64: rounding must not invent a variance."""
     rewards = torch.as_tensor(rewards, dtype=torch.float64, device="cpu")
     groups = torch.as_tensor(groups, device="cpu")
     advantages = torch.zeros_like(rewards)
@@ -332,20 +347,6 @@ def group_normalized_advantages(rewards, groups, eps=1e-6):
             advantages[rows] = (r - r.mean()) / (r.std() + eps)
     return advantages.float()
 
-def grpo(b, s, state=None):
-    """GRPO's advantages (B, T) of a whole step: one per episode (Algorithm 1), minus the penalty of
-    malformed turns. Subtracted before the normalisation, as in the public code (--recipe released),
-    it gives one such turn among n of equal reward about -sqrt(n)."""
-    rewards = b.reward.double()
-    penalty = s.invalid_penalty * (~b.valid).double()                                   # (B,)
-    if s.recipe == "released":
-        values = group_normalized_advantages(rewards - penalty, b.group)                # (B,)
-    else:
-        first = b.number == 0                          # one row per episode, in episode order
-        shared = group_normalized_advantages(rewards[first], b.group[first])  # (episodes,)
-        values = (shared[b.rollout].double() - penalty).float()                         # (B,)
-    return values[:, None].expand(b.mask.shape)
-
 def token_weights(mask, owners=None):
     """Weight (B, T) of each response token in a loss, sum 1. mask (B, T): ALL rows. owners (B,):
     the paper's (1/G) sum_i Agg, where rows of one owner are one episode. None: the token mean."""
@@ -356,11 +357,20 @@ def token_weights(mask, owners=None):
     tokens = mask.new_zeros(len(names)).index_add(0, index, mask.sum(1))
     return mask / tokens[index].clamp(min=1)[:, None] / (tokens > 0).sum().clamp(min=1)
 
-def aggregate(values, weights):
-    """Scalar sum of weights * values, both (B, T). Where the weight is 0 the value is ignored."""
-    return (values.masked_fill(weights == 0, 0) * weights).sum()
-
 # ======== 6. The gate and the losses, per token: (B, T) -> (B, T) =================================
+def grpo_tokens(logp, old_logp, advantages, clip=0.2, dual_clip=3.0):
+    """-min(r A, clip(r, 1-e, 1+e) A), at most -dual_clip * A for A < 0. The log-ratio is limited to
+    +-20, so that exp stays finite."""
+    ratio = (logp - old_logp.detach()).clamp(-20, 20).exp()
+    loss = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip))
+    return torch.where(advantages < 0, torch.minimum(loss, -dual_clip * advantages), loss)
+
+def sdar(b, s):
+    """lambda * l_t. The paper's ablations (--gate, --divergence) are in section 10."""
+    if s.gate == "gap" and s.divergence == "sampled":
+        return s.lam * sdar_tokens(b.logp, b.teacher, s.beta, b.baseline)
+    return s.lam * sdar_variant(b, s)
+
 def sdar_gate(student_logp, teacher_logp, beta=5.0):
     """sigmoid(beta * (log pi_T - log pi_theta)) of the sampled tokens, (B, T), detached."""
     return torch.sigmoid(beta * (teacher_logp - student_logp).detach())
@@ -381,45 +391,36 @@ def sdar_loss(student_logp, teacher_logp, mask, beta=5.0, baseline=0.0, total_to
     values = sdar_tokens(student_logp, teacher_logp, beta, baseline).masked_fill(hidden, 0)
     return values.sum() / (mask.sum() if total_tokens is None else total_tokens)
 
-def grpo_tokens(logp, old_logp, advantages, clip=0.2, dual_clip=3.0):
-    """-min(r A, clip(r, 1-e, 1+e) A), at most -dual_clip * A for A < 0. The log-ratio is limited to
-    +-20, so that exp stays finite."""
-    ratio = (logp - old_logp.detach()).clamp(-20, 20).exp()
-    loss = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip))
-    return torch.where(advantages < 0, torch.minimum(loss, -dual_clip * advantages), loss)
-
 def k3_kl(logp, ref_logp):
     """Estimate exp(d) - d - 1 of KL(pi_theta || pi_ref), d = ref - logp; at most 10, as in the
     public code. d is limited to 20, so that inf cannot become NaN in the gradient."""
     d = (ref_logp.detach() - logp).clamp(max=20)
     return (d.exp() - d - 1).clamp(-10, 10)
 
-def sdar(b, s):
-    """lambda * l_t. The paper's ablations (--gate, --divergence) are in section 10."""
-    if s.gate == "gap" and s.divergence == "sampled":
-        return s.lam * sdar_tokens(b.logp, b.teacher, s.beta, b.baseline)
-    return s.lam * sdar_variant(b, s)
+def aggregate(values, weights):
+    """Scalar sum of weights * values, both (B, T). Where the weight is 0 the value is ignored."""
+    return (values.masked_fill(weights == 0, 0) * weights).sum()
 
 # ======== 7. Methods ==============================================================================
 @dataclass(frozen=True)
 class Method:
     """GRPO's clipped policy loss on `advantages`, plus whatever else is named here."""
 
-    needs: str = ""              # scoring passes: of "teacher reference old"
+    needs: str = ""              # of "teacher reference old" (scoring passes) and "entropy"
     advantages: Callable = grpo  # (Batch of the WHOLE step, s, state) -> (B, T); may fill b.extra
-    term: Callable = None  # (Batch, s) -> (B, T), added to the policy loss
-    acts: str = "plain"          # the agent's own prompt: plain, skilled, or half of each group
+    term: Callable = None        # (Batch, s) -> (B, T), added to the policy loss
+    acts: str = "plain"          # the agent's own prompt: plain, skilled, or half (see rollout)
     prepare: Callable = None     # (state, env, episodes, s), after the rollout, before scoring
-    rows: Callable = None        # (state, episodes, s) -> further turns, with weights ...
-    row_term: Callable = None    # ... and their loss: (Batch, s) -> (B, T)
-    uses: str = ""               # settings that have an effect
+    rows: Callable = None        # (state, episodes, s) -> further turns with weights, and ...
+    row_term: Callable = None    # ... their only loss: (Batch, s) -> (B, T)
+    uses: str = ""               # settings with an effect; check_settings refuses the other ones
 
 METHODS = {  # the terms that are not SDAR's are in section 10
     "grpo": Method(),
     "sdar": Method("teacher", term=sdar, uses="lam beta gate gate_baseline divergence retrieval"),
     "skill-grpo": Method(acts="skilled", uses="retrieval"),
-    "opsd": Method("reference", lambda b, s, state: 0 * grpo(b, s),
-                   lambda b, s: s.lam * (b.logp - b.ref), uses="lam"),
+    "opsd": Method("reference", advantages=lambda b, s, state: 0 * grpo(b, s),  # no policy loss
+                   term=lambda b, s: s.lam * (b.logp - b.ref), uses="lam"),
     "grpo+opsd": Method("reference", term=lambda b, s: s.lam * (b.logp - b.ref), uses="lam"),
     "skill-sd": Method("teacher", uses="lam beta retrieval",
                        term=lambda b, s: s.lam * skill_sd_tokens(b.logp, b.teacher, b.old)),
@@ -428,12 +429,63 @@ METHODS = {  # the terms that are not SDAR's are in section 10
 }
 
 # ======== 8. The update ===========================================================================
+def update(state, episodes, s, method, lr):
+    """One pass over a step's turns in mini-batches of equal size, because Adam makes a step of the
+    same length for a small one. Returns metrics: token means, mean loss and gradient norm."""
+    turns = [t for e in episodes for t in e.turns]
+    b = batch_of(turns)
+    set_rows(turns, "advantages", method.advantages(b, s, state))
+    for i, turn in enumerate(turns):
+        turn.extra |= {name: x[i, :len(turn.response_ids)] for name, x in b.extra.items()}
+    random.Random(seed_for(s, "minis", state.step)).shuffle(turns)
+    count = -(-len(turns) // (s.mini_batch or len(turns)))
+    minis = [turns[i::count] for i in range(count)]
+    assign_weights(minis, s)
+    further = method.rows(state, episodes, s) if method.rows else []
+    for turn in further:                               # no policy loss, not counted in the log
+        turn.advantages = torch.zeros(len(turn.response_ids))
+        turn.number = -1
+    results = []
+    state.policy.model.train()
+    with progress(total=len(turns) + len(further), desc="update", unit="turn") as bar:
+        for i, mini in enumerate(minis):
+            results.append(optimizer_step(state, mini, further[i::count], s, method, lr, bar))
+    state.policy.model.eval()
+    return update_metrics(results, turns, lr)
+
+def assign_weights(minis, s):
+    """Set turn.weight, equal for all its tokens. Paper: they sum to 1 over the step, times the
+    number of its mini-batches. Public code: the token mean of each mini-batch."""
+    turns = [t for mini in minis for t in mini]
+    for part in [turns] if s.recipe == "paper" else minis:
+        b = batch_of(part)
+        weights = token_weights(b.mask, b.rollout if s.recipe == "paper" else None)     # (B, T)
+        for turn, row in zip(part, weights.tolist()):
+            turn.weight = row[0] * (len(minis) if s.recipe == "paper" else 1)
+
+def optimizer_step(state, turns, further, s, method, lr, bar):
+    """One AdamW step on a mini-batch of turns and a method's further rows. Sets turn.logp. Returns
+    (sums over tokens of each micro-batch, gradient norm, whether the step was taken)."""
+    baseline = mean_gate(turns, s) if s.gate_baseline else 0.0
+    parts = [(part, method.term) for part in micro_batches(turns, s.micro_tokens)]
+    parts += [(part, method.row_term) for part in micro_batches(further, s.micro_tokens)]
+    results = []
+    for part, term in parts:
+        loss, b = step_loss(state.policy, part, s, method, term, baseline)
+        loss.backward()                                # into the fp32 masters, see make_state
+        results.append((part, b.logp.detach(), token_sums(b, s, loss)))
+        bar.update(len(part))
+    for part, logps, _ in results:                     # after the loop, which never waits for a GPU
+        set_rows(part, "logp", logps)
+    sums = [{name: float(x) for name, x in part.items()} for _, _, part in results]
+    return sums, *apply_update(state, lr, s.grad_clip)
+
 def step_loss(policy, turns, s, method, term, baseline=0.0):
     """(this micro-batch's part of the loss, its Batch). The parts of a mini-batch add up."""
     responses = [t.response_ids for t in turns]
     hidden, targets, mask = response_hidden(policy.model, [t.prompt_ids for t in turns], responses)
-    entropy = "entropy" in method.needs or s.gate in ("entropy", "soft-or")
-    logp, entropy = chunked_logps(policy.head, hidden, targets, s.temperature, entropy)  # (N,)
+    with_entropy = "entropy" in method.needs or s.gate in ("entropy", "soft-or")
+    logp, entropy = chunked_logps(policy.head, hidden, targets, s.temperature, with_entropy)
     b = batch_of(turns, policy.device)
     b.logp = unflatten(logp, mask)                                                      # (B, T)
     b.entropy = None if entropy is None else unflatten(entropy, mask)                   # (B, T)
@@ -447,97 +499,7 @@ def step_loss(policy, turns, s, method, term, baseline=0.0):
         values = values + s.kl * k3_kl(b.logp, b.ref)
     return aggregate(values, b.weights), b
 
-def optimizer_step(state, turns, rows, s, method, lr, bar):
-    """One AdamW step on a mini-batch of turns, and a method's further rows. Sets turn.logp. Returns
-    (sums over tokens of each micro-batch, gradient norm, whether the step was taken)."""
-    baseline = mean_gate(turns, s) if s.gate_baseline else 0.0
-    parts = [(part, method.term) for part in micro_batches(turns, s.micro_tokens)]
-    parts += [(part, method.row_term) for part in micro_batches(rows, s.micro_tokens)]
-    results = []
-    for part, term in parts:
-        loss, b = step_loss(state.policy, part, s, method, term, baseline)
-        loss.backward()
-        results.append((part, b.logp.detach(), token_sums(b, s, loss)))
-        bar.update(len(part))
-    for part, logps, _ in results:                     # read only now: a GPU is still at work
-        set_rows(part, "logp", logps)
-    sums = [{name: float(x) for name, x in part.items()} for _, _, part in results]
-    return sums, *apply_update(state, lr, s.grad_clip)
-
-def update(state, episodes, s, method, lr):
-    """One pass over a step's turns, in mini-batches of equal size: Adam's step does not shrink with
-    a small last batch. Returns metrics: token means, mean loss and gradient norm."""
-    turns = [t for e in episodes for t in e.turns]
-    b = batch_of(turns)
-    set_rows(turns, "advantages", method.advantages(b, s, state))
-    for i, turn in enumerate(turns):
-        turn.extra |= {name: x[i, :len(turn.response_ids)] for name, x in b.extra.items()}
-    random.Random(seed_for(s, "minis", state.step)).shuffle(turns)
-    count = -(-len(turns) // (s.mini_batch or len(turns)))
-    minis = [turns[i::count] for i in range(count)]
-    assign_weights(minis, s)
-    rows = method.rows(state, episodes, s) if method.rows else []
-    results = []
-    state.policy.model.train()
-    with progress(total=len(turns) + len(rows), desc="update", unit="turn") as bar:
-        for i, mini in enumerate(minis):
-            results.append(optimizer_step(state, mini, rows[i::count], s, method, lr, bar))
-    state.policy.model.eval()
-    return update_metrics(results, turns, lr)
-
-def assign_weights(minis, s):
-    """Set turn.weight. The paper's weights sum to 1 over the step, so each of its mini-batches gets
-    them times their number. The public code takes the token mean of each mini-batch."""
-    released = s.recipe == "released"
-    for turns in minis if released else [[t for mini in minis for t in mini]]:
-        b = batch_of(turns)
-        weights = token_weights(b.mask, None if released else b.rollout)                # (B, T)
-        for turn, row in zip(turns, weights.tolist()):
-            turn.weight = row[0] * (1 if released else len(minis))
-
 # ======== 9. Training =============================================================================
-def play_step(state, env, reference, s):
-    """Rollout and scoring -> (episodes, seconds and tokens per second by phase). It changes nothing
-    in `state`, so that it may be interrupted."""
-    policy = state.policy
-    method = method_of(s)
-    phases = {}
-    lap = stopwatch(phases, policy.device)
-    tasks = draw_tasks(env, s, state.cursor, s.groups)
-    skills = None
-    if "teacher" in method.needs or method.acts != "plain":
-        skills = choose_skills(env, tasks, s, state)
-    generator = generator_for(policy, s, "rollout", state.step)
-    episodes = rollout(policy, env, tasks, s, s.temperature, generator, s.group_size, skills,
-                       method.acts, "teacher" in method.needs, f"step {state.step + 1} rollout")
-    turns = [t for e in episodes for t in e.turns]
-    lap("rollout", turns, None)
-    if method.prepare:
-        method.prepare(state, env, episodes, s)
-    if "teacher" in method.needs:
-        score_turns(policy.model, turns, "other_ids", "teacher_logp", s, "teacher")
-        lap("teacher", turns, "other_ids")
-    if reference is not None:
-        score_turns(reference, turns, "prompt_ids", "ref_logp", s, "reference")
-        lap("reference", turns)
-    if "old" in method.needs or s.gate_baseline or 0 < s.mini_batch < len(turns):
-        score_turns(policy.model, turns, "prompt_ids", "old_logp", s, "old policy")
-        lap("old_policy", turns)
-    return episodes, phases
-
-def learn_step(state, episodes, phases, s):
-    """The update. All that a step changes in `state` is changed here. Returns the metrics."""
-    policy = state.policy
-    lap = stopwatch(phases, policy.device)
-    rise = min(1.0, (state.step + 1) / (s.lr_warmup * s.steps)) if s.lr_warmup else 1.0
-    metrics = update(state, episodes, s, method_of(s), s.lr * rise)
-    lap("update", [t for e in episodes for t in e.turns])
-    count_skills(state.bandit, episodes, s)
-    state.step += 1
-    state.cursor += s.groups
-    return {"step": state.step, **episode_metrics(episodes), **metrics, **phases,
-            "peak_memory_mib": peak_memory(policy.device)}
-
 def train(s, resume=None):
     """A whole run. Ctrl-C, SIGTERM or a user's error saves and ends it."""
     env = open_env(s)
@@ -560,7 +522,50 @@ def train(s, resume=None):
     print(f"done: {s.steps} steps; evaluate with: python eval.py --env {s.env} --model {s.out}")
     return state
 
-# ======== 10. Other objectives: baselines and ablations of the paper ==============================
+def play_step(state, env, reference, s):
+    """Rollout and scoring -> (episodes, seconds and tokens per second by phase). It changes nothing
+    in `state`, so that it may be interrupted."""
+    policy = state.policy
+    method = method_of(s)
+    phases = {}
+    lap = stopwatch(phases, policy.device)
+    tasks = draw_tasks(env, s, state.cursor, s.groups)
+    skills = None
+    if "teacher" in method.needs or method.acts != "plain":
+        skills = choose_skills(env, tasks, s, state)
+    generator = generator_for(policy, s, "rollout", state.step)
+    episodes = rollout(policy, env, tasks, s, s.temperature, generator, s.group_size, skills,
+                       acts=method.acts, both="teacher" in method.needs,
+                       label=f"step {state.step + 1} rollout")
+    turns = [t for e in episodes for t in e.turns]
+    lap("rollout", turns, None)
+    if method.prepare:
+        method.prepare(state, env, episodes, s)
+    if "teacher" in method.needs:                      # once, with the weights that sampled
+        score_turns(policy.model, turns, "other_ids", "teacher_logp", s, "teacher")
+        lap("teacher", turns, "other_ids")
+    if reference is not None:
+        score_turns(reference, turns, "prompt_ids", "ref_logp", s, "reference")
+        lap("reference", turns)
+    if "old" in method.needs or s.gate_baseline or 0 < s.mini_batch < len(turns):
+        # with a single mini-batch step_loss takes the current policy as the old one
+        score_turns(policy.model, turns, "prompt_ids", "old_logp", s, "old policy")
+        lap("old_policy", turns)
+    return episodes, phases
+
+def learn_step(state, episodes, phases, s):
+    """The update. All that a step changes in `state` is changed here. Returns the metrics."""
+    policy = state.policy
+    lap = stopwatch(phases, policy.device)
+    rise = min(1.0, (state.step + 1) / (s.lr_warmup * s.steps)) if s.lr_warmup else 1.0
+    metrics = update(state, episodes, s, method_of(s), s.lr * rise)
+    lap("update", [t for e in episodes for t in e.turns])
+    count_skills(state.bandit, episodes, s)
+    state.step += 1
+    state.cursor += s.groups
+    return {"step": state.step, **episode_metrics(episodes), **metrics, **phases,
+            "peak_memory_mib": peak_memory(policy.device)}
+
 # ======== 10. Other objectives: baselines and ablations of the paper ==============================
 
 def skill_sd_tokens(logp, teacher_logp, old_logp, limit_d=math.inf, limit_rho=math.inf):
@@ -735,8 +740,8 @@ def generate(policy, waiting, s, temperature, stop, generator, limits=None):
         enough = len(rows) - len(live) >= refill * len(rows)          # have ended
         batch = []
         if live:
-            coming = (len(waiting) + len(done)) * (refill < 1)
-            if len(live) + coming <= 0.8 * len(rows):                 # copying has a price
+            coming = (len(waiting) + len(done)) * (refill < 1)        # will take ended rows' places
+            if len(live) + coming <= 0.8 * len(rows):                 # else copying costs more
                 policy.cache.compact(live, max(row.slot for row in rows))
                 rows = [rows[j] for j in live]
             batch = rows[:]
@@ -754,7 +759,7 @@ def generate(policy, waiting, s, temperature, stop, generator, limits=None):
             return
 
 def extend(policy, row, values, stop):
-    """Append sampled tokens up to the end of the row's response; whether it has ended."""
+    """Append sampled tokens up to the end of the row's response. Returns whether it has ended."""
     for value in values:
         row.ids.append(value)
         closed = value in policy.closing_ids and any(
@@ -798,7 +803,7 @@ def decode(policy, rows, look, temperature, generator):
 def admit(policy, rows, waiting, s, temperature, generator, limits, look):
     """Take prompts out of `waiting`, short ones first, read them in the places of ended rows or in
     new ones, s.rollout_rows at most, and sample their first tokens -> [(row, [token])]. On a GPU
-    this queues up behind the decode steps. What is too long for the cache waits for a new one."""
+    this queues up behind the decode steps. A prompt too long for the cache waits for a new one."""
     limits = limits or dict.fromkeys(waiting, s.max_response)
     chosen = sorted(waiting, key=lambda key: len(waiting[key]))
     if all(row.ended for row in rows):
@@ -853,7 +858,7 @@ class KeyValues:
                 mine[rows, :, :new.shape[2]] = new[source]                            # (n, H, L, D)
 
     def update(self, key, value, number, *args, **kwargs):
-        """Called by attention with a token's key and value (n, H, 1, D); all that it may see."""
+        """Called by attention with a token's key and value (n, H, 1, D). Returns all of them."""
         keys, values = (buffer[:self.n] for buffer in self.layers[number])
         keys[self.index[:self.n], :, self.slot[:self.n]] = key[:, :, 0]
         values[self.index[:self.n], :, self.slot[:self.n]] = value[:, :, 0]
@@ -890,7 +895,7 @@ def decode_step(policy, kv, n, span):
     kv.span = span
     unseen = torch.arange(span, device=policy.device) > kv.slot[:n, None]               # (n, span)
     mask = torch.zeros(n, 1, 1, span, dtype=policy.model.dtype, device=policy.device)
-    mask.masked_fill_(unseen[:, None, None], -math.inf)  # additive: every layer would convert bools
+    mask.masked_fill_(unseen[:, None, None], -math.inf)  # additive: each layer converts bools
     hidden = hidden_states(policy.model, kv.token[:n, None], kv, position_ids=kv.slot[:n, None],
                            attention_mask=mask)                                         # (n, 1, D)
     return policy.head(hidden[:, -1])
@@ -941,7 +946,7 @@ def fuse(model):
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm"):
             module.forward = types.MethodType(fused_norm, module)
-        if type(module).__name__.endswith("MLP"):
+        if type(module).__name__.endswith("MLP") and "SiLU" in type(module.act_fn).__name__:
             module.forward = types.MethodType(fused_mlp, module)
     modeling = sys.modules[type(model).__module__]
     plain = getattr(modeling.apply_rotary_pos_emb, "plain", modeling.apply_rotary_pos_emb)
@@ -1022,7 +1027,7 @@ def set_rows(turns, name, values):
         setattr(turn, name, row[:len(turn.response_ids)].clone())
 
 def within_budget(items, size, budget):
-    """Lists of at most `budget` tokens when padded; longest first: memory fails soon or never."""
+    """Lists of at most `budget` tokens when padded, longest first: memory runs out early or not."""
     batches = []
     for item in sorted(items, key=size, reverse=True):
         if batches and (len(batches[-1]) + 1) * size(batches[-1][0]) <= budget:
@@ -1072,6 +1077,9 @@ def pick_device(name):
 def load_policy(name, device="auto", texts=(), seed=233):
     """A Policy, in bf16, on a CPU in fp32. name: Hugging Face model, folder (a run stands for its
     last checkpoint), .gguf file, or `tiny`, which is built from `texts`."""
+    from transformers import logging
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
     device = pick_device(device)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     model, tokenizer = build_tiny(texts, seed) if name == "tiny" else read_model(name, dtype)
@@ -1087,25 +1095,35 @@ def load_policy(name, device="auto", texts=(), seed=233):
     return policy
 
 def read_model(name, dtype):
-    """(model, tokenizer) from a folder, a GGUF file or the hub; UserError if that fails."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, logging
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    """(model, tokenizer) from a folder, a GGUF file or the hub; UserError if that fails, or if the
+    model would start with random or quantised weights."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
     path = Path(name)
     folder = path.parent if path.suffix == ".gguf" else last_checkpoint(path) or name
     file = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
     try:
-        # AutoTokenizer would give a saved `tiny` Qwen2's pre-tokenizer, not the one it trained with
-        ours = Path(folder, "state.json").exists()
-        ours = ours and "TokenizersBackend" in Path(folder, "tokenizer_config.json").read_text()
-        kind = PreTrainedTokenizerFast if ours else AutoTokenizer
-        tokenizer = kind.from_pretrained(folder, **file)
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **file), tokenizer
+        saved = Path(folder, "tokenizer_config.json")
+        kind = json.loads(saved.read_text("utf-8")) if saved.is_file() else {}
+        # for these AutoTokenizer takes the model type's own tokenizer instead of the folder's
+        generic = kind.get("tokenizer_class") in ("TokenizersBackend", "PreTrainedTokenizerFast")
+        loader = PreTrainedTokenizerFast if generic else AutoTokenizer
+        tokenizer = loader.from_pretrained(folder, **file)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, output_loading_info=True, **file)
     except Exception as error:          # a folder or file can be wrong in any way
         if out_of_memory(error):
             raise
         raise UserError(f"cannot load the model {name!r}: {first_line(error)}; give a Hugging Face "
                         "name that can be reached, a folder, a .gguf file, or tiny") from None
+    if lost := sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]])):
+        raise UserError(f"{name!r} lacks weights that would be random ({lost[0]}; {len(lost)} in "
+                        "all); take the folder of a whole causal language model")
+    if file:                            # dequantised: an ordinary model, which may be saved
+        model.hf_quantizer = None
+        del model.config.quantization_config
+    if hasattr(model.config, "quantization_config"):
+        raise UserError(f"{name!r} is quantised and cannot be trained; take the original weights")
+    return model, tokenizer
 
 def wrap_policy(model, tokenizer):
     """A Policy of a loaded model and tokenizer."""
@@ -1191,9 +1209,9 @@ class State:
     masters = property(lambda self: self.optimizer.param_groups[0]["params"])
 
 def make_state(policy, s, beta2=0.999):
-    """A State with a fresh AdamW over fp32 masters: a step of 1e-6 is lost in bf16, whose
-    neighbours of 0.01 are 6e-5 apart. A parameter in fp32 is its own master. With --small-gpu the
-    masters are in host memory, and the backward pass recomputes activations."""
+    """A State with a fresh AdamW over fp32 masters, because bf16 loses steps of 1e-6: its numbers
+    near 0.01 are 6e-5 apart. A parameter in fp32 is its own master. With --small-gpu the masters
+    are in host memory, and the backward pass recomputes activations."""
     if s.small_gpu:
         policy.model.activation_checkpointing_enable({"use_reentrant": False})
     masters = []
@@ -1209,7 +1227,7 @@ def make_state(policy, s, beta2=0.999):
     return State(policy, optimizer)
 
 def move_gradient(master, p):
-    """After each backward: add p's gradient to its master's in fp32: micro-batches sum exactly."""
+    """Hook after each backward: add p's gradient to its master's, in fp32, where none is lost."""
     grad = p.grad.to(master.device, torch.float32)
     master.grad = grad if master.grad is None else master.grad.add_(grad)
     p.grad = None
@@ -1272,7 +1290,7 @@ def clone_step(state, env, s):
     return -sum(float(t.logp[t.advantages == 1].sum()) for t in turns) / count
 
 def clone_experts(state, env, s):
-    """What is left of the cloning, with a checkpoint at its end."""
+    """The remaining steps of the cloning, with a checkpoint at its end."""
     with progress(total=s.warm_start, initial=state.warm_step, desc="cloning", unit="step") as bar:
         while state.warm_step < s.warm_start:
             with uninterrupted():
@@ -1289,8 +1307,8 @@ progress = functools.partial(tqdm, leave=False, dynamic_ncols=True)
 
 @torch.no_grad()
 def token_sums(b, s, loss):
-    """Sums over a micro-batch's tokens for the log: what the paper plots, clipping, divergences.
-    A method's further rows (number -1) count in the loss alone."""
+    """Sums over a micro-batch's tokens for the log: the paper's diagnostics, clipping, divergences.
+    A method's further rows (number -1) count in the loss only."""
     mask = b.mask & (b.number >= 0)[:, None]                                            # (B, T)
     ratio = (b.logp - b.old).exp()
     clipped = torch.where(b.advantages > 0, ratio > 1 + s.clip, ratio < 1 - s.clip)
