@@ -206,7 +206,8 @@ def batch_of(turns, device="cpu"):
     def tokens(rows):
         if rows[0] is None:
             return None
-        return to_device(torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), device)  # (B, T)
+        padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).detach()       # (B, T)
+        return to_device(padded, device)
 
     def column(name):
         return to_device(torch.tensor([getattr(t, name) for t in turns]), device)       # (B,)
@@ -389,7 +390,7 @@ def sdar_loss(student_logp, teacher_logp, mask, beta=5.0, baseline=0.0, total_to
     student_logp = student_logp.masked_fill(hidden, 0)
     teacher_logp = teacher_logp.masked_fill(hidden, 0)
     values = sdar_tokens(student_logp, teacher_logp, beta, baseline).masked_fill(hidden, 0)
-    return values.sum() / (mask.sum() if total_tokens is None else total_tokens)
+    return values.sum() / (mask.sum().clamp(min=1) if total_tokens is None else total_tokens)
 
 def k3_kl(logp, ref_logp):
     """Estimate exp(d) - d - 1 of KL(pi_theta || pi_ref), d = ref - logp; at most 10, as in the
