@@ -12,8 +12,8 @@ Each benchmark is one class (`Alfworld`, `WebShop`, `SearchQA`; open_env) with t
     step(sessions, responses)   advances many sessions by the raw text that a model wrote
     skill(category, brief)      what the teacher of one task is told; all_skills(), skill_names
 
-A session has task, category, group, observation, turns, prompt(skill, history, room, brief),
-expert(), and after a step action, valid, admissible, done, won, score, details. Nothing here knows
+A session has task, goal (what success is, as text for people), category, group, observation,
+turns, prompt(skill, history, room, brief), expert(), and after a step action, valid, admissible, done, won, score, details. Nothing here knows
 of torch or of training. What the three share comes first, then each benchmark in one order:
 environment, session, prompt, skills, a bar, and below the bar, where a reader of the adapter can
 stop, the engine, the built-in world and the expert. BM25 and Lucene's text analysis come last.
@@ -279,6 +279,7 @@ class AlfworldSession:
     def __init__(self, engine, seed, detours):
         self.engine, self.observation = engine, engine.reset()
         self.task, self.category = engine.task, engine.task_type
+        self.goal, self.found_object = self.task, False
         self.group = ALFWORLD_TYPES[self.category][0]
         self.turns, self.details = [], {"invalid": 0, "inadmissible": 0}
         self._script, self._detours, self._seed = None, detours, seed  # the expert's
@@ -292,6 +293,7 @@ class AlfworldSession:
         self.observation = self.engine.step(action)
         self.won = self.done = self.engine.won
         self.score = float(self.won)
+        self.found_object |= any(map(self.engine.sought, self.engine.admissible_commands))
         self.details["invalid"] += not self.valid
         self.details["inadmissible"] += not self.admissible
 
@@ -558,6 +560,8 @@ class AlfworldEngine:
         self.game, self.task, self.walkthrough, facts = game, game["task"], game["walkthrough"], game["facts"]
         predicates = {atom[0] for atom in _conjuncts(game["goal"])} | {"inreceptacle"}
         self.task_type = next(kind for kind, (_, sign) in ALFWORLD_TYPES.items() if sign in predicates)
+        sought = "|".join(a[2].removesuffix("type") for a in _conjuncts(game["goal"]) if a[0] == "objecttype")
+        self.sought = re.compile(f"take ({sought}) ").match  # a command that takes the object of the task
         self.names, self.kinds = _player_names(facts), dict(facts["objecttype"] | facts["receptacletype"])
         self.places = dict(sorted(facts["receptacleatlocation"]))  # receptacle: where it stands
         self.routes, self._near = [], {}  # [(command, text, receptacle, place)]; place: its receptacles
@@ -912,6 +916,10 @@ class WebShopSession:
         engine.reset(goal_index)
         self.engine = engine
         self.task = " ".join(engine.goal["instruction_text"].split())
+        options = engine.goal["goal_options"]  # of human goals a list, else {name: value}
+        chosen = ", ".join(options.values() if isinstance(options, dict) else options)
+        self.goal = (f"{self.task}; attributes: {', '.join(engine.goal['attributes'])}; options: "
+                     f"{chosen or 'any'}; for example {engine.goal['name']}")
         self.category = self.group = shop_category(self.task)
         self.turns, self.details = [], {}
 
@@ -1592,6 +1600,7 @@ class SearchQASession:
     def __init__(self, question, max_turns):
         self.question, self.max_turns = question, max_turns
         self.task, self.group = question.text, question.group
+        self.goal = " or ".join(question.answers)
         self.category = search_category(self.task, self.group)
         self.turns, self.found, self.details = [], [], {}
 

@@ -4,7 +4,7 @@
     python eval.py --env alfworld --model Qwen/Qwen2.5-1.5B-Instruct --split valid_unseen --skills
     python eval.py compare A.json B.json          # two policies on the same tasks
     python eval.py table RUN ... [--markdown]     # the paper's Table 1, published rows beside yours
-    python eval.py gates RUN                      # a logged episode with the gate behind each token
+    python eval.py gates RUN [--html FILE]        # a logged episode with the gate of each token
     python eval.py plot RUN ... [--out FILE]      # learning curves as a picture (needs matplotlib)
     python eval.py bench [flags of sdar.py]       # speed beside the plain way of doing the same
 
@@ -27,6 +27,7 @@ import time
 import timeit
 from dataclasses import replace
 from functools import partial
+from html import escape
 from importlib.metadata import version
 from pathlib import Path
 
@@ -462,20 +463,125 @@ def cell(results, column):
     return percent(mean, found[0][f"{kind}_95"] if len(found) == 1 else limits)
 
 def gates(argv):
-    """python eval.py gates RUN: the newest logged episode that has gate values, as text."""
-    p = parser_for("gates", "RUN", "Print the newest logged episode with each token's gap gate.")
+    """python eval.py gates RUN: a logged episode with each token's gap gate, as text or a page."""
+    p = parser_for("gates", "RUN [--episode N] [--html FILE]", "Show a logged episode; tokens whose "
+                   "gate is closed (0) are red, those whose gate is open (1) green.")
     p.add_argument("run", metavar="RUN", help="run folder of a method with a teacher")
-    path = Path(p.parse_args(argv).run) / "episodes.jsonl"
+    p.add_argument("--episode", type=int, metavar="N", help="line of RUN/episodes.jsonl, from 1 "
+                   "(default: the last episode that has gates)")
+    p.add_argument("--html", metavar="FILE", help="write a page to open in a browser")
+    flags = p.parse_args(argv)
+    path = Path(flags.run) / "episodes.jsonl"
+    rows = sdar.read_lines(path)
     try:
-        rows = sdar.read_lines(path)
-        shown = [row for row in rows if any("gates" in turn for turn in row["turns"])][-1]
-    except (OSError, ValueError, KeyError, TypeError, IndexError):
-        raise UserError(f"{path} holds no gates; give a run whose method has a teacher") from None
-    print(f"step {shown['step']}, task {shown['task_id']}, skill {shown['skill']}, "
-          f"{'won' if shown['won'] else 'not won'}")
-    for turn in shown["turns"]:
-        text = f"\n> {turn['observation']}\n{turn.get('gates', turn['response'])}"
-        print("".join(c for c in text if c.isprintable() or c in "\n\t"))  # no terminal commands
+        gated = [n for n, row in enumerate(rows, 1)
+                 if any(key in turn for turn in row["turns"] for key in ("gate", "gates"))]
+        if not gated:
+            raise UserError(f"{path} holds no gates; give a run whose method has a teacher")
+        number = gated[-1] if flags.episode is None else flags.episode
+        if not 1 <= number <= len(rows):
+            raise UserError(f"{path} has no episode {number}; choose 1 to {len(rows)}")
+        shown = episode_page(rows[number - 1]) if flags.html else episode_lines(rows[number - 1])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} is damaged ({sdar.first_line(error)}); train again") from None
+    if flags.html:
+        sdar.write_text(flags.html, shown)
+        shown = f"written: {flags.html} (episode {number} of {len(rows)})"
+    print(shown)
+
+def printable(text):
+    """The text without characters that command a terminal."""
+    return "".join(c for c in str(text) if c.isprintable() or c in "\n\t")
+
+def tokens_of(turn):
+    """[(token, its gate, its numbers as text)] of a logged turn; without a teacher no gate."""
+    if "gates" in turn:                               # a log from before November 28, 2026
+        found = re.findall(r"(.*?)\[(\d\.\d\d)\]", turn["gates"], re.S)
+        return [(printable(token), float(gate), f"gate {gate}") for token, gate in found]
+    if "gate" not in turn:
+        return [(printable(turn["response"]), None, "")]
+    names = ("tokens", "gate", "gap", "teacher_logp", "student_logp")
+    return [(printable(token), gate, f"gate {gate:.2f}   gap {gap:+.3f}   "
+             f"log-probability: teacher {teacher:.3f}, student {student:.3f}")
+            for token, gate, gap, teacher, student in zip(*(turn[name] for name in names))]
+
+def episode_facts(row):
+    """[(name, text)] of what an episode is, for its head."""
+    kind = str(row.get("failure") or "").replace("_", " ")
+    outcome = "won" if row["won"] else "not won" + f" ({kind})" * bool(kind)
+    skill = ": ".join(filter(None, (row["skill"], row.get("skill_text"))))
+    facts = [("Outcome", f"{outcome}, step {row['step']}, task {row['task_id']}"),
+             ("Task", row.get("task")), ("Success is", row.get("goal")), ("Skill", skill)]
+    return [(name, printable(text)) for name, text in facts if text]
+
+def turn_facts(turn):
+    """Reward, advantage and form of a turn in a line."""
+    numbers = [f"{name} {turn[name]:g}" for name in ("reward", "advantage") if name in turn]
+    faults = [text for key, text in (("valid", "malformed"), ("admissible", "not admissible"))
+              if not turn.get(key, True)]
+    return ", ".join(numbers + faults)
+
+def episode_lines(row):
+    """An episode for the terminal: coloured tokens where it has colour, else each gate's number."""
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+
+    def shown(token, gate):
+        if gate is None or not colour:
+            return token if gate is None else f"{token}[{gate:.2f}]"
+        fade = [round(255 - (255 - c) * abs(2 * gate - 1)) for c in (
+            (230, 90, 80) if gate < 0.5 else (70, 185, 100))]
+        start = "\033[48;2;{};{};{};38;5;16m".format(*fade)
+        return start + token.replace("\n", f"\033[0m\n{start}") + "\033[0m"
+
+    lines = [f"{name}: {text}" for name, text in episode_facts(row)]
+    for number, turn in enumerate(row["turns"], 1):
+        facts = turn_facts(turn)
+        response = "".join(shown(token, gate) for token, gate, _ in tokens_of(turn))
+        lines.append(f"\nturn {number}" + f": {facts}" * bool(facts))
+        lines.append(f"> {printable(turn['observation'])}\n{response}")
+    return "\n".join([*lines, *["\n> " + printable(row["last_observation"])] * (
+        "last_observation" in row)])
+
+PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<title>An episode and its gates</title><style>
+:root { color-scheme: light dark }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 46rem; margin: auto;
+       padding: 1rem 1rem 6rem; overflow-wrap: anywhere }
+dt, small { opacity: .7 } dd { margin: 0 0 .5rem } dd, .seen, .said { white-space: pre-wrap }
+h2 { font-size: 1rem; margin: 1.6rem 0 .3rem } .seen { margin: .3rem 0; opacity: .85 }
+.said { font: 15px/1.8 ui-monospace, monospace; padding: .4rem .7rem; border-radius: .4rem;
+        border: 1px solid #8886 }
+.said span { border-radius: .2rem } .said span:focus { outline: 2px solid }
+.said span:hover::after, .said span:focus::after { content: attr(data-numbers); position: fixed;
+        left: 0; right: 0; bottom: 0; padding: .8rem 1rem; background: #223; color: #fff }
+.bar { height: .6rem; border-radius: .3rem; background:
+       linear-gradient(90deg, rgb(220 50 40/.65), transparent, rgb(30 160 70/.65)) }
+.ends { display: flex; justify-content: space-between }
+</style></head><body>"""
+
+def episode_page(row):
+    """An episode as one HTML page without scripts. All of its text is escaped."""
+    def shown(token, gate, numbers):
+        if gate is None:
+            return escape(token)
+        colour = f"{'220 50 40' if gate < 0.5 else '30 160 70'}/{0.65 * abs(2 * gate - 1):.2f}"
+        return (f'<span tabindex="0" data-numbers="{escape(numbers)}" '
+                f'style="background:rgb({colour})">{escape(token)}</span>')
+
+    head = "".join(f"<dt>{name}</dt><dd>{escape(text)}</dd>" for name, text in episode_facts(row))
+    parts = [PAGE, f"<h1>An episode and its gates</h1><dl>{head}</dl>", '<div class="bar"></div>'
+             '<div class="ends"><small>gate 0</small><small>0.5</small><small>gate 1</small></div>'
+             "<small>Point at a token, or tap it, to see its numbers.</small>"]
+    for number, turn in enumerate(row["turns"], 1):
+        response = "".join(shown(*token) for token in tokens_of(turn))
+        parts.append(f"<h2>Turn {number} <small>{escape(turn_facts(turn))}</small></h2>"
+                     f'<div class="seen">{escape(printable(turn["observation"]))}</div>'
+                     f'<div class="said">{response}</div>')
+    last = escape(printable(row.get("last_observation", "")))
+    return "\n".join([*parts, f'<h2>After the last turn</h2><div class="seen">{last}</div>' *
+                      bool(last), "</body></html>"])
 
 def plot(argv):
     """python eval.py plot RUN ...: validation success and mean gap over the steps of RL."""

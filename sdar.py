@@ -44,6 +44,7 @@ import signal
 import sys
 import time
 import types
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -157,6 +158,7 @@ class Turn:
     valid: bool = True                  # the response is well-formed
     admissible: bool = True             # the action is one of the admissible commands
     shortened: bool = False             # a prompt was over its budget
+    cut: bool = False                   # the response was ended by --max-response
     reward: float = 0.0                 # of the episode
     group: int = 0                      # which task of the step: GRPO's group
     rollout: int = 0                    # which episode of the step
@@ -178,6 +180,7 @@ class Episode:
     skill: str = ""                     # name of the skill that was given
     reward: float = 0.0
     turns: list = field(default_factory=list)
+    skill_text: str = ""
 
 @dataclass
 class Batch:
@@ -243,7 +246,8 @@ def rollout(policy, env, tasks, s, temperature, generator, group_size=1, skills=
     episode. both: also build the other prompt, the teacher's if the agent sees no skill."""
     skills = [skill for skill in skills or [("", "")] * len(tasks) for _ in range(group_size)]
     tasks = [task for task in tasks for _ in range(group_size)]
-    episodes = [Episode(task, env.start(task), name) for task, (name, _) in zip(tasks, skills)]
+    episodes = [Episode(task, env.start(task), name, skill_text=text)
+                for task, (name, text) in zip(tasks, skills)]
     skilled = [acts == "skilled" or (acts == "half" and i % 2 == 0) for i in range(len(tasks))]
     waiting = {}                                       # {episode: prompt ids}, emptied by generate
 
@@ -267,9 +271,10 @@ def rollout(policy, env, tasks, s, temperature, generator, group_size=1, skills=
             env.step([episodes[i].session for i in ended], texts, think_closed=policy.think_closed)
             for (i, ids), text in zip(ended.items(), texts):
                 e = episodes[i]
+                closed = ids[-1] in policy.end_ids or any(tag in text for tag in env.stop)
                 e.turns[-1] = replace(e.turns[-1], response_ids=ids, text=text,
                                       action=e.session.action, valid=e.session.valid,
-                                      admissible=e.session.admissible)
+                                      admissible=e.session.admissible, cut=not closed)
             live = [i for i in ended if not episodes[i].session.done
                     and len(episodes[i].turns) < s.max_turns]
             bar.update(len(ended) - len(live))
@@ -564,8 +569,8 @@ def learn_step(state, episodes, phases, s):
     count_skills(state.bandit, episodes, s)
     state.step += 1
     state.cursor += s.groups
-    return {"step": state.step, **episode_metrics(episodes), **metrics, **phases,
-            "peak_memory_mib": peak_memory(policy.device)}
+    return {"step": state.step, **episode_metrics(episodes), **outcomes(episodes), **metrics,
+            **phases, "peak_memory_mib": peak_memory(policy.device)}
 
 # ======== 10. Other objectives: baselines and ablations of the paper ==============================
 
@@ -1313,7 +1318,8 @@ def token_sums(b, s, loss):
     mask = b.mask & (b.number >= 0)[:, None]                                            # (B, T)
     ratio = (b.logp - b.old).exp()
     clipped = torch.where(b.advantages > 0, ratio > 1 + s.clip, ratio < 1 - s.clip)
-    values = {"clip_fraction": clipped & (b.advantages != 0), "old_kl": b.old - b.logp}
+    values = {"clip_fraction": clipped & (b.advantages != 0), "old_kl": b.old - b.logp,
+              "entropy": -b.old}       # unbiased for the policy's entropy, because it sampled them
     if b.teacher is not None:
         gap = b.teacher - b.logp
         gate = gate_values(b, s)
@@ -1357,6 +1363,27 @@ def episode_metrics(episodes):
             "prompts_shortened": sum(t.shortened for t in turns),
             "groups_without_variance": sum(len(values) == 1 for values in rewards.values())}
 
+def outcomes(episodes):
+    """Counts of a list of episodes: how they failed, [won, all] by task type, and the share of
+    responses that were cut at the limit."""
+    by_type = {}
+    for e in episodes:
+        counts = by_type.setdefault(e.session.group, [0, 0])
+        counts[0] += bool(e.session.won)
+        counts[1] += 1
+    return {"failures": Counter(failure(e) for e in episodes if not e.session.won),
+            "success_by_type": by_type, "cut": fmean(t.cut for e in episodes for t in e.turns)}
+
+def failure(episode):
+    """Why an episode has failed: it ended in a wrong purchase or answer; at least half its turns
+    were malformed; ALFWorld's object was never within reach; or it only ran out of turns."""
+    x = episode.session
+    if x.done:
+        return "wrong_end"
+    if 2 * sum(t.valid for t in episode.turns) <= len(episode.turns):
+        return "malformed"
+    return "out_of_turns" if getattr(x, "found_object", True) else "object_never_found"
+
 def wilson(successes, n, z=1.959964):
     """95 % Wilson interval (low, high) of a rate."""
     if n == 0:
@@ -1392,18 +1419,24 @@ def peak_memory(device):
     return int(peak[1]) / 2**10 if peak else None
 
 def episode_text(policy, episode, step, s):
-    """An episode as a JSON row to read; where there is a teacher with each token's gap gate behind
-    it, as in 'go[0.52] to[0.61]'."""
+    """An episode as a JSON row that can be read alone. Where there is a teacher each turn has its
+    tokens and, in lists of the same length, gap gate, gap and both log-probabilities."""
     x = episode.session
-    row = {"step": step, "task_id": episode.task_id, "skill": episode.skill, "won": bool(x.won),
-           "score": float(x.score), "details": dict(x.details), "turns": []}
+    row = {"step": step, "task_id": episode.task_id, "task": x.task, "goal": x.goal,
+           "skill": episode.skill, "skill_text": episode.skill_text, "won": bool(x.won),
+           "failure": "" if x.won else failure(episode), "score": float(x.score),
+           "details": dict(x.details), "last_observation": x.observation, "turns": []}
     for t in episode.turns:
         turn = {"observation": t.observation, "response": t.text, "valid": t.valid,
-                "admissible": t.admissible, "advantage": round(t.advantages.mean().item(), 4)}
-        if t.teacher_logp is not None:
-            gates = sdar_gate(t.logp, t.teacher_logp, s.beta).tolist()
-            pieces = [policy.tokenizer.decode([i]) for i in t.response_ids]
-            turn["gates"] = "".join(f"{piece}[{g:.2f}]" for piece, g in zip(pieces, gates))
+                "admissible": t.admissible, "reward": t.reward}
+        if t.advantages is not None:
+            turn["advantage"] = round(t.advantages.mean().item(), 4)
+        if t.logp is not None and t.teacher_logp is not None:
+            turn["tokens"] = [policy.tokenizer.decode([i]) for i in t.response_ids]
+            values = {"gate": sdar_gate(t.logp, t.teacher_logp, s.beta),
+                      "gap": t.teacher_logp - t.logp, "teacher_logp": t.teacher_logp,
+                      "student_logp": t.logp}
+            turn |= {name: [round(v, 4) for v in x.tolist()] for name, x in values.items()}
         row["turns"].append(turn)
     return row
 
@@ -1601,7 +1634,9 @@ def validate(state, env, s):
     m = episode_metrics(episodes)
     print(f"validation after step {state.step}: {rate_text(m)} on {split}, panel {digest}",
           flush=True)
-    kept = ("episodes", "successes", "success", "success_95", "score", "turns", "valid")
+    m |= outcomes(episodes)
+    kept = ("episodes", "successes", "success", "success_95", "score", "turns", "valid",
+            "failures", "success_by_type", "cut")
     row = {"step": state.step, "warm_step": state.warm_step, "split": split, "panel": digest}
     write_log(s, "validation.jsonl", row | {name: m[name] for name in kept})
 
