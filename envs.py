@@ -9,21 +9,25 @@ Each benchmark is one class (`Alfworld`, `WebShop`, `SearchQA`; open_env) with t
     splits, stop                names of the splits; the tags that close a response
     tasks(split)                sorted task ids
     start(task_id, seed)        a session: one episode
-    step(sessions, responses)   advances many sessions by the raw text that a model wrote
+    step(sessions, responses, think_closed)     advances many sessions by a model's raw responses
     skill(category, brief)      what the teacher of one task is told; all_skills(), skill_names
 
-A session has task, goal (what success is, as text for people), category, group, observation,
-turns, prompt(skill, history, room, brief), expert(), and after a step action, valid, admissible, done, won, score, details. Nothing here knows
-of torch or of training. What the three share comes first, then each benchmark in one order:
-environment, session, prompt, skills, a bar, and below the bar, where a reader of the adapter can
-stop, the engine, the built-in world and the expert. BM25 and Lucene's text analysis come last.
+A session has task, goal (what success is, for people), category, group, observation, turns,
+prompt(skill, history, room, brief), expert(), and after a step action, valid, admissible, done,
+won, score, details. A class of your own with these members is an environment too, --env
+FILE.py:Class (docs/environments.md has one). Nothing here knows of torch or of training. What the
+three share comes first, then each benchmark in one order: environment, session, prompt, skills, a
+bar, and below the bar, where a reader of the adapter can stop, the engine, the built-in world and
+the expert. BM25 and Lucene's text analysis come last.
 
     python envs.py download NAME [DIR]     fetch data: NAME is alfworld, webshop or webshop-full
+    python envs.py play NAME [TASK]        play an episode by hand: alfworld, webshop or search
 """
 
 import copy
 import gzip
 import hashlib
+import importlib.util
 import inspect
 import io
 import itertools
@@ -49,14 +53,45 @@ class UserError(Exception):
     """A mistake of the user's. The message is one line and says what to do."""
 
 def open_env(name, data=None, seed=233, skills=None, **options):
-    """The environment called `name`; `options` go to its class. Raises UserError."""
+    """The environment called `name`, or FILE.py:Class; `options` go to its class. UserError."""
     classes = {"alfworld": Alfworld, "webshop": WebShop, "search": SearchQA}
-    if name not in classes:
-        raise UserError(f"unknown environment {name!r}; choose one of {', '.join(classes)}")
-    known = sorted({*inspect.signature(classes[name]).parameters} - {"data", "seed", "skills"})
-    if unknown := sorted(set(options) - set(known)):
-        raise UserError(f"{name} has no option {unknown[0]!r}; it takes {', '.join(known)}")
-    return classes[name](data=data, seed=seed, skills=skills, **options)
+    if name not in classes and ".py:" not in name:
+        names = ", ".join([*classes, "FILE.py:Class"])
+        raise UserError(f"--env {name} is unknown; choose one of {names}")
+    made = classes.get(name) or _own_class(name)
+    takes = {*inspect.signature(made).parameters}
+    shared = {"data": data, "seed": seed, "skills": skills}  # an own class need not take them
+    options |= {key: value for key, value in shared.items()
+                if key in takes or value not in (None, "built-in", seed)}
+    if unknown := sorted(set(options) - takes):
+        known = ", ".join(sorted(takes - set(shared))) or "none"
+        raise UserError(f"{name} has no option {unknown[0]!r}; it takes {known}")
+    env = made(**options)
+    if lacks := [] if name in classes else _lacking(env):
+        raise UserError(f"{name} lacks {', '.join(lacks)}; envs.py documents what it needs")
+    return env
+
+def _own_class(name):
+    """The class that FILE.py:Class names."""
+    file, _, title = name.rpartition(":")
+    try:
+        spec = importlib.util.spec_from_file_location("own_" + Path(file).stem, file)
+        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return getattr(module, title)
+    except Exception as error:  # the file may do anything
+        raise UserError(f"cannot load {name}: {one_line(repr(error))}") from None
+
+def _lacking(env):
+    """Members that an environment or its first session lacks, of those that this file documents."""
+    members = "source builtin splits stop tasks start step skill all_skills skill_names".split()
+    own = """task goal category group observation turns prompt expert action valid admissible done
+             won score details""".split()
+    if lacks := [x for x in members if not hasattr(env, x)]:
+        return lacks
+    session = env.start(env.tasks(env.splits[0])[0])
+    lacks = [f"a session's {x}" for x in own if not hasattr(session, x)]
+    return lacks + ["a second split, to validate on"] * (len(env.splits) < 2)
 
 def find_data(name, data=None):
     """Path of a benchmark's data: `data`, else $<NAME>_DATA, else ~/.cache/NAME; None: built-in."""
@@ -275,6 +310,7 @@ class Alfworld:
 class AlfworldSession:
     """One episode. turns: [(observation, action)], an action cut to one line of 200 characters."""
     action, valid, admissible, done, won, score = "", True, True, False, False, 0.0  # set by step
+    commands = property(lambda self: self.engine.admissible_commands)
 
     def __init__(self, engine, seed, detours):
         self.engine, self.observation = engine, engine.reset()
@@ -298,11 +334,14 @@ class AlfworldSession:
         self.details["inadmissible"] += not self.admissible
 
     def expert(self):
-        """The expert's response, if only its responses were played before. UserError: none left."""
+        """The expert's response; it fits if only its own were played before. UserError: none left."""
         self._script = self._script or expert_script(self.engine, self._detours, self._seed)
-        if len(self.turns) >= len(self._script):
+        step = 0  # its own moves among those that were played
+        for _, action in self.turns:
+            step += [action] == [act for _, act in self._script[step:step + 1]]
+        if step == len(self._script):
             raise UserError("the expert has no step left: play only its responses, until done")
-        return "<think>{}</think><action>{}</action>".format(*self._script[len(self.turns)])
+        return "<think>{}</think><action>{}</action>".format(*self._script[step])
 
     def prompt(self, skill="", history=2, room=None, brief=False):
         """The user message now; observations are cut to `room` characters. brief: in few tokens."""
@@ -943,6 +982,12 @@ class WebShopSession:
         """The response now of a shopper who knows the product sought."""
         return "<think>{}</think><action>{}</action>".format(*shop_expert(self.engine))
 
+    @property
+    def commands(self):
+        """What can be done now."""
+        offered = ["search[<your query>]"] if self.engine.kind == "search" else []
+        return offered + [f"click[{name}]" for name in self.engine.clickables]
+
     def prompt(self, skill="", history=2, room=None, brief=False):
         """The user message now; observations are cut to `room` characters. brief: in few tokens."""
         engine, past = self.engine, last_turns(self.turns, history, room)
@@ -954,12 +999,10 @@ class WebShopSession:
         count, old = len(self.turns), "\n".join(QUOTED_TURN.format(*turn) for turn in past)
         if past:
             old = f"Steps taken so far: {count}. The last {len(past)} with what you saw:\n{old}\n"
-        offered = ["search[<your query>]"] if engine.kind == "search" else []
-        offered += [f"click[{name}]" for name in engine.clickables]
         return WEBSHOP_PROMPT.format(
             skill=skill + "\n\n" if skill else "", task=self.task, steps=old, number=count + 1,
             seen=shorten_middle(self.observation, room),
-            actions="".join(f"'{action}',\n" for action in offered))
+            actions="".join(f"'{action}',\n" for action in self.commands))
 
 WEBSHOP_PROMPT = """\
 {skill}You are an agent that shops in the online store WebShop.
@@ -1596,6 +1639,7 @@ class SearchQASession:
     """One episode. turns: [(observation, action)]; found: the passages that each action brought."""
     observation = action = ""
     valid, admissible, done, won, score = False, False, False, False, 0.0  # set by step
+    commands = "search <your query>", "answer <the bare answer>"  # as typed by hand
 
     def __init__(self, question, max_turns):
         self.question, self.max_turns = question, max_turns
@@ -2037,20 +2081,46 @@ def porter_stem(word):
     return word[:-1] if word.endswith("ll") and _measure(word) > 1 else word
 
 # ======== Command line ============================================================================
+def play(name, task=None):
+    """An episode by hand: the agent's own prompts, answered from the keyboard."""
+    env = open_env(name)
+    task = task or random.choice(env.tasks(env.splits[0]))
+    session, line = env.start(task), ""
+    print(f"{env.source}\ntask {task}: ? lists what can be typed, ! plays the expert's move, Ctrl-D leaves")
+    while not session.done and len(session.turns) < {"webshop": 15, "search": 4}.get(name, 50):
+        if line != "?":
+            print("\n" + "".join(c for c in session.prompt() if c.isprintable() or c == "\n"))
+        line = input("> ").strip() or "?"
+        if line == "?":
+            print("\n".join(session.commands))
+            continue
+        kind, _, words = line.partition(" ")  # "search a lamp" of Search-QA has its own tag
+        tag, words = (kind, words) if f"</{kind}>" in env.stop else ("action", line)
+        response = session.expert() if line == "!" else f"<think></think><{tag}>{words}</{tag}>"
+        env.step([session], [response])
+        print(response * (line == "!") + "that cannot be played now" * (not session.admissible))
+    print(f"{'won' if session.won else 'lost'} after {len(session.turns)} turns, score {session.score:g}; "
+          f"success was: {one_line(session.goal, 2000)}")
+
 def main(argv=None):
-    """python envs.py download NAME [DIR]; returns the exit status."""
+    """python envs.py download NAME [DIR], or play NAME [TASK]; returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
     fetch = {"alfworld": download_alfworld, "webshop": download_webshop,
              "webshop-full": partial(download_webshop, full=True)}
     try:
+        if argv[:1] == ["play"] and len(argv) in (2, 3):
+            return play(*argv[1:]) or 0
         if len(argv) not in (2, 3) or argv[0] != "download" or argv[1] not in fetch:
-            raise UserError(f"usage: python envs.py download {'|'.join(fetch)} [DIR]")
+            raise UserError(f"usage: python envs.py download {'|'.join(fetch)} [DIR], or "
+                            "python envs.py play alfworld|webshop|search [TASK]")
         name = argv[1].removesuffix("-full")
         default = os.environ.get(name.upper() + "_DATA") or f"~/.cache/{name}"
         fetch[argv[1]](Path(os.path.expanduser(os.path.expandvars((argv + [default])[2]))))
     except (UserError, OSError) as error:  # OSError: a read-only folder, a full disk
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except EOFError:  # Ctrl-D in play
+        print("\nleft")
     except KeyboardInterrupt:
         return 130
     return 0
