@@ -64,8 +64,8 @@ Intervals: Newcombe's method 10 (score: Student's t; Avg of Search-QA: joined ov
 McNemar's exact test. How much training runs differ by seed is in neither."""
 KEPT = """skills data env_args prompt_style history max_turns max_prompt max_teacher_prompt
     max_response rollout_rows""".split()              # settings that come from the checkpoint
-OF_NO_WEIGHT = """seed out data device micro_tokens rollout_rows small_gpu save_every val_every
-    val_episodes val_split""".split()                 # settings that do not change the training
+OF_NO_WEIGHT = """seed out data device track micro_tokens rollout_rows small_gpu save_every
+    val_every val_episodes val_split""".split()       # settings that do not change the training
 CHUNK = 1024  # episodes played together: bounds the memory of a panel of 50,000 questions
 
 # ======== Statistics and tables ===================================================================
@@ -123,7 +123,7 @@ def summarize(env_name, rows):
     """A summary per group, the paper's columns first, and `Avg` last: over all episodes, but on
     Search-QA success and F1 are means over the data sets. Rates and scores are 0 to 1."""
     groups = {r["group"] for r in rows}
-    known = [name for name in COLUMNS[env_name] if name in groups]
+    known = [name for name in COLUMNS.get(env_name, ()) if name in groups]
     out = []
     for name in [*known, *sorted(groups.difference(known)), "Avg"]:
         part = [r for r in rows if name in (r["group"], "Avg")]
@@ -187,7 +187,7 @@ def read_flags(argv):
     p.epilog = "flags of sdar.py that work too: " + " ".join(map(sdar.flag, shared))
     add = p.add_argument
     add("--model", required=True, help="run or model folder, GGUF file, Hugging Face name, tiny")
-    add("--env", choices=list(COLUMNS), help="benchmark (default: the run's, else alfworld)")
+    add("--env", help="benchmark or FILE.py:Class (default: the run's, else alfworld)")
     add("--split", help="split of the panel (default: test, in ALFWorld valid_seen)")
     add("--episodes", type=int, metavar="N", help="only N tasks, drawn with a fixed seed")
     add("--skills", nargs="?", const="", metavar="DIR", help="put skills into the agent's prompt "
@@ -249,7 +249,8 @@ def evaluate(argv):
     ids, digest = envs.panel(env, split, flags.episodes)
     whole = len(env.tasks(split))
     skills = None if flags.skills is None else s.skills or "built-in"
-    name = f"eval-{s.env}-{split}" + "-skills" * bool(skills) + f"-{len(ids)}" * (len(ids) < whole)
+    name = f"eval-{Path(s.env).name.replace(':', '-')}-{split}" + "-skills" * bool(skills)
+    name += f"-{len(ids)}" * (len(ids) < whole)
     name = f"{s.model}/{name}" if folder else f"{name}-{Path(s.model).name}"
     out = Path(flags.out or f"{name}.json")
     if out.is_dir() or not os.access(out.parent, os.W_OK):    # said now, not after hours of playing
@@ -301,7 +302,8 @@ def refuse_another(out, header):
 def print_summary(result):
     """One evaluation as a table; for real tasks with the paper's rows, for orientation."""
     extra = {"search": ["f1"], "webshop": ["score"]}.get(result["env"], [])
-    names = [] if result["builtin"] else ["Vanilla", "GRPO", "SDAR"]
+    known = result["env"] in COLUMNS and not result["builtin"]
+    names = ["Vanilla", "GRPO", "SDAR"] if known else []
     paper = [published(result["env"], name) for name in names]
     rows = [["", "n", "success % [95 %]", *(f"{key} %" for key in extra), "turns", "valid %",
              "admissible %", *(f"paper's {name}" for name in names)]]
@@ -450,7 +452,7 @@ def method_table(results):
     for name in [*sorted(found.keys() - PAPER.keys()), *PAPER]:
         for label, runs in sorted(told_apart(name, found.get(name, [])).items()):
             rows.append([label, len(runs), *(cell(runs, column) for column in columns)])
-        if name in PAPER:
+        if name in PAPER and env in COLUMNS:
             row = published(env, name)
             rows.append([f"{name}, published", "", *(row.get(column, "-") for column in columns)])
     return rows
@@ -464,8 +466,8 @@ def cell(results, column):
 
 def gates(argv):
     """python eval.py gates RUN: a logged episode with each token's gap gate, as text or a page."""
-    p = parser_for("gates", "RUN [--episode N] [--html FILE]", "Show a logged episode; tokens whose "
-                   "gate is closed (0) are red, those whose gate is open (1) green.")
+    p = parser_for("gates", "RUN [--episode N] [--html FILE]", "Show a logged episode; a token "
+                   "whose gate is closed (0) is red, one whose gate is open (1) is green.")
     p.add_argument("run", metavar="RUN", help="run folder of a method with a teacher")
     p.add_argument("--episode", type=int, metavar="N", help="line of RUN/episodes.jsonl, from 1 "
                    "(default: the last episode that has gates)")

@@ -33,6 +33,7 @@ import contextlib
 import copy
 import functools
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -41,12 +42,14 @@ import re
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
 import time
 import types
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
+from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
 
@@ -68,7 +71,7 @@ def opt(default, help, choices=None, above=None):
 class Settings:
     """All settings of a run, as saved in its config.json. Defaults: the paper's for ALFWorld."""
     # what is trained
-    env: str = opt("alfworld", "benchmark", ("alfworld", "webshop", "search"))
+    env: str = opt("alfworld", "alfworld, webshop, search, or a class of yours as FILE.py:Class")
     model: str = opt("tiny", "Hugging Face name, folder, GGUF file, or `tiny` (0.4M, no download)")
     algo: str = opt("sdar", "method, a row of METHODS")
     recipe: str = opt("paper", "objective of the paper or the public code", ("paper", "released"))
@@ -119,6 +122,7 @@ class Settings:
     val_episodes: int = opt(128, "tasks of the validation panel")
     val_temperature: float = opt(0.4, "sampling temperature of validation; 0: greedy")
     save_every: int = opt(10, "steps between checkpoints (cloning: ten times as many)", above=0)
+    track: str = opt("none", "where the log goes too", ("none", "wandb", "tensorboard"))
 
 HEADINGS = {"env": "what is trained", "data": "data", "groups": "rollout", "lam": "objective",
             "steps": "optimisation", "warm_start": "behaviour cloning before RL",
@@ -139,9 +143,9 @@ PRESETS = {  # a row applies if all its words are the run's env, algo, recipe or
     "tiny alfworld": dict(env_args="house=5 detours=3", max_turns=15),
     "tiny webshop": dict(mini_batch=256, lr=1e-4),
 }
-SUCCESS_REWARD = {"alfworld": 10.0, "webshop": 10.0, "search": 1.0}  # all but success gets 0
+SUCCESS_REWARD = {"alfworld": 10.0, "webshop": 10.0, "search": 1.0}  # of others 1; else 0
 MAY_CHANGE = ("data device max_prompt max_teacher_prompt micro_tokens rollout_rows save_every "
-              "small_gpu steps val_episodes val_every val_split").split()  # with --resume
+              "small_gpu steps track val_episodes val_every val_split").split()  # with --resume
 
 # ======== 1. Data: a turn, an episode, a batch ====================================================
 @dataclass
@@ -282,7 +286,7 @@ def rollout(policy, env, tasks, s, temperature, generator, group_size=1, skills=
                 ask(live)                              # generate takes these next
     for e in episodes:
         # an episode that was cut off at the turn limit has not won
-        e.reward = SUCCESS_REWARD[s.env] * bool(e.session.won)
+        e.reward = SUCCESS_REWARD.get(s.env, 1.0) * bool(e.session.won)
         for turn in e.turns:
             turn.reward = e.reward
     return episodes
@@ -619,6 +623,8 @@ RELEASED = {  # --recipe released: methods whose public code differs from the pa
     "rlsd": replace(METHODS["rlsd"], advantages=lambda b, s, state: rlsd_advantages(
         grpo(b, s), b.old, b.teacher, s.lam * max(0.0, 1 - state.step / 100))),
 }
+
+OPTIONAL = {name for row in METHODS.values() for name in row.uses.split()}
 
 def method_of(s):
     """The Method that a run trains with."""
@@ -1467,6 +1473,16 @@ def log_step(state, episodes, m, s):
 RESUMED = ("step", "warm_step", "cursor", "bandit", "memory", "tasks")    # of State
 KEEP = 2                                                                  # checkpoints
 
+def versions():
+    """What a run was made with, for its config.json; code: the git commit, None without one."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty",
+           "--abbrev=40", "--exclude=*"]
+    commit = ""
+    with contextlib.suppress(OSError):                # no git on this machine
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    return {"code": commit or None, "torch": torch.__version__,
+            "transformers": version("transformers")}
+
 def first_line(error):
     """The first line of an exception's text, for one-line messages."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
@@ -1490,6 +1506,28 @@ def write_log(s, name, row):
     """Append a row to one of the run's JSON-lines files."""
     with open(Path(s.out) / name, "a", encoding="utf-8", errors="replace") as f:
         f.write(json.dumps(row, ensure_ascii=False) + "\n")
+    if s.track != "none" and name != "episodes.jsonl":
+        types = {n: won / count for n, (won, count) in row.get("success_by_type", {}).items()}
+        numbers = {f"{Path(name).stem}/{key}": value
+                   for key, value in (row | types | row.get("failures", {})).items()
+                   if isinstance(value, (int, float))}
+        # the steps of the cloning come first
+        tracker(s.track, s.out)(numbers, row["step"] + row.get("warm_step", s.warm_start))
+
+@functools.cache
+def tracker(kind, run):
+    """--track: log({name: number}, step) of wandb (WANDB_MODE=offline works too) or tensorboard."""
+    if kind == "wandb":
+        import wandb
+        config = read_json(Path(run) / "config.json", "there is no config.json")
+        return wandb.init(project="sdar", name=Path(run).name, dir=run, config=config).log
+    from torch.utils.tensorboard import SummaryWriter
+    writer = SummaryWriter(run)
+    def log(numbers, step):
+        for name, value in numbers.items():
+            writer.add_scalar(name, value, step)
+        writer.flush()
+    return log
 
 def read_lines(path):
     """The rows of one of a run's logs, [] if there is none; a half-written line is left out."""
@@ -1602,7 +1640,7 @@ def start_or_resume(s, env, resume):
         state = make_state(policy, s, 0.98 if s.warm_start else 0.999)   # faster beta2 for cloning
         state.tasks = tasks
     out.mkdir(parents=True, exist_ok=True)
-    write_text(out / "config.json", json.dumps(asdict(s), indent=1))
+    write_text(out / "config.json", json.dumps(asdict(s) | {"versions": versions()}, indent=1))
     cut_logs(state, s)
     model = state.policy.model
     size = f"{model.num_parameters() / 1e6:.2f}M parameters, {model.dtype}, {model.device}"
@@ -1678,6 +1716,8 @@ def make_parser():
         epilog="Defaults are the paper's for ALFWorld; see PRESETS in sdar.py for the others.")
     parser.error = lambda message: fail(f"{message}; see python sdar.py --help")
     parser.add_argument("--resume", metavar="RUN", help="continue the run in this folder")
+    parser.add_argument("--config", metavar="FILE", help="repeat the run of this config.json, with "
+                        "what other flags change")
     for f in fields(Settings):
         if f.name in HEADINGS:
             group = parser.add_argument_group(HEADINGS[f.name])
@@ -1690,28 +1730,50 @@ def make_parser():
     return parser
 
 def read_settings(argv):
-    """(Settings, run folder to resume or None): defaults, then presets or the resumed run's own
-    settings, then flags."""
+    """(Settings, run folder to resume or None): defaults, then presets, then flags. --resume and
+    --config put a run's own settings before the flags."""
     explicit = vars(make_parser().parse_args(argv))
     resume = explicit.pop("resume", None)
+    config = explicit.pop("config", None)
     if resume:
         for name in sorted(set(explicit) - set(MAY_CHANGE)):
             raise UserError(f"{flag(name)} cannot change within a run; start a new one with --out")
-        config = Path(resume) / "config.json"
-        saved = read_json(config, f"{resume} holds no run (no config.json)")
-        if not isinstance(saved, dict) or set(saved) != {f.name for f in fields(Settings)}:
-            raise UserError(f"{config} is damaged or another version's; start a new run")
+        saved = read_config(Path(resume) / "config.json", f"{resume} holds no run (no config.json)")
         s = Settings(**{**saved, **explicit, "out": str(resume)})
     else:
-        s = Settings(**explicit)
-        for key, values in PRESETS.items():
-            if set(key.split()) <= {s.env, s.algo, s.recipe, s.model}:
-                s = replace(s, **values)
-        s = replace(s, **explicit)
-        short = re.sub(r"[^\w.-]+", "-", Path(s.model).name)
-        s.out = s.out or f"runs/{s.env}-{s.algo}-{short}"
+        s = with_presets({**(told_settings(config) if config else {}), **explicit})
+        if config:                                     # another method may use fewer of them
+            unused = OPTIONAL - set(method_of(s).uses.split()) - set(explicit)
+            s = replace(s, **{name: getattr(Settings, name) for name in unused})
+        short = re.sub(r"[^\w.-]+", "-", f"{Path(s.env).name}-{s.algo}-{Path(s.model).name}")
+        s.out = s.out or f"runs/{short}"
     check_settings(s)
     return s, resume
+
+def with_presets(explicit):
+    """Settings of these flags, over the presets of their env, algo, recipe and model."""
+    s = Settings(**explicit)
+    for key, values in PRESETS.items():
+        if set(key.split()) <= {s.env, s.algo, s.recipe, s.model}:
+            s = replace(s, **values)
+    return replace(s, **explicit)
+
+def read_config(path, missing):
+    """The settings in a run's config.json; UserError if they are not those of this version."""
+    saved = read_json(path, missing)
+    names = {f.name for f in fields(Settings)}
+    if not isinstance(saved, dict) or set(saved) - {"versions"} != names:
+        raise UserError(f"{path} is damaged or another version's; start a new run")
+    return {name: value for name, value in saved.items() if name != "versions"}
+
+def told_settings(path):
+    """What a run had been told: all in its config.json but its folder and its presets' values."""
+    saved = read_config(path, f"{path} cannot be read; give the config.json of a run")
+    check_settings(Settings(**saved))
+    main = {name: saved[name] for name in ("env", "algo", "recipe", "model")}
+    preset = with_presets(main)
+    told = {name: value for name, value in saved.items() if value != getattr(preset, name)}
+    return told | main | {"out": ""}
 
 def check_settings(s):
     """UserError for the first setting that cannot work, or has no effect on the method."""
@@ -1725,10 +1787,11 @@ def check_settings(s):
         if wrong:
             bound = "" if least is None else f"; it must be above {least}"
             raise UserError(f"{flag(f.name)} cannot be {value!r}{bound}")
+    if s.track != "none" and importlib.util.find_spec(s.track) is None:
+        raise UserError(f"--track {s.track} needs a package: pip install {s.track}")
     if s.gate_baseline and (s.gate != "gap" or s.divergence != "sampled"):
         raise UserError("--gate-baseline needs --gate gap and --divergence sampled")
-    names = {name for row in METHODS.values() for name in row.uses.split()}
-    for name in sorted(names - set(method_of(s).uses.split())):
+    for name in sorted(OPTIONAL - set(method_of(s).uses.split())):
         if getattr(s, name) != getattr(Settings, name):
             raise UserError(f"{flag(name)} has no effect with --algo {s.algo}; leave it out")
 
