@@ -541,8 +541,9 @@ def episode_lines(row):
         response = "".join(shown(token, gate) for token, gate, _ in tokens_of(turn))
         lines.append(f"\nturn {number}" + f": {facts}" * bool(facts))
         lines.append(f"> {printable(turn['observation'])}\n{response}")
-    return "\n".join([*lines, *["\n> " + printable(row["last_observation"])] * (
-        "last_observation" in row)])
+    if row.get("last_observation"):
+        lines.append("\n> " + printable(row["last_observation"]))
+    return "\n".join(lines)
 
 PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
