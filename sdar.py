@@ -184,7 +184,7 @@ class Episode:
     skill: str = ""                     # name of the skill that was given
     reward: float = 0.0
     turns: list = field(default_factory=list)
-    skill_text: str = ""
+    skill_text: str = ""                # of that skill
 
 @dataclass
 class Batch:
@@ -624,12 +624,15 @@ RELEASED = {  # --recipe released: methods whose public code differs from the pa
         grpo(b, s), b.old, b.teacher, s.lam * max(0.0, 1 - state.step / 100))),
 }
 
-OPTIONAL = {name for row in METHODS.values() for name in row.uses.split()}
-
 def method_of(s):
     """The Method that a run trains with."""
     released = RELEASED if s.recipe == "released" else {}
     return released.get(s.algo, METHODS[s.algo])
+
+def without_effect(s):
+    """Settings of other methods that have no effect on this run's."""
+    names = {name for row in METHODS.values() for name in row.uses.split()}
+    return sorted(names - set(method_of(s).uses.split()))
 
 def mean_gate(turns, s):
     """Mean gate of a mini-batch under the rollout policy: a constant, known before the update."""
@@ -1475,8 +1478,8 @@ KEEP = 2                                                                  # chec
 
 def versions():
     """What a run was made with, for its config.json; code: the git commit, None without one."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty",
-           "--abbrev=40", "--exclude=*"]
+    git = ["git", "-C", str(Path(__file__).parent)]
+    git += "describe --always --dirty --abbrev=40 --exclude=*".split()
     commit = ""
     with contextlib.suppress(OSError):                # no git on this machine
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
@@ -1517,12 +1520,15 @@ def write_log(s, name, row):
 @functools.cache
 def tracker(kind, run):
     """--track: log({name: number}, step) of wandb (WANDB_MODE=offline works too) or tensorboard."""
-    if kind == "wandb":
-        import wandb
-        config = read_json(Path(run) / "config.json", "there is no config.json")
-        return wandb.init(project="sdar", name=Path(run).name, dir=run, config=config).log
-    from torch.utils.tensorboard import SummaryWriter
-    writer = SummaryWriter(run)
+    try:
+        if kind == "wandb":
+            import wandb
+            config = read_json(Path(run) / "config.json", "there is no config.json")
+            return wandb.init(project="sdar", name=Path(run).name, dir=run, config=config).log
+        from torch.utils.tensorboard import SummaryWriter
+        writer = SummaryWriter(run)
+    except Exception as error:                        # no login, no network, no package ...
+        raise UserError(f"--track {kind} does not start: {first_line(error)}") from None
     def log(numbers, step):
         for name, value in numbers.items():
             writer.add_scalar(name, value, step)
@@ -1641,6 +1647,8 @@ def start_or_resume(s, env, resume):
         state.tasks = tasks
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / "config.json", json.dumps(asdict(s) | {"versions": versions()}, indent=1))
+    if s.track != "none":
+        tracker(s.track, s.out)
     cut_logs(state, s)
     model = state.policy.model
     size = f"{model.num_parameters() / 1e6:.2f}M parameters, {model.dtype}, {model.device}"
@@ -1743,8 +1751,8 @@ def read_settings(argv):
     else:
         s = with_presets({**(told_settings(config) if config else {}), **explicit})
         if config:                                     # another method may use fewer of them
-            unused = OPTIONAL - set(method_of(s).uses.split()) - set(explicit)
-            s = replace(s, **{name: getattr(Settings, name) for name in unused})
+            s = replace(s, **{name: getattr(Settings, name) for name in without_effect(s)
+                              if name not in explicit})
         short = re.sub(r"[^\w.-]+", "-", f"{Path(s.env).name}-{s.algo}-{Path(s.model).name}")
         s.out = s.out or f"runs/{short}"
     check_settings(s)
@@ -1769,7 +1777,7 @@ def read_config(path, missing):
 def told_settings(path):
     """What a run had been told: all in its config.json but its folder and its presets' values."""
     saved = read_config(path, f"{path} cannot be read; give the config.json of a run")
-    check_settings(Settings(**saved))
+    check_settings(Settings(**{**saved, "track": "none"}))     # this machine may lack its package
     main = {name: saved[name] for name in ("env", "algo", "recipe", "model")}
     preset = with_presets(main)
     told = {name: value for name, value in saved.items() if value != getattr(preset, name)}
@@ -1791,7 +1799,7 @@ def check_settings(s):
         raise UserError(f"--track {s.track} needs a package: pip install {s.track}")
     if s.gate_baseline and (s.gate != "gap" or s.divergence != "sampled"):
         raise UserError("--gate-baseline needs --gate gap and --divergence sampled")
-    for name in sorted(OPTIONAL - set(method_of(s).uses.split())):
+    for name in without_effect(s):
         if getattr(s, name) != getattr(Settings, name):
             raise UserError(f"{flag(name)} has no effect with --algo {s.algo}; leave it out")
 
