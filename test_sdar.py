@@ -27,6 +27,7 @@ In this order, and that is the specification:
 import copy
 import dataclasses
 import errno
+import gc
 import gzip
 import hashlib
 import http.server
@@ -2644,6 +2645,14 @@ def test_without_a_compiler_nothing_is_fused(monkeypatch, capsys):
 
 # ======== Environments: ALFWorld, WebShop, Search-QA ==============================================
 
+@pytest.fixture
+def no_collection():
+    """No finalizer of another test's objects runs while a parser is at full recursion depth."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
 @pytest.fixture(autouse=True)
 def no_data(monkeypatch, tmp_path):
     """No test sees the user's own data, caches or proxy."""
@@ -3277,7 +3286,7 @@ ITEMS = envs.build_catalogue(1)[0]
     (b'[{"name": "no asin"}]', b"{}"), (b"[1]", b"{}"), (ITEMS, b'{"B001": 1}'),
     (ITEMS, b'{"B001": {"instruction": "x"}}'), (b"[" * 5000, b"{}"), (None, b"{}"),
     (ITEMS.replace(b'"query"', b'"quarry"'), b"{}"), (b"[]", None)])
-def test_broken_catalogues_are_refused_in_one_line(tmp_path, items, instructions):
+def test_broken_catalogues_are_refused_in_one_line(no_collection, tmp_path, items, instructions):
     """A missing, cut, foreign or incomplete file is named, with how to get it."""
     with pytest.raises(UserError) as error:
         envs.Catalogue(write_catalogue(tmp_path, items, instructions))
@@ -3775,7 +3784,7 @@ MALFORMED = [b"not json", b'{"result": 5}', b'{"result": []}', b'{"result": [[{"
 
 @pytest.mark.parametrize("trouble", [503, 500, 429, "slow", *MALFORMED],
                          ids=lambda trouble: str(trouble)[:30])
-def test_a_passing_trouble_is_retried(search_server, trouble):
+def test_a_passing_trouble_is_retried(no_collection, search_server, trouble):
     """A busy, slow or broken answer is followed by another request."""
     search_server.script = [trouble]
     patience = 1.0 if trouble == "slow" else 20.0  # enough on a busy machine
