@@ -558,7 +558,8 @@ h2 { font-size: 1rem; margin: 1.6rem 0 .3rem } .seen { margin: .3rem 0; opacity:
         border: 1px solid #8886 }
 .said span { border-radius: .2rem } .said span:focus { outline: 2px solid }
 .said span:hover::after, .said span:focus::after { content: attr(data-numbers); position: fixed;
-        left: 0; right: 0; bottom: 0; padding: .8rem 1rem; background: #223; color: #fff }
+        left: 0; right: 0; bottom: 0; z-index: 1; padding: .8rem 1rem; background: #223;
+        color: #fff }
 .bar { height: .6rem; border-radius: .3rem; background:
        linear-gradient(90deg, rgb(220 50 40/.65), transparent, rgb(30 160 70/.65)) }
 .ends { display: flex; justify-content: space-between }
