@@ -1384,13 +1384,12 @@ def episode_metrics(episodes):
 def outcomes(episodes):
     """Counts of a list of episodes: how they failed, [won, all] by task type, and the share of
     responses that were cut at the limit."""
-    by_type = {}
+    types = {e.session.group: [0, 0] for e in episodes}
     for e in episodes:
-        counts = by_type.setdefault(e.session.group, [0, 0])
-        counts[0] += bool(e.session.won)
-        counts[1] += 1
+        types[e.session.group][0] += bool(e.session.won)
+        types[e.session.group][1] += 1
     return {"failures": Counter(failure(e) for e in episodes if not e.session.won),
-            "success_by_type": by_type, "cut": fmean(t.cut for e in episodes for t in e.turns)}
+            "success_by_type": types, "cut": fmean(t.cut for e in episodes for t in e.turns)}
 
 def failure(episode):
     """Why an episode has failed: it ended in a wrong purchase or answer; at least half its turns
@@ -1758,13 +1757,13 @@ def read_settings(argv):
     --config put a run's own settings before the flags."""
     explicit = vars(make_parser().parse_args(argv))
     resume = explicit.pop("resume", None)
-    config = explicit.pop("config", None)
     if resume:
         for name in sorted(set(explicit) - set(MAY_CHANGE)):
             raise UserError(f"{flag(name)} cannot change within a run; start a new one with --out")
         saved = read_config(Path(resume) / "config.json", f"{resume} holds no run (no config.json)")
         s = Settings(**{**saved, **explicit, "out": str(resume)})
     else:
+        config = explicit.pop("config", None)
         s = with_presets({**(told_settings(config) if config else {}), **explicit})
         if config:                                     # another method may use fewer of them
             s = replace(s, **{name: getattr(Settings, name) for name in without_effect(s)
