@@ -2086,7 +2086,8 @@ def play(name, task=None):
     env = open_env(name)
     task = task or random.choice(env.tasks(env.splits[0]))
     session, line = env.start(task), ""
-    print(f"{env.source}\ntask {task}: ? lists what can be typed, ! plays the expert's move, Ctrl-D leaves")
+    print(f"{env.source}\ntask {task}: type the bare command; ? lists what there is, ! plays the expert's "
+          "move, Ctrl-D leaves")
     while not session.done and len(session.turns) < {"webshop": 15, "search": 4}.get(name, 50):
         if line != "?":
             print("\n" + "".join(c for c in session.prompt() if c.isprintable() or c == "\n"))
@@ -2096,9 +2097,10 @@ def play(name, task=None):
             continue
         kind, _, words = line.partition(" ")  # "search a lamp" of Search-QA has its own tag
         tag, words = (kind, words) if f"</{kind}>" in env.stop else ("action", line)
-        response = session.expert() if line == "!" else f"<think></think><{tag}>{words}</{tag}>"
+        typed = line if line.startswith("<") else f"<{tag}>{words}</{tag}>"
+        response = session.expert() if line == "!" else f"<think></think>{typed}"
         env.step([session], [response])
-        print(response * (line == "!") + "that cannot be played now" * (not session.admissible))
+        print(response * (line == "!") + "that cannot be played now: a turn is lost" * (not session.admissible))
     print(f"{'won' if session.won else 'lost'} after {len(session.turns)} turns, score {session.score:g}; "
           f"success was: {one_line(session.goal, 2000)}")
 
