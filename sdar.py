@@ -1752,6 +1752,14 @@ def make_parser():
         group.add_argument(flag(f.name), **options)
     return parser
 
+def preset(explicit):
+    """Settings of these flags, over the presets of their env, algo, recipe and model."""
+    s = Settings(**explicit)
+    for key, values in PRESETS.items():
+        if set(key.split()) <= {s.env, s.algo, s.recipe, s.model}:
+            s = replace(s, **values)
+    return replace(s, **explicit)
+
 def read_settings(argv):
     """(Settings, run folder to resume or None): defaults, then presets, then flags. --resume and
     --config put a run's own settings before the flags."""
@@ -1764,7 +1772,7 @@ def read_settings(argv):
         s = Settings(**{**saved, **explicit, "out": str(resume)})
     else:
         config = explicit.pop("config", None)
-        s = with_presets({**(told_settings(config) if config else {}), **explicit})
+        s = preset({**(told_settings(config) if config else {}), **explicit})
         if config:                                     # another method may use fewer of them
             s = replace(s, **{name: getattr(Settings, name) for name in without_effect(s)
                               if name not in explicit})
@@ -1772,14 +1780,6 @@ def read_settings(argv):
         s.out = s.out or f"runs/{short}"
     check_settings(s)
     return s, resume
-
-def with_presets(explicit):
-    """Settings of these flags, over the presets of their env, algo, recipe and model."""
-    s = Settings(**explicit)
-    for key, values in PRESETS.items():
-        if set(key.split()) <= {s.env, s.algo, s.recipe, s.model}:
-            s = replace(s, **values)
-    return replace(s, **explicit)
 
 def read_config(path, missing):
     """The settings in a run's config.json; UserError if they are not those of this version."""
@@ -1794,8 +1794,8 @@ def told_settings(path):
     saved = read_config(path, f"{path} cannot be read; give the config.json of a run")
     check_settings(Settings(**{**saved, "track": "none"}))     # this machine may lack its package
     main = {name: saved[name] for name in ("env", "algo", "recipe", "model")}
-    preset = with_presets(main)
-    told = {name: value for name, value in saved.items() if value != getattr(preset, name)}
+    plain = preset(main)
+    told = {name: value for name, value in saved.items() if value != getattr(plain, name)}
     return told | main | {"out": ""}
 
 def check_settings(s):
