@@ -32,6 +32,7 @@ GPUs (docs/adapters.md shows the loss in trainers that shard); a value network, 
 import argparse
 import contextlib
 import copy
+import difflib
 import functools
 import hashlib
 import json
@@ -131,6 +132,7 @@ PRESETS = {  # a row applies if all its words are the run's env, algo, recipe or
     "skill-sd": dict(lam=0.001),
     "rlsd": dict(lam=0.5),
     "opsd": dict(kl=0.0),
+    "gigpo search": dict(kl=0.001),
     "released": dict(kl=0.01),
     "released search": dict(kl=0.001),
     "tiny": dict(prompt_style="brief", groups=4, max_prompt=512, max_teacher_prompt=768,
@@ -169,6 +171,8 @@ class Turn:
     advantages: torch.Tensor = None
     weight: float = 0.0                 # of each of its tokens in the mini-batch's loss
     extra: dict = field(default_factory=dict)   # further tensors of a method
+    after: list = field(default_factory=list)   # token ids read after it, see Method.after_loss
+    role: str = ""                      # of TRIAGE: D, E, N or R
 
 @dataclass
 class Episode:
@@ -197,10 +201,13 @@ class Batch:
     rollout: torch.Tensor               # (B,)
     number: torch.Tensor                # (B,)
     extra: dict                         # {name: (B, T)}
+    turns: list                         # the Turns themselves
     logp: torch.Tensor = None           # (B, T) of the current policy, with gradient
     entropy: torch.Tensor = None        # (B, T) of the current policy, in nats, if needed
     compare: Callable = None            # compare(f): f(log pi, log pi_T) over the words, (B, T)
     baseline: float = 0.0               # subtracted from the gate
+    after: torch.Tensor = None          # (B, L) log-probabilities of Turn.after, else 0
+    log: dict = field(default_factory=dict)     # what Method.advantages adds to the metrics
 
 def batch_of(turns, device="cpu"):
     """The turns as a Batch. Masks come from lengths, never from a pad id."""
@@ -219,7 +226,7 @@ def batch_of(turns, device="cpu"):
     advantages = tokens([t.advantages for t in turns])
     extra = {name: tokens([t.extra[name] for t in turns]) for name in turns[0].extra}
     return Batch(mask, old, teacher, ref, advantages, column("weight")[:, None] * mask,
-                 *map(column, ("reward", "valid", "group", "rollout", "number")), extra)
+                 *map(column, ("reward", "valid", "group", "rollout", "number")), extra, turns)
 
 # ======== 2. Prompts: the teacher's contain a skill, the student's do not =========================
 def encode_chats(tokenizer, texts):
@@ -285,23 +292,30 @@ def rollout(policy, env, tasks, s, temperature, generator, group_size=1, skills=
 
 # ======== 4. Scoring: log-probabilities of responses under a prompt ===============================
 @torch.no_grad()
-def score_turns(model, turns, prompt, result, s, label):
-    """Set turn.<result>, (T,) on the CPU, to the log-probabilities under turn.<prompt>."""
+def score_turns(model, turns, prompt, result, s, label, with_entropy=False):
+    """Set turn.<result>, (T,) on the CPU, to the log-probabilities under turn.<prompt>.
+    with_entropy: also turn.extra["entropy"], in nats."""
     model.eval()
     batches = micro_batches(turns, s.micro_tokens, prompt)
     scores = []
     for batch in progress(batches, desc=label):
         rows = [getattr(t, prompt) for t in batch]
-        scores.append(response_logps(model, rows, [t.response_ids for t in batch], s)[0])
-    for batch, logps in zip(batches, scores):          # after the loop, which never waits for a GPU
-        set_rows(batch, result, logps)
+        responses = [t.response_ids for t in batch]
+        scores.append(response_logps(model, rows, responses, s, with_entropy))
+    for batch, score in zip(batches, scores):          # after the loop, which never waits for a GPU
+        set_rows(batch, result, score[0])
+        if with_entropy:
+            set_extra(batch, "entropy", score[2])
 
-def response_logps(model, prompts, responses, s):
+def response_logps(model, prompts, responses, s, with_entropy=False):
     """(log pi(token | prompt, earlier tokens), mask), both (B, T), zeros beyond the mask. Taken at
-    the rollout's temperature: the policy that is scored is the policy that sampled."""
+    the rollout's temperature: the policy that is scored is the policy that sampled. with_entropy:
+    the third is the entropy (B, T)."""
     hidden, targets, mask = response_hidden(model, prompts, responses)
-    logp, _ = chunked_logps(model.get_output_embeddings(), hidden, targets, s.temperature)
-    return unflatten(logp, mask), mask
+    head = model.get_output_embeddings()
+    logp, entropy = chunked_logps(head, hidden, targets, s.temperature, with_entropy)
+    both = unflatten(logp, mask), mask
+    return (*both, unflatten(entropy, mask)) if with_entropy else both
 
 def response_hidden(model, prompts, responses):
     """Last hidden states (N, D) that predict the response tokens, those tokens (N,), and their mask
@@ -408,13 +422,15 @@ def aggregate(values, weights):
 class Method:
     """GRPO's clipped policy loss on `advantages`, plus whatever else is named here."""
 
-    needs: str = ""              # of "teacher reference old" (scoring passes) and "entropy"
-    advantages: Callable = grpo  # (Batch of the WHOLE step, s, state) -> (B, T); may fill b.extra
+    needs: str = ""              # of "teacher reference old" (scoring passes), "entropy", "views"
+                                 # (both prompts), "uncertainty" (extra["entropy"], from "old")
+    advantages: Callable = grpo  # (Batch of the WHOLE step, s, state) -> (B, T); b.extra, b.log
     term: Callable = None        # (Batch, s) -> (B, T), added to the policy loss
     acts: str = "plain"          # the agent's own prompt: plain, skilled, or half (see rollout)
-    prepare: Callable = None     # (state, env, episodes, s), after the rollout, before scoring
+    prepare: Callable = None     # (state, env, episodes, s), before scoring -> metrics or None
     rows: Callable = None        # (state, episodes, s) -> further turns with weights, and ...
     row_term: Callable = None    # ... their only loss: (Batch, s) -> (B, T)
+    after_loss: Callable = None  # Batch -> scalar, from b.after
     uses: str = ""               # settings with an effect; check_settings refuses the other ones
 
 METHODS = {  # the terms that are not SDAR's are in section 10
@@ -437,10 +453,10 @@ def update(state, episodes, s, method, lr):
     turns = [t for e in episodes for t in e.turns]
     b = batch_of(turns)
     set_rows(turns, "advantages", method.advantages(b, s, state))
-    for i, turn in enumerate(turns):
-        turn.extra |= {name: x[i, :len(turn.response_ids)] for name, x in b.extra.items()}
+    for name, values in b.extra.items():
+        set_extra(turns, name, values)
     random.Random(seed_for(s, "minis", state.step)).shuffle(turns)
-    count = -(-len(turns) // (s.mini_batch or len(turns)))
+    count = optimizer_steps(turns, s)
     minis = [turns[i::count] for i in range(count)]
     assign_weights(minis, s)
     further = method.rows(state, episodes, s) if method.rows else []
@@ -453,7 +469,12 @@ def update(state, episodes, s, method, lr):
         for i, mini in enumerate(minis):
             results.append(optimizer_step(state, mini, further[i::count], s, method, lr, bar))
     state.policy.model.eval()
-    return update_metrics(results, turns, lr)
+    counts = {"further_rows": len(further)} if method.rows else {}
+    return update_metrics(results, turns, lr) | b.log | counts
+
+def optimizer_steps(turns, s):
+    """The number of optimizer steps that an update over these turns takes."""
+    return -(-len(turns) // (s.mini_batch or len(turns)))
 
 def assign_weights(minis, s):
     """Set turn.weight, equal for all its tokens. Paper: they sum to 1 over the step, times the
@@ -484,12 +505,14 @@ def optimizer_step(state, turns, further, s, method, lr, bar):
 
 def step_loss(policy, turns, s, method, term, baseline=0.0):
     """(this micro-batch's part of the loss, its Batch). The parts of a mini-batch add up."""
-    responses = [t.response_ids for t in turns]
-    hidden, targets, mask = response_hidden(policy.model, [t.prompt_ids for t in turns], responses)
+    tokens = [t.response_ids + t.after for t in turns]
+    hidden, targets, mask = response_hidden(policy.model, [t.prompt_ids for t in turns], tokens)
     with_entropy = "entropy" in method.needs or s.gate in ("entropy", "soft-or")
     logp, entropy = chunked_logps(policy.head, hidden, targets, s.temperature, with_entropy)
     b = batch_of(turns, policy.device)
-    b.logp = unflatten(logp, mask)                                                      # (B, T)
+    full = unflatten(logp, mask)                                                        # (B, L)
+    b.logp = full[:, :b.mask.shape[1]].masked_fill(~b.mask, 0)                          # (B, T)
+    b.after = full.masked_fill(F.pad(b.mask, (0, full.shape[1] - b.mask.shape[1])), 0)  # (B, L)
     b.entropy = None if entropy is None else unflatten(entropy, mask)                   # (B, T)
     b.old = b.logp.detach() if b.old is None else b.old    # one update per rollout: old is current
     b.compare = functools.partial(compare_views, policy, turns, s, hidden, mask)
@@ -499,7 +522,8 @@ def step_loss(policy, turns, s, method, term, baseline=0.0):
         values = values + term(b, s)
     if s.kl and b.ref is not None:
         values = values + s.kl * k3_kl(b.logp, b.ref)
-    return aggregate(values, b.weights), b
+    loss = aggregate(values, b.weights)
+    return loss + method.after_loss(b) if method.after_loss else loss, b
 
 # ======== 9. Training =============================================================================
 def train(s, resume=None):
@@ -533,25 +557,28 @@ def play_step(state, env, reference, s):
     lap = stopwatch(phases, policy.device)
     tasks = draw_tasks(env, s, state.cursor, s.groups)
     skills = None
-    if "teacher" in method.needs or method.acts != "plain":
+    both = "views" in method.needs or ("teacher" in method.needs and state.teacher is None)
+    if both or method.acts != "plain":
         skills = choose_skills(env, tasks, s, state)
     generator = generator_for(policy, s, "rollout", state.step)
     episodes = rollout(policy, env, tasks, s, s.temperature, generator, s.group_size, skills,
-                       acts=method.acts, both="teacher" in method.needs,
-                       label=f"step {state.step + 1} rollout")
+                       acts=method.acts, both=both, label=f"step {state.step + 1} rollout")
     turns = [t for e in episodes for t in e.turns]
     lap("rollout", turns, None)
     if method.prepare:
-        method.prepare(state, env, episodes, s)
+        phases |= method.prepare(state, env, episodes, s) or {}
+        lap("prepare", turns)
     if "teacher" in method.needs:                      # once, with the weights that sampled
-        score_turns(policy.model, turns, "other_ids", "teacher_logp", s, "teacher")
-        lap("teacher", turns, "other_ids")
+        teacher, view = (policy.model, "other_ids") if both else (state.teacher, "prompt_ids")
+        score_turns(teacher, turns, view, "teacher_logp", s, "teacher")
+        lap("teacher", turns, view)
     if reference is not None:
         score_turns(reference, turns, "prompt_ids", "ref_logp", s, "reference")
         lap("reference", turns)
     if "old" in method.needs or s.gate_baseline or 0 < s.mini_batch < len(turns):
         # with a single mini-batch step_loss takes the current policy as the old one
-        score_turns(policy.model, turns, "prompt_ids", "old_logp", s, "old policy")
+        score_turns(policy.model, turns, "prompt_ids", "old_logp", s, "old policy",
+                    "uncertainty" in method.needs)
         lap("old_policy", turns)
     return episodes, phases
 
@@ -625,6 +652,71 @@ def mean_gate(turns, s):
     """Mean gate of a mini-batch under the rollout policy: a constant, known before the update."""
     old = torch.cat([t.old_logp for t in turns])
     return sdar_gate(old, torch.cat([t.teacher_logp for t in turns]), s.beta).mean().item()
+
+# ======== 10b. Follow-ups of SDAR: GiGPO and six methods on the same backbone =====================
+# SDAR's own term is off in all of them. [D]: our choice where a paper is silent or contradicts
+# itself. docs/methods.md has one equation for each and what differs from the papers.
+
+def gigpo(b, s, state=None, step_weight=1.0, std=None):
+    """GiGPO (2505.10978), as UCOB uses it: A = A_episode + step_weight * A_step, (B, T).
+
+    A_episode = R - mean_G R; A_step = V - mean V over the group's turns in the same state, 0 for a
+    lone turn; V is the discounted return to go. Search-QA (std): both are divided by their standard
+    deviation, and states are alike from 0.9 on. [D]: A_episode over rollouts, so that with std and
+    step_weight 0 this is GRPO; a success is worth 10 everywhere; the penalty as in GRPO."""
+    std = s.env == "search" if std is None else std
+    reward = 10.0 * (b.reward > 0).double()                                             # (B,)
+    states = shared_states(b.turns, 0.9 if std else 1.0)                                # (B,)
+    shared = states.bincount()[states] > 1
+    b.log |= {"states": int(states.max()) + 1, "rows_in_shared_states": shared.sum().item(),
+              "share_in_shared_states": shared.double().mean().item()}
+    step = step_weight * relative(returns_to_go(b), states, std)
+    if std:
+        return grpo(b, s) + step.float()[:, None]
+    first = b.number == 0
+    episode = relative(reward[first], b.group[first])[b.rollout]
+    values = episode + step - s.invalid_penalty * (~b.valid).double()
+    return values.float()[:, None].expand(b.mask.shape)
+
+def returns_to_go(b, gamma=0.95):
+    """V (B,): 10 for a success, times gamma for each turn that still follows."""
+    last = torch.zeros(int(b.rollout.max()) + 1, dtype=torch.long)
+    last = last.scatter_reduce(0, b.rollout, b.number, "amax")                         # (episodes,)
+    return 10.0 * (b.reward > 0).double() * gamma ** (last[b.rollout] - b.number)
+
+def relative(values, groups, std=False):
+    """values (N,) minus the mean of their group, with std divided by its standard deviation; a lone
+    value and a group of equal values get exactly 0."""
+    result = torch.zeros_like(values)
+    for group in groups.unique():
+        rows = groups == group
+        v = values[rows]
+        if v.max() > v.min():
+            result[rows] = (v - v.mean()) / (v.std() + 1e-6 if std else 1)
+    return result
+
+def shared_states(turns, similarity=1.0):
+    """The number (B,) of each turn's state. Turns of one group share a state if their observations
+    are equal, or for similarity < 1 as alike as that, by difflib's ratio over words [D]."""
+    states = {}                                        # {group: {observation: its state}}
+    for t in turns:
+        known = states.setdefault(t.group, {})
+        if t.observation not in known:
+            like = [state for text, state in known.items()
+                    if similarity < 1 and alike(text, t.observation, similarity)]
+            known[t.observation] = like[0] if like else (t.group, len(known))
+    names = [states[t.group][t.observation] for t in turns]
+    order = {name: i for i, name in enumerate(dict.fromkeys(names))}
+    return torch.tensor([order[name] for name in names])
+
+def alike(text, other, least):
+    """Whether difflib's ratio of two texts, over words, is at least `least`."""
+    m = difflib.SequenceMatcher(None, text.split(), other.split(), False)
+    return m.real_quick_ratio() >= least and m.quick_ratio() >= least and m.ratio() >= least
+
+METHODS |= {
+    "gigpo": Method(advantages=gigpo),
+}
 
 # ======== 11. Prompts, tasks and skills in detail =================================================
 def render_chat(tokenizer, text):
@@ -1033,6 +1125,11 @@ def set_rows(turns, name, values):
     for turn, row in zip(turns, values.cpu()):
         setattr(turn, name, row[:len(turn.response_ids)].clone())
 
+def set_extra(turns, name, values):
+    """Set turn.extra[name] to its row of values (B, T), without the padding and on the CPU."""
+    for turn, row in zip(turns, values.cpu()):
+        turn.extra[name] = row[:len(turn.response_ids)].clone()
+
 def within_budget(items, size, budget):
     """Lists of at most `budget` tokens when padded, longest first: memory runs out early or not."""
     batches = []
@@ -1045,7 +1142,9 @@ def within_budget(items, size, budget):
 
 def micro_batches(turns, budget, prompt="prompt_ids"):
     """The turns in micro-batches of at most `budget` tokens, prompts included."""
-    return within_budget(turns, lambda t: len(getattr(t, prompt)) + len(t.response_ids), budget)
+    def size(turn):
+        return len(getattr(turn, prompt)) + len(turn.response_ids) + len(turn.after)
+    return within_budget(turns, size, budget)
 
 def to_device(values, device):
     """Numbers (list or tensor) as a tensor on the device, copied without blocking."""
@@ -1217,6 +1316,7 @@ class State:
     cursor: int = 0                    # training tasks drawn so far
     bandit: dict = field(default_factory=dict)    # {category: {skill: [n, successes]}}
     memory: dict = field(default_factory=dict)    # what a method remembers between steps
+    teacher: torch.nn.Module = None    # frozen, of --teacher-model
     tasks: str = ""                    # hash of the training tasks
 
     masters = property(lambda self: self.optimizer.param_groups[0]["params"])
