@@ -104,6 +104,7 @@ class Settings:
     invalid_penalty: float = opt(0.1, "subtracted from the advantage of a malformed turn")
     clip: float = opt(0.2, "clip range of the importance ratio", above=0)
     kl: float = opt(0.01, "alpha_KL, weight of the KL term to the reference policy")
+    teacher_model: str = opt("", "ATOD's teacher, with the same tokenizer (default: atod_self)")
     # optimisation
     steps: int = opt(150, "training steps, one rollout each")
     lr: float = opt(1e-6, "learning rate of AdamW", above=0)
@@ -133,6 +134,7 @@ PRESETS = {  # a row applies if all its words are the run's env, algo, recipe or
     "rlsd": dict(lam=0.5),
     "opsd": dict(kl=0.0),
     "gigpo search": dict(kl=0.001),
+    "atod": dict(kl=0.0),
     "released": dict(kl=0.01),
     "released search": dict(kl=0.001),
     "tiny": dict(prompt_style="brief", groups=4, max_prompt=512, max_teacher_prompt=768,
@@ -714,8 +716,48 @@ def alike(text, other, least):
     m = difflib.SequenceMatcher(None, text.split(), other.split(), False)
     return m.real_quick_ratio() >= least and m.quick_ratio() >= least and m.ratio() >= least
 
+def atod(b, s, state):
+    """ATOD (2606.27814): from distillation to RL, A = kappa w (log pi_T - log pi_old) + rho A_GRPO,
+    (B, T), with p = min(step / 80, 1), kappa = max(0.1, 1 - 0.9 p), rho = 1 + p.
+
+    [D]: the first step is 0; the penalty of malformed turns stays in A_GRPO. The teacher reads the
+    plain prompt. Without --teacher-model it is the model itself with the skill: atod_self."""
+    p = min(state.step / 80, 1.0)
+    w = atod_weights(b.old, b.teacher, b.mask, b.rollout)                               # (B,)
+    pull = max(0.1, 1 - 0.9 * p) * w[:, None] * (b.teacher - b.old)
+    return pull + (1 + p) * grpo(b, s)
+
+def atod_weights(old, teacher, mask, rollout):
+    """w = 1 - (1 - d)(1 - h) of each turn, (B,): d is the mean |log pi_T - log pi_old|, h the mean
+    surprise -log pi_old, each from 0 to 1 over the turns of its rollout, 0.5 if they are equal. A
+    turn without tokens is left out and gets 0 [D]."""
+    count = mask.sum(1)                                                                 # (B,)
+    product = torch.ones(len(mask), dtype=old.dtype)
+    for values in ((old - teacher).abs(), -old):
+        mean = values.masked_fill(~mask, 0).sum(1) / count.clamp(min=1)
+        for episode in rollout.unique():
+            rows = (rollout == episode) & (count > 0)
+            low, high = torch.aminmax(mean[rows]) if rows.any() else (0.0, 0.0)
+            scaled = (mean[rows] - low) / (high - low) if high - low >= 1e-8 else 0.5
+            product[rows] *= 1 - scaled
+    return (1 - product) * (count > 0)
+
+def load_teacher(policy, s):
+    """ATOD's frozen --teacher-model, None without one. UserError if its tokenizer is another."""
+    if s.algo == "atod" and not s.teacher_model:
+        print("no --teacher-model: the model itself with the skill teaches (atod_self), which is "
+              "not the paper's ATOD", flush=True)
+    if not s.teacher_model:
+        return None
+    teacher = load_policy(s.teacher_model, s.device)
+    if teacher.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
+        raise UserError(f"--teacher-model {s.teacher_model} has another tokenizer than {s.model}; "
+                        "take a larger model of the same family")
+    return teacher.model.requires_grad_(False)
+
 METHODS |= {
     "gigpo": Method(advantages=gigpo),
+    "atod": Method("teacher old", atod, uses="teacher_model retrieval"),
 }
 
 # ======== 11. Prompts, tasks and skills in detail =================================================
@@ -1684,6 +1726,7 @@ def start_or_resume(s, env, resume):
         policy = load_policy(s.model, s.device, texts, s.seed)
         state = make_state(policy, s, 0.98 if s.warm_start else 0.999)   # faster beta2 for cloning
         state.tasks = tasks
+    state.teacher = load_teacher(state.policy, s)
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / "config.json", json.dumps(asdict(s), indent=1))
     cut_logs(state, s)
