@@ -35,6 +35,7 @@ import copy
 import difflib
 import functools
 import hashlib
+import http.client
 import json
 import math
 import os
@@ -46,7 +47,9 @@ import signal
 import sys
 import time
 import types
+import urllib.request
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from statistics import fmean
@@ -105,6 +108,7 @@ class Settings:
     clip: float = opt(0.2, "clip range of the importance ratio", above=0)
     kl: float = opt(0.01, "alpha_KL, weight of the KL term to the reference policy")
     teacher_model: str = opt("", "ATOD's teacher, with the same tokenizer (default: atod_self)")
+    judge: str = opt("", "chat server URL[#MODEL]: TRIAGE's roles, SGCD's references (else rules)")
     # optimisation
     steps: int = opt(150, "training steps, one rollout each")
     lr: float = opt(1e-6, "learning rate of AdamW", above=0)
@@ -144,8 +148,8 @@ PRESETS = {  # a row applies if all its words are the run's env, algo, recipe or
     "tiny webshop": dict(mini_batch=256, lr=1e-4),
 }
 SUCCESS_REWARD = {"alfworld": 10.0, "webshop": 10.0, "search": 1.0}  # all but success gets 0
-MAY_CHANGE = ("data device max_prompt max_teacher_prompt micro_tokens rollout_rows save_every "
-              "small_gpu steps val_episodes val_every val_split").split()  # with --resume
+MAY_CHANGE = ("data device judge max_prompt max_teacher_prompt micro_tokens rollout_rows "
+              "save_every small_gpu steps val_episodes val_every val_split").split()  # with --resume
 
 # ======== 1. Data: a turn, an episode, a batch ====================================================
 @dataclass
@@ -755,9 +759,136 @@ def load_teacher(policy, s):
                         "take a larger model of the same family")
     return teacher.model.requires_grad_(False)
 
+ROLE_VALUES = {"D": 1.0, "E": 0.5, "N": -0.1, "R": -0.5}    # decisive, exploration, no progress,
+                                                            # regression; "": no role, 0
+
+def triage(b, s, state=None, lam=None, whiten=True):
+    """TRIAGE (2606.32017): a = A_GRPO + lam * c[role], (B, T), then whitened over the turns of the
+    step. lam is 0.2, on Search-QA 0.4; c is ROLE_VALUES. [D]: population standard deviation, eps
+    1e-6. The paper's binary rewards are ours; the penalty of malformed turns stays in A_GRPO."""
+    lam = (0.4 if s.env == "search" else 0.2) if lam is None else lam
+    c = torch.tensor([ROLE_VALUES.get(t.role, 0.0) for t in b.turns])                   # (B,)
+    a = grpo(b, s)[:, 0] + lam * c
+    if whiten:
+        spread = a.std(correction=0) if a.max() > a.min() else math.inf
+        a = (a - a.mean()) / (spread + 1e-6)
+    return a[:, None].expand(b.mask.shape)
+
+# actions of ALFWorld and WebShop that change the state: what is held, heated, chosen or bought
+CHANGES = re.compile(r"(take|put|move|heat|cool|clean|use|slice|open) |click\[(?!(b0\w{8}|next >|"
+                     r"< prev|back to search|description|features|reviews|attributes)\])")
+
+def roles_by_rule(episode):
+    """A role per turn by rule, which is not TRIAGE's judge [D]. R: action and result repeat since
+    the last D, or a second invalid turn in a row. N: invalid. D: a change of state, or the last
+    turn of an episode with a score (it sees the outcome). E: a new observation. Else N."""
+    turns = episode.turns
+    results = [t.observation for t in turns[1:]] + [episode.session.observation]
+    roles = []
+    repeated = set()
+    shown = {turns[0].observation}
+    invalid = False
+    for i, (t, result) in enumerate(zip(turns, results)):
+        again = invalid
+        invalid = not (t.valid and t.admissible)
+        scores = i == len(turns) - 1 and episode.session.score > 0
+        if (t.action, result) in repeated or (invalid and again):
+            role = "R"
+        elif invalid:
+            role = "N"
+        elif scores or CHANGES.match(t.action):
+            role = "D"
+            repeated = set()
+        else:
+            role = "N" if result in shown else "E"
+        roles.append(role)
+        repeated.add((t.action, result))
+        shown.add(result)
+    return roles
+
+def add_roles(state, env, episodes, s):
+    """Method.prepare of TRIAGE: sets turn.role, by rule or by the chat server of --judge. A reply
+    that names no role is N, counted in the log."""
+    if s.judge:
+        texts = [judge_prompt(e, i) for e in episodes for i in range(len(e.turns))]
+        replies = ask(s.judge, texts, read_role)
+        roles = [role or "N" for role in replies]
+    else:
+        roles = [role for e in episodes for role in roles_by_rule(e)]
+    for t, role in zip([t for e in episodes for t in e.turns], roles):
+        t.role = role
+    shares = {f"share_role_{role}": roles.count(role) / len(roles) for role in ROLE_VALUES}
+    return shares | ({"judge_failures": replies.count(None)} if s.judge else {})
+
+JUDGE_PROMPT = """\
+Judge one step of an agent. You are not told whether it succeeded in the end.
+Roles: D decisive progress, E useful exploration, N no progress, R regression.
+Rules: a first inspection is E, a repeated one without change R. An invalid action is N, a \
+repeated invalid one R. The right take, place, heat, cool or buy is D. Choosing an attribute again is R. A \
+harmless repetition after completion is N, walking past empty places too. A wrong object or \
+product is R.
+Task: {task}
+{steps}
+Answer with JSON only: {{"role": "D", "E", "N" or "R", "evidence": "a quotation from above"}}"""
+
+def judge_prompt(episode, number, window=5):
+    """The question about one turn, with at most `window` turns before and after it."""
+    turns = episode.turns
+    results = [t.observation for t in turns[1:]] + [episode.session.observation]
+    lines = []
+    for i in range(max(0, number - window), min(len(turns), number + window + 1)):
+        mark = "THE STEP TO JUDGE" if i == number else "step"
+        seen = envs.one_line(results[i], 600)
+        lines.append(f"{mark} {i + 1}: action {envs.one_line(turns[i].action)!r}, result {seen!r}")
+    return JUDGE_PROMPT.format(task=envs.one_line(episode.session.task, 600),
+                               steps="\n".join(lines))
+
+def read_role(reply):
+    """The role in a judge's reply; ValueError if it has none, or quotes no evidence."""
+    answer = json.loads(re.findall(r"\{[^{}]*\}", reply or "")[-1])
+    if answer["role"] not in ROLE_VALUES or not isinstance(answer["evidence"], str):
+        raise ValueError("no role")
+    return answer["role"]
+
+def ask(url, texts, read, tries=4, timeout=300.0, delay=1.0):
+    """[read(reply)] of an OpenAI-compatible chat server, URL[#MODEL], to each text, at temperature
+    0, 16 at a time; None where no reply could be read in `tries`. UserError if the server cannot be
+    reached. A reply is data: of at most 1 MiB its last 20,000 characters go to `read`."""
+    base, _, model = url.partition("#")
+    address = base.rstrip("/").removesuffix("/v1") + "/v1/chat/completions"
+    unreadable = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
+
+    def one(text):
+        body = {"model": model or "default", "temperature": 0,
+                "messages": [{"role": "user", "content": text}]}
+        for attempt in range(tries):
+            time.sleep(delay * attempt)
+            problem = ""
+            try:
+                request = urllib.request.Request(address, json.dumps(body).encode(),
+                                                 {"Content-Type": "application/json"})
+                with urllib.request.urlopen(request, timeout=timeout) as connection:
+                    raw = connection.read(1 << 20)
+            except (OSError, ValueError, http.client.HTTPException) as error:
+                problem = f"{type(error).__name__}: {first_line(error)}"
+                continue
+            with contextlib.suppress(*unreadable):
+                return read(json.loads(raw)["choices"][0]["message"]["content"][-20_000:])
+        if problem:
+            raise UserError(f"--judge {base} cannot be used ({problem}); check that a chat server "
+                            "answers there, then continue with --resume")
+        return None
+
+    with ThreadPoolExecutor(16) as pool:
+        try:
+            return list(pool.map(one, texts))
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
 METHODS |= {
     "gigpo": Method(advantages=gigpo),
     "atod": Method("teacher old", atod, uses="teacher_model retrieval"),
+    "triage": Method(advantages=triage, prepare=add_roles, uses="judge"),
 }
 
 # ======== 11. Prompts, tasks and skills in detail =================================================
@@ -1554,6 +1685,8 @@ def episode_text(policy, episode, step, s):
     for t in episode.turns:
         turn = {"observation": t.observation, "response": t.text, "valid": t.valid,
                 "admissible": t.admissible, "advantage": round(t.advantages.mean().item(), 4)}
+        if t.role:
+            turn["role"] = t.role
         if t.teacher_logp is not None:
             gates = sdar_gate(t.logp, t.teacher_logp, s.beta).tolist()
             pieces = [policy.tokenizer.decode([i]) for i in t.response_ids]
