@@ -139,6 +139,7 @@ PRESETS = {  # a row applies if all its words are the run's env, algo, recipe or
     "opsd": dict(kl=0.0),
     "gigpo search": dict(kl=0.001),
     "atod": dict(kl=0.0),
+    "sgcd": dict(kl=0.0),
     "released": dict(kl=0.01),
     "released search": dict(kl=0.001),
     "tiny": dict(prompt_style="brief", groups=4, max_prompt=512, max_teacher_prompt=768,
@@ -148,8 +149,8 @@ PRESETS = {  # a row applies if all its words are the run's env, algo, recipe or
     "tiny webshop": dict(mini_batch=256, lr=1e-4),
 }
 SUCCESS_REWARD = {"alfworld": 10.0, "webshop": 10.0, "search": 1.0}  # all but success gets 0
-MAY_CHANGE = ("data device judge max_prompt max_teacher_prompt micro_tokens rollout_rows "
-              "save_every small_gpu steps val_episodes val_every val_split").split()  # with --resume
+MAY_CHANGE = ("data device judge max_prompt max_teacher_prompt micro_tokens rollout_rows save_every"
+              " small_gpu steps val_episodes val_every val_split").split()    # with --resume
 
 # ======== 1. Data: a turn, an episode, a batch ====================================================
 @dataclass
@@ -824,9 +825,9 @@ JUDGE_PROMPT = """\
 Judge one step of an agent. You are not told whether it succeeded in the end.
 Roles: D decisive progress, E useful exploration, N no progress, R regression.
 Rules: a first inspection is E, a repeated one without change R. An invalid action is N, a \
-repeated invalid one R. The right take, place, heat, cool or buy is D. Choosing an attribute again is R. A \
-harmless repetition after completion is N, walking past empty places too. A wrong object or \
-product is R.
+repeated invalid one R. The right take, place, heat, cool or buy is D. Choosing an attribute again \
+is R. A harmless repetition after completion is N, walking past empty places too. A wrong object \
+or product is R.
 Task: {task}
 {steps}
 Answer with JSON only: {{"role": "D", "E", "N" or "R", "evidence": "a quotation from above"}}"""
@@ -885,10 +886,129 @@ def ask(url, texts, read, tries=4, timeout=300.0, delay=1.0):
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
+def sgcd(b, s, state=None, gamma=1.0, drop=False):
+    """SGCD (2606.12634): A_GRPO * W, (B, T), where W from 1 to 2 is larger on tokens about which a
+    teacher that has read the siblings' attempts confidently disagrees.
+
+    [D]: turns without a reference and groups that are not mixed keep W = 1; drop gives them the
+    advantage 0. No batch is drawn again for more mixed groups. A response is a turn's."""
+    a = grpo(b, s)
+    if "divergence" not in b.extra:                    # no turn has a reference
+        return 0 * a if drop else a
+    w = sgcd_weights(b.extra["divergence"], b.extra["teacher_entropy"], b.mask, gamma)
+    b.log["sgcd_weight"] = w[b.mask].mean().item()
+    taught = torch.tensor([t.other_ids is not None for t in b.turns])                   # (B,)
+    return a * w * (taught[:, None] if drop else 1)
+
+def sgcd_weights(d, h, mask, gamma=1.0):
+    """W = clip(1 + gamma s, 1, 2), (B, T). d is scaled to (d - min) / (max - min + 0.1) over the
+    response; s is this number, but all tokens of a segment have that of its first token. A segment
+    starts above 0.15 and goes on while the teacher's entropy h is at most 1.5 times that at its
+    start, for at most a fifth of the response (rounded down, at least 1 [D]); the token that ends
+    it may start one [D]. No literals are masked [D]: our references quote actions only."""
+    w = torch.ones_like(d)
+    for i, n in enumerate(mask.sum(1).tolist()):
+        low, high = torch.aminmax(d[i, :n]) if n else (0.0, 0.0)
+        scaled = ((d[i, :n] - low) / (high - low + 0.1)).tolist()
+        spread = h[i, :n].tolist()
+        t = 0
+        while t < n:
+            end = t + 1
+            while (scaled[t] > 0.15 and end < min(n, t + max(1, n // 5))
+                   and spread[end] <= 1.5 * spread[t]):
+                end += 1
+            w[i, t:end] = 1 + gamma * scaled[t]
+            t = end
+    return w.clamp(1, 2)
+
+def disagreement(p, q, token, k=100):
+    """(n, 2): KL(pi || pi_T) and the entropy of pi_T in nats, from their log-probabilities (n, V),
+    on the teacher's k likeliest words, the sampled token (n,) and one bucket for all others."""
+    kept = torch.zeros_like(q, dtype=torch.bool)
+    kept.scatter_(1, q.topk(min(k, q.shape[1])).indices, True).scatter_(1, token[:, None], True)
+    def grouped(x):
+        rest = x.masked_fill(kept, -math.inf).logsumexp(1, True)
+        return torch.cat([x.masked_fill(~kept, -math.inf), rest], 1)
+    p = grouped(p)
+    q = grouped(q)
+    kl = (p.exp() * (p - q)).nan_to_num(0).sum(1)      # NaN: words in the bucket
+    return torch.stack([kl, -(q.exp() * q).nan_to_num(0).sum(1)], 1)
+
+def add_references(state, env, episodes, s):
+    """Method.prepare of SGCD: in mixed groups, where some won and some did not, the teacher's
+    prompt is the turn's own with a reference before it, by --judge or sibling_reference_plain. Sets
+    turn.extra["divergence"] and ["teacher_entropy"], 0 where there is no reference."""
+    policy = state.policy
+    groups = {}
+    for e in episodes:
+        groups.setdefault(e.turns[0].group, []).append(e)
+    mixed = [e for e in episodes
+             if len({bool(x.reward) for x in groups[e.turns[0].group]}) == 2]
+    siblings = [[x for x in groups[e.turns[0].group] if x is not e] for e in mixed]
+    references = [sibling_reference_plain(others) for others in siblings]
+    metrics = {"mixed_groups": len({e.turns[0].group for e in mixed})}
+    if s.judge:
+        digests = ask(s.judge, list(map(digest_prompt, siblings)), read_digest)
+        references = [digest or plain for digest, plain in zip(digests, references)]
+        metrics["judge_failures"] = digests.count(None)
+    for e, reference in zip(mixed, references):
+        for t in e.turns:
+            t.other_ids = with_reference(policy, t.prompt_ids, reference, s)
+    for t in [t for e in episodes for t in e.turns]:
+        t.extra = dict.fromkeys(("divergence", "teacher_entropy"), torch.zeros(len(t.response_ids)))
+    compare_prompts(policy, [t for e in mixed for t in e.turns], s, disagreement,
+                    ("divergence", "teacher_entropy"))
+    return metrics
+
+def sibling_reference_plain(siblings):
+    """A reference without a language model, which is not SGCD's [D]: the actions of the shortest
+    success and of the longest failure among the siblings, never the rollout's own."""
+    won = [e for e in siblings if e.reward]
+    lost = [e for e in siblings if not e.reward]
+    shown = [("succeeded", min(won, key=lambda e: len(e.turns)))] if won else []
+    shown += [("failed", max(lost, key=lambda e: len(e.turns)))] if lost else []
+    return "\n".join(f"Another attempt that {how}: " + " > ".join(
+        envs.one_line(t.action) for t in e.turns) for how, e in shown)
+
+DIGEST_PROMPT = """\
+Several attempts at one task follow. Write advice for another attempt, in at most 150 words: \
+checks that the successes made, branches to take again, branches that failed and why, where they \
+part.
+Task: {task}
+{attempts}"""
+
+def digest_prompt(siblings):
+    """The question for a digest of the siblings' attempts."""
+    lines = []
+    for e in siblings:
+        steps = [f"{envs.one_line(t.action)} (before it: {envs.one_line(t.observation)})"
+                 for t in e.turns]
+        lines.append(f"Attempt that {'succeeded' if e.reward else 'failed'}: " + "; ".join(steps))
+    return DIGEST_PROMPT.format(task=envs.one_line(siblings[0].session.task, 600),
+                                attempts="\n".join(lines)[:50_000])
+
+def read_digest(reply):
+    """A digest of at most 2,000 characters; ValueError if it is empty."""
+    text = reply.rpartition("</think>")[2].strip()[:2000]
+    if not text:
+        raise ValueError("empty")
+    return text
+
+def with_reference(policy, prompt_ids, text, s):
+    """prompt_ids with the text at the start of the user message, cut where --max-teacher-prompt is
+    reached. The other ids stay as they are."""
+    before = render_chat(policy.tokenizer, "Hello").rpartition("Hello")[0]
+    texts = [before, *without_special_tokens(policy.tokenizer, [text + "\n\n"])]
+    start, ids = policy.tokenizer(texts, add_special_tokens=False)["input_ids"]
+    n = len(os.path.commonprefix([start, prompt_ids]))
+    room = max(0, s.max_teacher_prompt - len(prompt_ids))
+    return prompt_ids[:n] + ids[:room] + prompt_ids[n:]
+
 METHODS |= {
     "gigpo": Method(advantages=gigpo),
     "atod": Method("teacher old", atod, uses="teacher_model retrieval"),
     "triage": Method(advantages=triage, prepare=add_roles, uses="judge"),
+    "sgcd": Method(advantages=sgcd, prepare=add_references, uses="judge"),
 }
 
 # ======== 11. Prompts, tasks and skills in detail =================================================
@@ -1286,6 +1406,21 @@ def compare_views(policy, turns, s, hidden, mask, function):
     with torch.no_grad():
         taught, _, _ = response_hidden(policy.model, [t.other_ids for t in turns], responses)
     return unflatten(over_vocabulary(function, policy.head, hidden, taught, s.temperature), mask)
+
+@torch.no_grad()
+def compare_prompts(policy, turns, s, function, names):
+    """Set turn.extra[name] to the columns of function(log pi, log pi_T, token) -> (n, len(names)),
+    called on (n, V), (n, V) and (n,), of the turns' prompt_ids and other_ids."""
+    def one(h, t, token):
+        return function(*(log_softmax(policy.head(x), s.temperature) for x in (h, t)), token)
+    for batch in micro_batches(turns, s.micro_tokens, "other_ids"):
+        responses = [t.response_ids for t in batch]
+        hidden, targets, mask = response_hidden(
+            policy.model, [t.prompt_ids for t in batch], responses)
+        taught, _, _ = response_hidden(policy.model, [t.other_ids for t in batch], responses)
+        columns = by_chunks(one, hidden, taught, targets)                               # (N, K)
+        for name, column in zip(names, columns.T):
+            set_extra(batch, name, unflatten(column, mask))
 
 def unflatten(flat, mask):
     """(N,) values of the tokens in mask (B, T) as (B, T), zeros elsewhere."""
