@@ -109,6 +109,7 @@ class Settings:
     kl: float = opt(0.01, "alpha_KL, weight of the KL term to the reference policy")
     teacher_model: str = opt("", "ATOD's teacher, with the same tokenizer (default: atod_self)")
     judge: str = opt("", "chat server URL[#MODEL]: TRIAGE's roles, SGCD's references (else rules)")
+    craft_sign: str = opt("paper", "CRAFT as printed, or repaired (loo)", ("paper", "loo"))
     # optimisation
     steps: int = opt(150, "training steps, one rollout each")
     lr: float = opt(1e-6, "learning rate of AdamW", above=0)
@@ -140,6 +141,7 @@ PRESETS = {  # a row applies if all its words are the run's env, algo, recipe or
     "gigpo search": dict(kl=0.001),
     "atod": dict(kl=0.0),
     "sgcd": dict(kl=0.0),
+    "craft": dict(kl=0.0),
     "released": dict(kl=0.01),
     "released search": dict(kl=0.001),
     "tiny": dict(prompt_style="brief", groups=4, max_prompt=512, max_teacher_prompt=768,
@@ -1004,11 +1006,61 @@ def with_reference(policy, prompt_ids, text, s):
     room = max(0, s.max_teacher_prompt - len(prompt_ids))
     return prompt_ids[:n] + ids[:room] + prompt_ids[n:]
 
+def craft(b, s, state, p2=True):
+    """CRAFT (2606.29476) before the update: GRPO's advantages; in b.extra each token's credit c and
+    this step's weights lambda and mu; in state.memory the rate E that sets the next step's.
+
+    p2: E <- 0.95 E + 0.05 rho, where rho is the share of tokens with |c| > 0.1, held at 0.5 for ten
+    steps; lambda = 0.005 + 0.015 E, mu = 0.005 + 0.015 (1 - E). Without: both 0.01. [D]: siblings
+    are turns of equal number; gaps are those of the rollout policy, because siblings may be in
+    another mini-batch; the credit uses A without the penalty of malformed turns."""
+    a = grpo(b, replace(s, invalid_penalty=0.0))[:, 0]                                  # (B,)
+    gap = (b.teacher - b.old).masked_fill(~b.mask, 0)
+    credit = torch.zeros_like(gap)
+    place = torch.stack([b.group, b.number], 1).unique(dim=0, return_inverse=True)[1]   # (B,)
+    for rows in [place == i for i in place.unique()]:
+        credit[rows] = craft_credit(gap[rows], b.mask[rows], a[rows], s.craft_sign)
+    rate = state.memory.get("craft_rate", 0.5)
+    lam = 0.005 + 0.015 * rate if p2 else 0.01
+    mu = 0.005 + 0.015 * (1 - rate) if p2 else 0.01
+    share = (credit.abs() > 0.1)[b.mask].double().mean().item()
+    state.memory["craft_rate"] = rate if state.step < 10 else 0.95 * rate + 0.05 * share
+    weights = {"lambda": torch.full_like(gap, lam), "mu": torch.full_like(gap, mu)}
+    b.extra |= weights | {"credit": credit}
+    b.log |= {"craft_lambda": lam, "craft_mu": mu, "craft_share": share}
+    return grpo(b, s)
+
+def craft_credit(gap, live, advantages, sign="paper"):
+    """c = sign(x) (2 sigmoid(5 |x|) - 1), (G, T), of turns that are siblings: x_i = sum_j w_j A_j -
+    A_i over the others, w their softmax of gap D (G, T); live (G, T): there is a token. Where fewer
+    than two are live x is A_i D_i (paper), or 0 (loo)."""
+    own = torch.eye(len(gap), dtype=torch.bool)[:, :, None]
+    logits = gap.masked_fill(~live, -math.inf)[None].masked_fill(own, -math.inf)        # (G, G, T)
+    w = logits.softmax(1).nan_to_num(0)                # NaN: no other one is live
+    # the difference first: equal advantages give exactly 0, whatever w rounds to
+    x = (w * (advantages - advantages[:, None])[:, :, None]).sum(1)                     # (G, T)
+    alone = advantages[:, None] * gap if sign == "paper" else 0 * gap
+    x = torch.where(live.sum(0) < 2, alone, x) * live
+    return x.sign() * (2 * torch.sigmoid(5 * x.abs()) - 1)
+
+def craft_term(b, s, p1=True, p2=True, p3=True):
+    """CRAFT's two terms: -lambda c log pi and mu KL, where the KL (p3) is x for c > 0, -x for c < 0
+    and k3 for c = 0, x = log pi - log pi_ref. --craft-sign loo, a repair that is not CRAFT, has
+    +lambda c log pi [D]; why: docs/gate.md. p1 off: SDAR's term; all three off: SDAR's loss. Both
+    means are the backbone's, over trajectories [D]. --kl adds its own term."""
+    c = b.extra["credit"]
+    k3 = k3_kl(b.logp, b.ref)
+    kl = torch.where(c == 0, k3, c.sign() * (b.logp - b.ref)) if p3 else k3
+    credit = (1 if s.craft_sign == "loo" else -1) * b.extra["lambda"] * c * b.logp
+    value = credit if p1 else sdar(b, s)
+    return value + b.extra["mu"] * kl if p2 or p3 else value
+
 METHODS |= {
     "gigpo": Method(advantages=gigpo),
     "atod": Method("teacher old", atod, uses="teacher_model retrieval"),
     "triage": Method(advantages=triage, prepare=add_roles, uses="judge"),
     "sgcd": Method(advantages=sgcd, prepare=add_references, uses="judge"),
+    "craft": Method("teacher reference old", craft, craft_term, uses="craft_sign retrieval"),
 }
 
 # ======== 11. Prompts, tasks and skills in detail =================================================
