@@ -139,6 +139,7 @@ PRESETS = {  # a row applies if all its words are the run's env, algo, recipe or
     "rlsd": dict(lam=0.5),
     "opsd": dict(kl=0.0),
     "gigpo search": dict(kl=0.001),
+    "ucob search": dict(kl=0.001),
     "atod": dict(kl=0.0),
     "sgcd": dict(kl=0.0),
     "craft": dict(kl=0.0),
@@ -1055,12 +1056,70 @@ def craft_term(b, s, p1=True, p2=True, p3=True):
     value = credit if p1 else sdar(b, s)
     return value + b.extra["mu"] * kl if p2 or p3 else value
 
+def ucob_pairs(state, episodes, s, targets="code"):
+    """Method.rows of UCOB (2606.29502, its CBSD part): pairs at shared states, as turns to score.
+
+    Half of each group acts with the skill, see Method.acts. In a state the winner is the turn with
+    the largest return to go V; the two others with the smallest V, more than 0.05 below, are its
+    targets ("paper": only those that acted in the other view). The student reads the target's
+    prompt in the view that the winner did not have, the teacher the winner's own; both score the
+    winner's response, whose tokens weigh min(gap / 0.2, 2), those of the action twice as much.
+    With our fixed skills instead of a memory that the policy writes: ucob_cbsd_fixed_bank."""
+    turns = [t for e in episodes for t in e.turns]
+    value = returns_to_go(batch_of(turns)).tolist()
+    places = {}
+    for i, place in enumerate(shared_states(turns).tolist()):
+        if turns[i].valid and turns[i].response_ids:
+            places.setdefault(place, []).append(i)
+    rows = []
+    for members in places.values():
+        best = max(members, key=lambda i: value[i])    # ties: the first
+        winner = turns[best]
+        worse = [i for i in members if value[best] - value[i] > 0.05]
+        if targets == "paper":
+            worse = [i for i in worse if (turns[i].rollout - winner.rollout) % 2]
+        for i in sorted(worse, key=lambda i: value[i])[:2]:
+            same = (turns[i].rollout - winner.rollout) % 2 == 0
+            row = Turn(turns[i].other_ids if same else turns[i].prompt_ids, winner.response_ids,
+                       winner.prompt_ids, teacher_logp=winner.old_logp)
+            emphasis = 1.0 + action_tokens(state.policy, winner)                        # (T,)
+            row.extra["scale"] = min((value[best] - value[i]) / 0.2, 2.0) * emphasis
+            rows.append(row)
+    tokens = sum(len(row.response_ids) for row in rows)
+    for row in rows:
+        row.weight = 0.1 * optimizer_steps(turns, s) / tokens
+    return rows
+
+def ucob_term(b, s):
+    """g w_j KL(q' || p') of each token of the pairs, (B, T), g = sigmoid(5 (log q - log p)). [D]: g
+    takes log q from the policy that sampled, which differs from q after the first mini-batch."""
+    return sdar_gate(b.logp, b.teacher, 5.0) * b.extra["scale"] * b.compare(top_kl)
+
+def top_kl(p, q, k=32):
+    """KL(q' || p') in nats (n,) of log-probabilities (n, V), both renormalised on q's top k."""
+    q, top = q.topk(min(k, q.shape[1]))
+    p = p.gather(1, top).log_softmax(-1)
+    q = q.log_softmax(-1)
+    return (q.exp() * (q - p)).sum(-1)
+
+def action_tokens(policy, turn):
+    """(T,) bool: the response's tokens inside the tags of its action; all if it has none [D]."""
+    pieces = policy.tokenizer.batch_decode([[i] for i in turn.response_ids])
+    found = re.search(r"<(action|search|answer)>(.+?)</\1>", "".join(pieces), re.I | re.S)
+    if not found:
+        return torch.ones(len(pieces), dtype=torch.bool)
+    ends = torch.tensor([len(piece) for piece in pieces]).cumsum(0)                     # (T,)
+    starts = ends - torch.tensor([len(piece) for piece in pieces])
+    return (ends > found.start(2)) & (starts < found.end(2))
+
 METHODS |= {
     "gigpo": Method(advantages=gigpo),
     "atod": Method("teacher old", atod, uses="teacher_model retrieval"),
     "triage": Method(advantages=triage, prepare=add_roles, uses="judge"),
     "sgcd": Method(advantages=sgcd, prepare=add_references, uses="judge"),
     "craft": Method("teacher reference old", craft, craft_term, uses="craft_sign retrieval"),
+    "ucob": Method("views old", gigpo, acts="half", rows=ucob_pairs, row_term=ucob_term,
+                   uses="retrieval"),
 }
 
 # ======== 11. Prompts, tasks and skills in detail =================================================
