@@ -1112,6 +1112,52 @@ def action_tokens(policy, turn):
     starts = ends - torch.tensor([len(piece) for piece in pieces])
     return (ends > found.start(2)) & (starts < found.end(2))
 
+def add_next_observations(state, env, episodes, s):
+    """Method.prepare of PaW: each turn but the last reads the bare next observation after its
+    response, at most --max-response tokens of it [D]; extra["action"] marks its action."""
+    policy = state.policy
+    turns = [t for e in episodes for t in e.turns]
+    texts = [t.observation for e in episodes for t in e.turns[1:]]
+    texts = without_special_tokens(policy.tokenizer, texts)
+    ids = iter(policy.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else ())
+    for t in [t for e in episodes for t in e.turns[:-1]]:
+        t.after = next(ids)[:s.max_response]
+    for t in turns:
+        t.extra["action"] = action_tokens(policy, t)
+
+def paw(b, s, state, alpha=0.75):
+    """PaW (2606.02388): GRPO, and in b.extra["world"] each turn's weight in the world loss.
+
+    S is the share alpha of the turns with a next observation, rounded up [D], whose action had the
+    highest mean entropy under the rollout policy, over the whole vocabulary [D]. A group's weight
+    is lambda_g = 1 - its success rate, spread over its turns in S; then the mean over all groups."""
+    pool = [i for i, t in enumerate(b.turns) if t.after]
+    first = b.number == 0
+    chosen = []
+    if pool:
+        action = b.extra["action"] & b.mask
+        total = b.extra["entropy"].masked_fill(~action, 0).sum(1)                       # (B,)
+        mean = (total / action.sum(1).clamp(min=1)).tolist()
+        chosen = sorted(pool, key=lambda i: -mean[i])[:math.ceil(alpha * len(pool))]
+    world = torch.zeros(b.mask.shape)
+    groups = b.group.unique()
+    for group in groups:
+        rows = [i for i in chosen if b.group[i] == group]
+        won = (b.reward[first & (b.group == group)] > 0).double().mean().item()
+        if rows:
+            world[rows] = (1 - won) / len(rows) / len(groups) * optimizer_steps(b.turns, s)
+    b.extra["world"] = world
+    b.log["world_turns"] = len(chosen)
+    return grpo(b, s)
+
+def paw_loss(b, rho=0.2):
+    """The world loss of a micro-batch: sum over turns of weight * (1/n) sum_i [p_i <= rho] (1 -
+    p_i) over the n tokens of the next observation. The indicator has no gradient."""
+    p = b.after.exp()                                  # 1 where there is no such token
+    n = torch.tensor([max(len(t.after), 1) for t in b.turns], device=p.device)
+    rows = ((p.detach() <= rho) * (1 - p)).sum(1) / n                                   # (B,)
+    return (b.extra["world"][:, 0] * rows).sum()
+
 METHODS |= {
     "gigpo": Method(advantages=gigpo),
     "atod": Method("teacher old", atod, uses="teacher_model retrieval"),
@@ -1120,6 +1166,7 @@ METHODS |= {
     "craft": Method("teacher reference old", craft, craft_term, uses="craft_sign retrieval"),
     "ucob": Method("views old", gigpo, acts="half", rows=ucob_pairs, row_term=ucob_term,
                    uses="retrieval"),
+    "paw": Method("old uncertainty", paw, prepare=add_next_observations, after_loss=paw_loss),
 }
 
 # ======== 11. Prompts, tasks and skills in detail =================================================
