@@ -708,14 +708,14 @@ def relative(values, groups, std=False):
 def shared_states(turns, similarity=1.0):
     """The number (B,) of each turn's state. Turns of one group share a state if their observations
     are equal, or for similarity < 1 as alike as that, by difflib's ratio over words [D]."""
-    states = {}                                        # {group: {observation: its state}}
+    seen = {}                                # {group: {observation: the first one that is like it}}
     for t in turns:
-        known = states.setdefault(t.group, {})
+        known = seen.setdefault(t.group, {})
         if t.observation not in known:
-            like = [state for text, state in known.items()
-                    if similarity < 1 and alike(text, t.observation, similarity)]
-            known[t.observation] = like[0] if like else (t.group, len(known))
-    names = [states[t.group][t.observation] for t in turns]
+            like = (first for first in known.values()
+                    if similarity < 1 and alike(first, t.observation, similarity))
+            known[t.observation] = next(like, t.observation)
+    names = [(t.group, seen[t.group][t.observation]) for t in turns]
     order = {name: i for i, name in enumerate(dict.fromkeys(names))}
     return torch.tensor([order[name] for name in names])
 
@@ -750,19 +750,6 @@ def atod_weights(old, teacher, mask, rollout):
             product[rows] *= 1 - scaled
     return (1 - product) * (count > 0)
 
-def load_teacher(policy, s):
-    """ATOD's frozen --teacher-model, None without one. UserError if its tokenizer is another."""
-    if s.algo == "atod" and not s.teacher_model:
-        print("no --teacher-model: the model itself with the skill teaches (atod_self), which is "
-              "not the paper's ATOD", flush=True)
-    if not s.teacher_model:
-        return None
-    teacher = load_policy(s.teacher_model, s.device)
-    if teacher.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
-        raise UserError(f"--teacher-model {s.teacher_model} has another tokenizer than {s.model}; "
-                        "take a larger model of the same family")
-    return teacher.model.requires_grad_(False)
-
 ROLE_VALUES = {"D": 1.0, "E": 0.5, "N": -0.1, "R": -0.5}    # decisive, exploration, no progress,
                                                             # regression; "": no role, 0
 
@@ -778,130 +765,17 @@ def triage(b, s, state=None, lam=None, whiten=True):
         a = (a - a.mean()) / (spread + 1e-6)
     return a[:, None].expand(b.mask.shape)
 
-# actions of ALFWorld and WebShop that change the state: what is held, heated, chosen or bought
-CHANGES = re.compile(r"(take|put|move|heat|cool|clean|use|slice|open) |click\[(?!(b0\w{8}|next >|"
-                     r"< prev|back to search|description|features|reviews|attributes)\])")
-
-def roles_by_rule(episode):
-    """A role per turn by rule, which is not TRIAGE's judge [D]. R: action and result repeat since
-    the last D, or a second invalid turn in a row. N: invalid. D: a change of state, or the last
-    turn of an episode with a score (it sees the outcome). E: a new observation. Else N."""
-    turns = episode.turns
-    results = [t.observation for t in turns[1:]] + [episode.session.observation]
-    roles = []
-    repeated = set()
-    shown = {turns[0].observation}
-    invalid = False
-    for i, (t, result) in enumerate(zip(turns, results)):
-        again = invalid
-        invalid = not (t.valid and t.admissible)
-        scores = i == len(turns) - 1 and episode.session.score > 0
-        if (t.action, result) in repeated or (invalid and again):
-            role = "R"
-        elif invalid:
-            role = "N"
-        elif scores or CHANGES.match(t.action):
-            role = "D"
-            repeated = set()
-        else:
-            role = "N" if result in shown else "E"
-        roles.append(role)
-        repeated.add((t.action, result))
-        shown.add(result)
-    return roles
-
-def add_roles(state, env, episodes, s):
-    """Method.prepare of TRIAGE: sets turn.role, by rule or by the chat server of --judge. A reply
-    that names no role is N, counted in the log."""
-    if s.judge:
-        texts = [judge_prompt(e, i) for e in episodes for i in range(len(e.turns))]
-        replies = ask(s.judge, texts, read_role)
-        roles = [role or "N" for role in replies]
-    else:
-        roles = [role for e in episodes for role in roles_by_rule(e)]
-    for t, role in zip([t for e in episodes for t in e.turns], roles):
-        t.role = role
-    shares = {f"share_role_{role}": roles.count(role) / len(roles) for role in ROLE_VALUES}
-    return shares | ({"judge_failures": replies.count(None)} if s.judge else {})
-
-JUDGE_PROMPT = """\
-Judge one step of an agent. You are not told whether it succeeded in the end.
-Roles: D decisive progress, E useful exploration, N no progress, R regression.
-Rules: a first inspection is E, a repeated one without change R. An invalid action is N, a \
-repeated invalid one R. The right take, place, heat, cool or buy is D. Choosing an attribute again \
-is R. A harmless repetition after completion is N, walking past empty places too. A wrong object \
-or product is R.
-Task: {task}
-{steps}
-Answer with JSON only: {{"role": "D", "E", "N" or "R", "evidence": "a quotation from above"}}"""
-
-def judge_prompt(episode, number, window=5):
-    """The question about one turn, with at most `window` turns before and after it."""
-    turns = episode.turns
-    results = [t.observation for t in turns[1:]] + [episode.session.observation]
-    lines = []
-    for i in range(max(0, number - window), min(len(turns), number + window + 1)):
-        mark = "THE STEP TO JUDGE" if i == number else "step"
-        seen = envs.one_line(results[i], 600)
-        lines.append(f"{mark} {i + 1}: action {envs.one_line(turns[i].action)!r}, result {seen!r}")
-    return JUDGE_PROMPT.format(task=envs.one_line(episode.session.task, 600),
-                               steps="\n".join(lines))
-
-def read_role(reply):
-    """The role in a judge's reply; ValueError if it has none, or quotes no evidence."""
-    answer = json.loads(re.findall(r"\{[^{}]*\}", reply or "")[-1])
-    if answer["role"] not in ROLE_VALUES or not isinstance(answer["evidence"], str):
-        raise ValueError("no role")
-    return answer["role"]
-
-def ask(url, texts, read, tries=4, timeout=300.0, delay=1.0):
-    """[read(reply)] of an OpenAI-compatible chat server, URL[#MODEL], to each text, at temperature
-    0, 16 at a time; None where no reply could be read in `tries`. UserError if the server cannot be
-    reached. A reply is data: of at most 1 MiB its last 20,000 characters go to `read`."""
-    base, _, model = url.partition("#")
-    address = base.rstrip("/").removesuffix("/v1") + "/v1/chat/completions"
-    unreadable = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
-
-    def one(text):
-        body = {"model": model or "default", "temperature": 0,
-                "messages": [{"role": "user", "content": text}]}
-        for attempt in range(tries):
-            time.sleep(delay * attempt)
-            problem = ""
-            try:
-                request = urllib.request.Request(address, json.dumps(body).encode(),
-                                                 {"Content-Type": "application/json"})
-                with urllib.request.urlopen(request, timeout=timeout) as connection:
-                    raw = connection.read(1 << 20)
-            except (OSError, ValueError, http.client.HTTPException) as error:
-                problem = f"{type(error).__name__}: {first_line(error)}"
-                continue
-            with contextlib.suppress(*unreadable):
-                return read(json.loads(raw)["choices"][0]["message"]["content"][-20_000:])
-        if problem:
-            raise UserError(f"--judge {base} cannot be used ({problem}); check that a chat server "
-                            "answers there, then continue with --resume")
-        return None
-
-    with ThreadPoolExecutor(16) as pool:
-        try:
-            return list(pool.map(one, texts))
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-
-def sgcd(b, s, state=None, gamma=1.0, drop=False):
+def sgcd(b, s, state=None, gamma=1.0):
     """SGCD (2606.12634): A_GRPO * W, (B, T), where W from 1 to 2 is larger on tokens about which a
     teacher that has read the siblings' attempts confidently disagrees.
 
-    [D]: turns without a reference and groups that are not mixed keep W = 1; drop gives them the
-    advantage 0. No batch is drawn again for more mixed groups. A response is a turn's."""
-    a = grpo(b, s)
-    if "divergence" not in b.extra:                    # no turn has a reference
-        return 0 * a if drop else a
-    w = sgcd_weights(b.extra["divergence"], b.extra["teacher_entropy"], b.mask, gamma)
+    [D]: groups that are not mixed keep W = 1 instead of being left out and drawn again (their A is
+    0 but for the penalty of malformed turns). A response is a turn's, the paper's a rollout's."""
+    zeros = torch.zeros(b.mask.shape)                  # without references
+    d, h = (b.extra.get(name, zeros) for name in ("divergence", "teacher_entropy"))
+    w = sgcd_weights(d, h, b.mask, gamma)
     b.log["sgcd_weight"] = w[b.mask].mean().item()
-    taught = torch.tensor([t.other_ids is not None for t in b.turns])                   # (B,)
-    return a * w * (taught[:, None] if drop else 1)
+    return grpo(b, s) * w
 
 def sgcd_weights(d, h, mask, gamma=1.0):
     """W = clip(1 + gamma s, 1, 2), (B, T). d is scaled to (d - min) / (max - min + 0.1) over the
@@ -936,76 +810,6 @@ def disagreement(p, q, token, k=100):
     q = grouped(q)
     kl = (p.exp() * (p - q)).nan_to_num(0).sum(1)      # NaN: words in the bucket
     return torch.stack([kl, -(q.exp() * q).nan_to_num(0).sum(1)], 1)
-
-def add_references(state, env, episodes, s):
-    """Method.prepare of SGCD: in mixed groups, where some won and some did not, the teacher's
-    prompt is the turn's own with a reference before it, by --judge or sibling_reference_plain. Sets
-    turn.extra["divergence"] and ["teacher_entropy"], 0 where there is no reference."""
-    policy = state.policy
-    groups = {}
-    for e in episodes:
-        groups.setdefault(e.turns[0].group, []).append(e)
-    mixed = [e for e in episodes
-             if len({bool(x.reward) for x in groups[e.turns[0].group]}) == 2]
-    siblings = [[x for x in groups[e.turns[0].group] if x is not e] for e in mixed]
-    references = [sibling_reference_plain(others) for others in siblings]
-    metrics = {"mixed_groups": len({e.turns[0].group for e in mixed})}
-    if s.judge:
-        digests = ask(s.judge, list(map(digest_prompt, siblings)), read_digest)
-        references = [digest or plain for digest, plain in zip(digests, references)]
-        metrics["judge_failures"] = digests.count(None)
-    for e, reference in zip(mixed, references):
-        for t in e.turns:
-            t.other_ids = with_reference(policy, t.prompt_ids, reference, s)
-    for t in [t for e in episodes for t in e.turns]:
-        t.extra = dict.fromkeys(("divergence", "teacher_entropy"), torch.zeros(len(t.response_ids)))
-    compare_prompts(policy, [t for e in mixed for t in e.turns], s, disagreement,
-                    ("divergence", "teacher_entropy"))
-    return metrics
-
-def sibling_reference_plain(siblings):
-    """A reference without a language model, which is not SGCD's [D]: the actions of the shortest
-    success and of the longest failure among the siblings, never the rollout's own."""
-    won = [e for e in siblings if e.reward]
-    lost = [e for e in siblings if not e.reward]
-    shown = [("succeeded", min(won, key=lambda e: len(e.turns)))] if won else []
-    shown += [("failed", max(lost, key=lambda e: len(e.turns)))] if lost else []
-    return "\n".join(f"Another attempt that {how}: " + " > ".join(
-        envs.one_line(t.action) for t in e.turns) for how, e in shown)
-
-DIGEST_PROMPT = """\
-Several attempts at one task follow. Write advice for another attempt, in at most 150 words: \
-checks that the successes made, branches to take again, branches that failed and why, where they \
-part.
-Task: {task}
-{attempts}"""
-
-def digest_prompt(siblings):
-    """The question for a digest of the siblings' attempts."""
-    lines = []
-    for e in siblings:
-        steps = [f"{envs.one_line(t.action)} (before it: {envs.one_line(t.observation)})"
-                 for t in e.turns]
-        lines.append(f"Attempt that {'succeeded' if e.reward else 'failed'}: " + "; ".join(steps))
-    return DIGEST_PROMPT.format(task=envs.one_line(siblings[0].session.task, 600),
-                                attempts="\n".join(lines)[:50_000])
-
-def read_digest(reply):
-    """A digest of at most 2,000 characters; ValueError if it is empty."""
-    text = reply.rpartition("</think>")[2].strip()[:2000]
-    if not text:
-        raise ValueError("empty")
-    return text
-
-def with_reference(policy, prompt_ids, text, s):
-    """prompt_ids with the text at the start of the user message, cut where --max-teacher-prompt is
-    reached. The other ids stay as they are."""
-    before = render_chat(policy.tokenizer, "Hello").rpartition("Hello")[0]
-    texts = [before, *without_special_tokens(policy.tokenizer, [text + "\n\n"])]
-    start, ids = policy.tokenizer(texts, add_special_tokens=False)["input_ids"]
-    n = len(os.path.commonprefix([start, prompt_ids]))
-    room = max(0, s.max_teacher_prompt - len(prompt_ids))
-    return prompt_ids[:n] + ids[:room] + prompt_ids[n:]
 
 def craft(b, s, state, p2=True):
     """CRAFT (2606.29476) before the update: GRPO's advantages; in b.extra each token's credit c and
@@ -1102,35 +906,12 @@ def top_kl(p, q, k=32):
     q = q.log_softmax(-1)
     return (q.exp() * (q - p)).sum(-1)
 
-def action_tokens(policy, turn):
-    """(T,) bool: the response's tokens inside the tags of its action; all if it has none [D]."""
-    pieces = policy.tokenizer.batch_decode([[i] for i in turn.response_ids])
-    found = re.search(r"<(action|search|answer)>(.+?)</\1>", "".join(pieces), re.I | re.S)
-    if not found:
-        return torch.ones(len(pieces), dtype=torch.bool)
-    ends = torch.tensor([len(piece) for piece in pieces]).cumsum(0)                     # (T,)
-    starts = ends - torch.tensor([len(piece) for piece in pieces])
-    return (ends > found.start(2)) & (starts < found.end(2))
-
-def add_next_observations(state, env, episodes, s):
-    """Method.prepare of PaW: each turn but the last reads the bare next observation after its
-    response, at most --max-response tokens of it [D]; extra["action"] marks its action."""
-    policy = state.policy
-    turns = [t for e in episodes for t in e.turns]
-    texts = [t.observation for e in episodes for t in e.turns[1:]]
-    texts = without_special_tokens(policy.tokenizer, texts)
-    ids = iter(policy.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else ())
-    for t in [t for e in episodes for t in e.turns[:-1]]:
-        t.after = next(ids)[:s.max_response]
-    for t in turns:
-        t.extra["action"] = action_tokens(policy, t)
-
 def paw(b, s, state, alpha=0.75):
     """PaW (2606.02388): GRPO, and in b.extra["world"] each turn's weight in the world loss.
 
     S is the share alpha of the turns with a next observation, rounded up [D], whose action had the
-    highest mean entropy under the rollout policy, over the whole vocabulary [D]. A group's weight
-    is lambda_g = 1 - its success rate, spread over its turns in S; then the mean over all groups."""
+    highest mean entropy under the rollout policy, over the whole vocabulary [D]. A group's
+    weight is lambda_g = 1 - its success rate, spread over its turns in S; mean over all groups."""
     pool = [i for i, t in enumerate(b.turns) if t.after]
     first = b.number == 0
     chosen = []
@@ -1140,9 +921,9 @@ def paw(b, s, state, alpha=0.75):
         mean = (total / action.sum(1).clamp(min=1)).tolist()
         chosen = sorted(pool, key=lambda i: -mean[i])[:math.ceil(alpha * len(pool))]
     world = torch.zeros(b.mask.shape)
-    groups = b.group.unique()
+    groups = b.group.unique().tolist()
     for group in groups:
-        rows = [i for i in chosen if b.group[i] == group]
+        rows = [i for i in chosen if b.turns[i].group == group]
         won = (b.reward[first & (b.group == group)] > 0).double().mean().item()
         if rows:
             world[rows] = (1 - won) / len(rows) / len(groups) * optimizer_steps(b.turns, s)
@@ -1157,6 +938,225 @@ def paw_loss(b, rho=0.2):
     n = torch.tensor([max(len(t.after), 1) for t in b.turns], device=p.device)
     rows = ((p.detach() <= rho) * (1 - p)).sum(1) / n                                   # (B,)
     return (b.extra["world"][:, 0] * rows).sum()
+
+# ======== 10c. What the follow-ups prepare before the scoring, and their rows of METHODS =========
+def load_teacher(policy, s):
+    """ATOD's frozen --teacher-model, None without one. UserError if its tokenizer is another."""
+    if s.algo == "atod" and not s.teacher_model:
+        print("no --teacher-model: the model itself with the skill teaches (atod_self), which is "
+              "not the paper's ATOD", flush=True)
+    if not s.teacher_model:
+        return None
+    teacher = load_policy(s.teacher_model, s.device)
+    if teacher.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
+        raise UserError(f"--teacher-model {s.teacher_model} has another tokenizer than {s.model}; "
+                        "take a larger model of the same family")
+    return teacher.model.requires_grad_(False)
+
+def add_roles(state, env, episodes, s):
+    """Method.prepare of TRIAGE: sets turn.role, by rule or by the chat server of --judge. A reply
+    that names no role is N, counted in the log."""
+    if s.judge:
+        texts = [judge_prompt(e, i) for e in episodes for i in range(len(e.turns))]
+        replies = ask(s.judge, texts, read_role)
+        roles = [role or "N" for role in replies]
+    else:
+        roles = [role for e in episodes for role in roles_by_rule(e)]
+    for t, role in zip([t for e in episodes for t in e.turns], roles):
+        t.role = role
+    shares = {f"share_role_{role}": roles.count(role) / len(roles) for role in ROLE_VALUES}
+    return shares | ({"judge_failures": replies.count(None)} if s.judge else {})
+
+# actions of ALFWorld and WebShop that change the state: what is held, heated, chosen or bought
+CHANGES = re.compile(r"(take|put|move|heat|cool|clean|use|slice|open) |click\[(?!(b0\w{8}|next >|"
+                     r"< prev|back to search|description|features|reviews|attributes)\])")
+
+def steps_of(episode):
+    """[(turn, what the agent saw after it)]"""
+    after = [t.observation for t in episode.turns[1:]]
+    return list(zip(episode.turns, [*after, episode.session.observation]))
+
+def roles_by_rule(episode):
+    """A role per turn by rule, which is not TRIAGE's judge [D]. R: action and result repeat since
+    the last D, or a second invalid turn in a row. N: invalid. D: a change of state, or the last
+    turn of an episode with a score (it sees the outcome). E: a new observation. Else N."""
+    roles = []
+    repeated = set()
+    shown = {episode.turns[0].observation}
+    invalid = False
+    for t, result in steps_of(episode):
+        again = invalid
+        invalid = not (t.valid and t.admissible)
+        scores = t is episode.turns[-1] and episode.session.score > 0
+        if (t.action, result) in repeated or (invalid and again):
+            role = "R"
+        elif invalid:
+            role = "N"
+        elif scores or CHANGES.match(t.action):
+            role = "D"
+            repeated = set()
+        else:
+            role = "N" if result in shown else "E"
+        roles.append(role)
+        repeated.add((t.action, result))
+        shown.add(result)
+    return roles
+
+JUDGE_PROMPT = """\
+Judge one step of an agent. You are not told whether it succeeded in the end.
+Roles: D decisive progress, E useful exploration, N no progress, R regression.
+Rules: a first inspection is E, a repeated one without change R. An invalid action is N, a \
+repeated invalid one R. The right take, place, heat, cool or buy is D. Choosing an attribute again \
+is R. A harmless repetition after completion is N, walking past empty places too. A wrong object \
+or product is R.
+Task: {task}
+{steps}
+Answer with JSON only: {{"role": "D", "E", "N" or "R", "evidence": "a quotation from above"}}"""
+
+def judge_prompt(episode, number, window=5):
+    """The question about one turn, with at most `window` turns before and after it."""
+    lines = []
+    for t, result in steps_of(episode)[max(0, number - window):number + window + 1]:
+        mark = "THE STEP TO JUDGE" if t.number == number else "step"
+        seen = envs.one_line(result, 600)
+        lines.append(f"{mark} {t.number + 1}: action {envs.one_line(t.action)!r}, result {seen!r}")
+    return JUDGE_PROMPT.format(task=envs.one_line(episode.session.task, 600),
+                               steps="\n".join(lines))
+
+def read_role(reply):
+    """The role in a judge's reply; ValueError if it has none, or quotes no evidence."""
+    answer = json.loads(re.findall(r"\{[^{}]*\}", reply or "")[-1])
+    if answer["role"] not in ROLE_VALUES or not isinstance(answer["evidence"], str):
+        raise ValueError("no role")
+    return answer["role"]
+
+def add_references(state, env, episodes, s):
+    """Method.prepare of SGCD: in mixed groups, where some won and some did not, the teacher's
+    prompt is the turn's own with a reference before it, by --judge or sibling_reference_plain. Sets
+    turn.extra["divergence"] and ["teacher_entropy"], 0 where there is no reference."""
+    policy = state.policy
+    groups = {}
+    for e in episodes:
+        groups.setdefault(e.turns[0].group, []).append(e)
+    mixed = [e for e in episodes
+             if len({bool(x.reward) for x in groups[e.turns[0].group]}) == 2]
+    siblings = [[x for x in groups[e.turns[0].group] if x is not e] for e in mixed]
+    references = [sibling_reference_plain(others) for others in siblings]
+    metrics = {"mixed_groups": len({e.turns[0].group for e in mixed})}
+    if s.judge:
+        digests = ask(s.judge, list(map(digest_prompt, siblings)), read_digest)
+        references = [digest or plain for digest, plain in zip(digests, references)]
+        metrics["judge_failures"] = digests.count(None)
+    for e, reference in zip(mixed, references):
+        for t in e.turns:
+            t.other_ids = with_reference(policy, t.prompt_ids, reference, s)
+    for t in [t for e in episodes for t in e.turns]:
+        t.extra = dict.fromkeys(("divergence", "teacher_entropy"), torch.zeros(len(t.response_ids)))
+    compare_prompts(policy, [t for e in mixed for t in e.turns], s, disagreement,
+                    ("divergence", "teacher_entropy"))
+    return metrics
+
+def sibling_reference_plain(siblings):
+    """A reference without a language model, which is not SGCD's [D]: the actions of the shortest
+    success and of the longest failure among the siblings, never the rollout's own."""
+    won = [e for e in siblings if e.reward]
+    lost = [e for e in siblings if not e.reward]
+    shown = [("succeeded", min(won, key=lambda e: len(e.turns)))] if won else []
+    shown += [("failed", max(lost, key=lambda e: len(e.turns)))] if lost else []
+    return "\n".join(f"Another attempt that {how}: " + " > ".join(
+        envs.one_line(t.action) for t in e.turns) for how, e in shown)
+
+DIGEST_PROMPT = """\
+Several attempts at one task follow. Write advice for another attempt, in at most 150 words: \
+checks that the successes made, branches to take again, branches that failed and why, where they \
+part.
+Task: {task}
+{attempts}"""
+
+def digest_prompt(siblings):
+    """The question for a digest of the siblings' attempts."""
+    lines = []
+    for e in siblings:
+        steps = [f"{envs.one_line(t.action)} (before it: {envs.one_line(t.observation)})"
+                 for t in e.turns]
+        lines.append(f"Attempt that {'succeeded' if e.reward else 'failed'}: " + "; ".join(steps))
+    return DIGEST_PROMPT.format(task=envs.one_line(siblings[0].session.task, 600),
+                                attempts="\n".join(lines)[:50_000])
+
+def read_digest(reply):
+    """A digest of at most 2,000 characters; ValueError if it is empty."""
+    text = reply.rpartition("</think>")[2].strip()[:2000]
+    if not text:
+        raise ValueError("empty")
+    return text
+
+def with_reference(policy, prompt_ids, text, s):
+    """prompt_ids with the text at the start of the user message, cut where --max-teacher-prompt is
+    reached. The other ids stay as they are."""
+    before = render_chat(policy.tokenizer, "Hello").rpartition("Hello")[0]
+    texts = [before, *without_special_tokens(policy.tokenizer, [text + "\n\n"])]
+    start, ids = policy.tokenizer(texts, add_special_tokens=False)["input_ids"]
+    n = len(os.path.commonprefix([start, prompt_ids]))
+    room = max(0, s.max_teacher_prompt - len(prompt_ids))
+    return prompt_ids[:n] + ids[:room] + prompt_ids[n:]
+
+def add_next_observations(state, env, episodes, s):
+    """Method.prepare of PaW: each turn but the last reads the bare next observation after its
+    response, at most --max-response tokens of it [D]; extra["action"] marks its action."""
+    policy = state.policy
+    turns = [t for e in episodes for t in e.turns]
+    texts = [t.observation for e in episodes for t in e.turns[1:]]
+    texts = without_special_tokens(policy.tokenizer, texts)
+    ids = iter(policy.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else ())
+    for t in [t for e in episodes for t in e.turns[:-1]]:
+        t.after = next(ids)[:s.max_response]
+    for t in turns:
+        t.extra["action"] = action_tokens(policy, t)
+
+def action_tokens(policy, turn):
+    """(T,) bool: the response's tokens inside the tags of its action; all if it has none [D]."""
+    pieces = policy.tokenizer.batch_decode([[i] for i in turn.response_ids])
+    found = re.search(r"<(action|search|answer)>(.+?)</\1>", "".join(pieces), re.I | re.S)
+    if not found:
+        return torch.ones(len(pieces), dtype=torch.bool)
+    ends = torch.tensor([len(piece) for piece in pieces]).cumsum(0)                     # (T,)
+    starts = ends - torch.tensor([len(piece) for piece in pieces])
+    return (ends > found.start(2)) & (starts < found.end(2))
+
+def ask(url, texts, read, tries=4, timeout=300.0, delay=1.0):
+    """[read(reply)] of an OpenAI-compatible chat server, URL[#MODEL], to each text, at temperature
+    0, 16 at a time; None where no reply could be read in `tries`. UserError if the server cannot be
+    reached. A reply is data: of at most 1 MiB its last 20,000 characters go to `read`."""
+    base, _, model = url.partition("#")
+    address = base.rstrip("/").removesuffix("/v1") + "/v1/chat/completions"
+    unreadable = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
+
+    def one(text):
+        body = {"model": model or "default", "temperature": 0,
+                "messages": [{"role": "user", "content": text}]}
+        for attempt in range(tries):
+            time.sleep(delay * attempt)
+            problem = ""
+            try:
+                request = urllib.request.Request(address, json.dumps(body).encode(),
+                                                 {"Content-Type": "application/json"})
+                with urllib.request.urlopen(request, timeout=timeout) as connection:
+                    raw = connection.read(1 << 20)
+            except (OSError, ValueError, http.client.HTTPException) as error:
+                problem = f"{type(error).__name__}: {first_line(error)}"
+                continue
+            with contextlib.suppress(*unreadable):
+                return read(json.loads(raw)["choices"][0]["message"]["content"][-20_000:])
+        if problem:
+            raise UserError(f"--judge {base} cannot be used ({problem}); check that a chat server "
+                            "answers there, then continue with --resume")
+        return None
+
+    with ThreadPoolExecutor(16) as pool:
+        try:
+            return list(pool.map(one, texts))
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
 METHODS |= {
     "gigpo": Method(advantages=gigpo),
