@@ -152,8 +152,8 @@ PRESETS = {  # a row applies if all its words are the run's env, algo, recipe or
     "tiny webshop": dict(mini_batch=256, lr=1e-4),
 }
 SUCCESS_REWARD = {"alfworld": 10.0, "webshop": 10.0, "search": 1.0}  # all but success gets 0
-MAY_CHANGE = ("data device judge max_prompt max_teacher_prompt micro_tokens rollout_rows save_every"
-              " small_gpu steps val_episodes val_every val_split").split()    # with --resume
+MAY_CHANGE = ("data device max_prompt max_teacher_prompt micro_tokens rollout_rows save_every "
+              "small_gpu steps val_episodes val_every val_split").split()  # with --resume
 
 # ======== 1. Data: a turn, an episode, a batch ====================================================
 @dataclass
@@ -939,7 +939,7 @@ def paw_loss(b, rho=0.2):
     rows = ((p.detach() <= rho) * (1 - p)).sum(1) / n                                   # (B,)
     return (b.extra["world"][:, 0] * rows).sum()
 
-# ======== 10c. What the follow-ups prepare before the scoring, and their rows of METHODS =========
+# ======== 10c. What the follow-ups prepare before the scoring, and their rows of METHODS ==========
 def load_teacher(policy, s):
     """ATOD's frozen --teacher-model, None without one. UserError if its tokenizer is another."""
     if s.algo == "atod" and not s.teacher_model:
@@ -1025,7 +1025,7 @@ def judge_prompt(episode, number, window=5):
 
 def read_role(reply):
     """The role in a judge's reply; ValueError if it has none, or quotes no evidence."""
-    answer = json.loads(re.findall(r"\{[^{}]*\}", reply or "")[-1])
+    answer = json.loads(re.findall(r"\{[^{}]*\}", reply)[-1])
     if answer["role"] not in ROLE_VALUES or not isinstance(answer["evidence"], str):
         raise ValueError("no role")
     return answer["role"]
@@ -1129,7 +1129,6 @@ def ask(url, texts, read, tries=4, timeout=300.0, delay=1.0):
     reached. A reply is data: of at most 1 MiB its last 20,000 characters go to `read`."""
     base, _, model = url.partition("#")
     address = base.rstrip("/").removesuffix("/v1") + "/v1/chat/completions"
-    unreadable = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
 
     def one(text):
         body = {"model": model or "default", "temperature": 0,
@@ -1145,7 +1144,7 @@ def ask(url, texts, read, tries=4, timeout=300.0, delay=1.0):
             except (OSError, ValueError, http.client.HTTPException) as error:
                 problem = f"{type(error).__name__}: {first_line(error)}"
                 continue
-            with contextlib.suppress(*unreadable):
+            with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):
                 return read(json.loads(raw)["choices"][0]["message"]["content"][-20_000:])
         if problem:
             raise UserError(f"--judge {base} cannot be used ({problem}); check that a chat server "
