@@ -1151,11 +1151,8 @@ def ask(url, texts, read, tries=4, timeout=300.0, delay=1.0):
                             "answers there, then continue with --resume")
         return None
 
-    with ThreadPoolExecutor(16) as pool:
-        try:
-            return list(pool.map(one, texts))
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+    with ThreadPoolExecutor(16) as pool:               # an error cancels what has not begun
+        return list(pool.map(one, texts))
 
 METHODS |= {
     "gigpo": Method(advantages=gigpo),
