@@ -138,13 +138,13 @@ PRESETS = {  # a row applies if all its words are the run's env, algo, recipe or
     "skill-sd": dict(lam=0.001),
     "rlsd": dict(lam=0.5),
     "opsd": dict(kl=0.0),
+    "released": dict(kl=0.01),
+    "released search": dict(kl=0.001),
     "gigpo search": dict(kl=0.001),
     "ucob search": dict(kl=0.001),
     "atod": dict(kl=0.0),
     "sgcd": dict(kl=0.0),
     "craft": dict(kl=0.0),
-    "released": dict(kl=0.01),
-    "released search": dict(kl=0.001),
     "tiny": dict(prompt_style="brief", groups=4, max_prompt=512, max_teacher_prompt=768,
                  max_response=48, lr=3e-4, kl=0.0, steps=4, warm_start=150, warm_lr=3e-3,
                  val_every=4, val_episodes=64),
@@ -443,7 +443,7 @@ class Method:
     after_loss: Callable = None  # Batch -> scalar, from b.after
     uses: str = ""               # settings with an effect; check_settings refuses the other ones
 
-METHODS = {  # the terms that are not SDAR's are in section 10
+METHODS = {  # the terms that are not SDAR's are in section 10, seven more methods in 10b
     "grpo": Method(),
     "sdar": Method("teacher", term=sdar, uses="lam beta gate gate_baseline divergence retrieval"),
     "skill-grpo": Method(acts="skilled", uses="retrieval"),
