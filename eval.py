@@ -37,6 +37,25 @@ import envs
 import sdar
 from envs import UserError
 
+# What the papers of the follow-ups print, percent ("-": nothing), each with code, prompts and
+# metric of its own: never a ranking. Algorithm, model, method, ALFWorld, Search-QA, WebShop
+FOLLOWUPS = """\
+atod 0.6B GRPO 30.5 39.4 29.7 | SDAR 28.1 39.6 8.6 | OPD 76.6 41.5 85.2 | ATOD 82.8 42.3 86.7
+atod 1.7B GRPO 31.3 42.0 47.7 | SDAR 39.8 42.2 43.8 | OPD 72.7 44.7 77.3 | ATOD 80.5 45.2 89.1
+triage 1.7B GRPO 45.2 39.4 37.5 | TRIAGE 56.4 42.3 55.9
+triage 7B GRPO 79.6 43.3 70.1 | TRIAGE 87.5 48.1 77.2 | no-thinking_judge 76.8 45.0 65.4
+paw 1.5B GRPO 70.0 - 60.6 | GRPO+PaW 77.9 - 68.6 | GiGPO 87.6 - 66.2 | GiGPO+PaW 90.4 - 75.3
+paw 3B GRPO - 43.9 - | GRPO+PaW - 44.8 -
+ucob 1.7B GRPO 46.1 40.8 38.3 | GiGPO 79.7 41.0 45.3 | SDAR 53.9 41.9 58.6 | UCOB 89.1 42.1 79.7
+ucob 1.7B fixed_bank 82.0 - 70.3
+ucob 3B GRPO 75.0 36.4 63.3 | GiGPO 85.9 42.6 70.3 | SDAR 84.4 43.4 68.0 | UCOB 92.2 43.6 78.1
+craft 1.7B SDAR 53.9 41.9 76.8 | CRAFT 57.3 44.5 82.3
+craft 3B SDAR 84.4 43.4 85.0 | CRAFT 87.0 46.1 87.3 | P1_alone 86.3 45.4 86.5""".splitlines()
+LABELS = {"atod": "ATOD 2606.27814: the best validation during training, which is optimistic",
+          "triage": "TRIAGE 2606.32017: 10 runs, on Search-QA 1; its judge is Qwen3-8B",
+          "paw": "PaW 2606.02388: 3 seeds, on GRPO and on GiGPO; ours is on GRPO",
+          "ucob": "UCOB 2606.29502: success; ours has a fixed bank of skills",
+          "craft": "CRAFT 2606.29476: WebShop's score; last checkpoint, one run"}
 FORMAT = "sdar-eval-2"
 COLUMNS = {"alfworld": ("Pick", "Look", "Clean", "Heat", "Cool", "Pick2"),
            "search": ("NQ", "TriviaQA", "PopQA", "HotpotQA", "2Wiki", "MuSiQue", "Bamboogle"),
@@ -402,6 +421,10 @@ def table(argv):
         results = [r for r in newest.values() if (r["tasks"], r["base_model"]) == (tasks, base)]
         print(f"{tasks}, model {base}\n\n{render(method_table(results), flags.markdown)}\n\n"
               f"{ORIGIN}\n{NOTE}\n")
+        if rows := followup_rows(results):
+            rows = [["published by", "model and method", "percent"], *rows]
+            print(f"Follow-ups: other code, prompts and metrics, not a ranking, not confirmed by "
+                  f"others\n\n{render(rows, flags.markdown)}\n")
     for note in notes:
         print(note)
 
@@ -455,6 +478,20 @@ def method_table(results):
         if name in PAPER and env in COLUMNS:
             row = published(env, name)
             rows.append([f"{name}, published", "", *(row.get(column, "-") for column in columns)])
+    return rows
+
+def followup_rows(results):
+    """What the papers of the follow-ups among these evaluations print for their benchmark; GiGPO's
+    row is in the papers that build on it. [] if there is none."""
+    column = 1 + ("alfworld", "search", "webshop").index(results[0]["env"])
+    named = {r["algo"] for r in results}
+    named |= {"ucob", "paw"} if "gigpo" in named else set()
+    rows = []
+    for line in FOLLOWUPS:
+        algo, model, methods = line.split(maxsplit=2)
+        for cells in map(str.split, methods.split("|") if algo in named else ()):
+            if cells[column] != "-":
+                rows.append([LABELS[algo], f"{model} {cells[0].replace('_', ' ')}", cells[column]])
     return rows
 
 def cell(results, column):
@@ -651,7 +688,8 @@ def bench_step(policy, env, s):
     0.4 of --max-response is the mean, as measured for SmolLM2-135M-Instruct on ALFWorld."""
     ending = range(math.ceil(len(policy.head.weight) / (0.4 * s.max_response)))
     state = sdar.make_state(replace(policy, end_ids=frozenset(ending), closing_ids=frozenset()), s)
-    reference = copy.deepcopy(policy.model) if s.kl else None
+    needed = s.kl or "reference" in sdar.method_of(s).needs
+    reference = copy.deepcopy(policy.model) if needed else None
     for part in (replace(s, max_turns=1), s):         # one turn to warm up
         episodes, phases = sdar.play_step(state, env, reference, part)
         m = sdar.learn_step(state, episodes, phases, part)

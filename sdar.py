@@ -32,9 +32,11 @@ GPUs (docs/adapters.md shows the loss in trainers that shard); a value network, 
 import argparse
 import contextlib
 import copy
+import difflib
 import functools
 import hashlib
 import importlib.util
+import http.client
 import json
 import math
 import os
@@ -48,7 +50,9 @@ import sys
 import time
 import types
 from collections import Counter
+import urllib.request
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -107,6 +111,9 @@ class Settings:
     invalid_penalty: float = opt(0.1, "subtracted from the advantage of a malformed turn")
     clip: float = opt(0.2, "clip range of the importance ratio", above=0)
     kl: float = opt(0.01, "alpha_KL, weight of the KL term to the reference policy")
+    teacher_model: str = opt("", "ATOD's teacher, with the same tokenizer (default: atod_self)")
+    judge: str = opt("", "chat server URL[#MODEL]: TRIAGE's roles, SGCD's references (else rules)")
+    craft_sign: str = opt("paper", "CRAFT as printed, or repaired (loo)", ("paper", "loo"))
     # optimisation
     steps: int = opt(150, "training steps, one rollout each")
     lr: float = opt(1e-6, "learning rate of AdamW", above=0)
@@ -138,6 +145,11 @@ PRESETS = {  # a row applies if all its words are the run's env, algo, recipe or
     "opsd": dict(kl=0.0),
     "released": dict(kl=0.01),
     "released search": dict(kl=0.001),
+    "gigpo search": dict(kl=0.001),
+    "ucob search": dict(kl=0.001),
+    "atod": dict(kl=0.0),
+    "sgcd": dict(kl=0.0),
+    "craft": dict(kl=0.0),
     "tiny": dict(prompt_style="brief", groups=4, max_prompt=512, max_teacher_prompt=768,
                  max_response=48, lr=3e-4, kl=0.0, steps=4, warm_start=150, warm_lr=3e-3,
                  val_every=4, val_episodes=64),
@@ -175,6 +187,8 @@ class Turn:
     advantages: torch.Tensor = None
     weight: float = 0.0                 # of each of its tokens in the mini-batch's loss
     extra: dict = field(default_factory=dict)   # further tensors of a method
+    after: list = field(default_factory=list)   # token ids read after it, see Method.after_loss
+    role: str = ""                      # of TRIAGE: D, E, N or R
 
 @dataclass
 class Episode:
@@ -204,10 +218,13 @@ class Batch:
     rollout: torch.Tensor               # (B,)
     number: torch.Tensor                # (B,)
     extra: dict                         # {name: (B, T)}
+    turns: list                         # the Turns themselves
     logp: torch.Tensor = None           # (B, T) of the current policy, with gradient
     entropy: torch.Tensor = None        # (B, T) of the current policy, in nats, if needed
     compare: Callable = None            # compare(f): f(log pi, log pi_T) over the words, (B, T)
     baseline: float = 0.0               # subtracted from the gate
+    after: torch.Tensor = None          # (B, L) log-probabilities of Turn.after, else 0
+    log: dict = field(default_factory=dict)     # what Method.advantages adds to the metrics
 
 def batch_of(turns, device="cpu"):
     """The turns as a Batch. Masks come from lengths, never from a pad id."""
@@ -226,7 +243,7 @@ def batch_of(turns, device="cpu"):
     advantages = tokens([t.advantages for t in turns])
     extra = {name: tokens([t.extra[name] for t in turns]) for name in turns[0].extra}
     return Batch(mask, old, teacher, ref, advantages, column("weight")[:, None] * mask,
-                 *map(column, ("reward", "valid", "group", "rollout", "number")), extra)
+                 *map(column, ("reward", "valid", "group", "rollout", "number")), extra, turns)
 
 # ======== 2. Prompts: the teacher's contain a skill, the student's do not =========================
 def encode_chats(tokenizer, texts):
@@ -294,23 +311,30 @@ def rollout(policy, env, tasks, s, temperature, generator, group_size=1, skills=
 
 # ======== 4. Scoring: log-probabilities of responses under a prompt ===============================
 @torch.no_grad()
-def score_turns(model, turns, prompt, result, s, label):
-    """Set turn.<result>, (T,) on the CPU, to the log-probabilities under turn.<prompt>."""
+def score_turns(model, turns, prompt, result, s, label, with_entropy=False):
+    """Set turn.<result>, (T,) on the CPU, to the log-probabilities under turn.<prompt>.
+    with_entropy: also turn.extra["entropy"], in nats."""
     model.eval()
     batches = micro_batches(turns, s.micro_tokens, prompt)
     scores = []
     for batch in progress(batches, desc=label):
         rows = [getattr(t, prompt) for t in batch]
-        scores.append(response_logps(model, rows, [t.response_ids for t in batch], s)[0])
-    for batch, logps in zip(batches, scores):          # after the loop, which never waits for a GPU
-        set_rows(batch, result, logps)
+        responses = [t.response_ids for t in batch]
+        scores.append(response_logps(model, rows, responses, s, with_entropy))
+    for batch, score in zip(batches, scores):          # after the loop, which never waits for a GPU
+        set_rows(batch, result, score[0])
+        if with_entropy:
+            set_extra(batch, "entropy", score[2])
 
-def response_logps(model, prompts, responses, s):
+def response_logps(model, prompts, responses, s, with_entropy=False):
     """(log pi(token | prompt, earlier tokens), mask), both (B, T), zeros beyond the mask. Taken at
-    the rollout's temperature: the policy that is scored is the policy that sampled."""
+    the rollout's temperature: the policy that is scored is the policy that sampled. with_entropy:
+    the third is the entropy (B, T)."""
     hidden, targets, mask = response_hidden(model, prompts, responses)
-    logp, _ = chunked_logps(model.get_output_embeddings(), hidden, targets, s.temperature)
-    return unflatten(logp, mask), mask
+    head = model.get_output_embeddings()
+    logp, entropy = chunked_logps(head, hidden, targets, s.temperature, with_entropy)
+    both = unflatten(logp, mask), mask
+    return (*both, unflatten(entropy, mask)) if with_entropy else both
 
 def response_hidden(model, prompts, responses):
     """Last hidden states (N, D) that predict the response tokens, those tokens (N,), and their mask
@@ -417,16 +441,18 @@ def aggregate(values, weights):
 class Method:
     """GRPO's clipped policy loss on `advantages`, plus whatever else is named here."""
 
-    needs: str = ""              # of "teacher reference old" (scoring passes) and "entropy"
-    advantages: Callable = grpo  # (Batch of the WHOLE step, s, state) -> (B, T); may fill b.extra
+    needs: str = ""              # of "teacher reference old" (scoring passes), "entropy", "views"
+                                 # (both prompts), "uncertainty" (extra["entropy"], from "old")
+    advantages: Callable = grpo  # (Batch of the WHOLE step, s, state) -> (B, T); b.extra, b.log
     term: Callable = None        # (Batch, s) -> (B, T), added to the policy loss
     acts: str = "plain"          # the agent's own prompt: plain, skilled, or half (see rollout)
-    prepare: Callable = None     # (state, env, episodes, s), after the rollout, before scoring
+    prepare: Callable = None     # (state, env, episodes, s), before scoring -> metrics or None
     rows: Callable = None        # (state, episodes, s) -> further turns with weights, and ...
     row_term: Callable = None    # ... their only loss: (Batch, s) -> (B, T)
+    after_loss: Callable = None  # Batch -> scalar, from b.after
     uses: str = ""               # settings with an effect; check_settings refuses the other ones
 
-METHODS = {  # the terms that are not SDAR's are in section 10
+METHODS = {  # the terms that are not SDAR's are in section 10, seven more methods in 10b
     "grpo": Method(),
     "sdar": Method("teacher", term=sdar, uses="lam beta gate gate_baseline divergence retrieval"),
     "skill-grpo": Method(acts="skilled", uses="retrieval"),
@@ -446,10 +472,10 @@ def update(state, episodes, s, method, lr):
     turns = [t for e in episodes for t in e.turns]
     b = batch_of(turns)
     set_rows(turns, "advantages", method.advantages(b, s, state))
-    for i, turn in enumerate(turns):
-        turn.extra |= {name: x[i, :len(turn.response_ids)] for name, x in b.extra.items()}
+    for name, values in b.extra.items():
+        set_extra(turns, name, values)
     random.Random(seed_for(s, "minis", state.step)).shuffle(turns)
-    count = -(-len(turns) // (s.mini_batch or len(turns)))
+    count = optimizer_steps(turns, s)
     minis = [turns[i::count] for i in range(count)]
     assign_weights(minis, s)
     further = method.rows(state, episodes, s) if method.rows else []
@@ -462,7 +488,12 @@ def update(state, episodes, s, method, lr):
         for i, mini in enumerate(minis):
             results.append(optimizer_step(state, mini, further[i::count], s, method, lr, bar))
     state.policy.model.eval()
-    return update_metrics(results, turns, lr)
+    counts = {"further_rows": len(further)} if method.rows else {}
+    return update_metrics(results, turns, lr) | b.log | counts
+
+def optimizer_steps(turns, s):
+    """The number of optimizer steps that an update over these turns takes."""
+    return -(-len(turns) // (s.mini_batch or len(turns)))
 
 def assign_weights(minis, s):
     """Set turn.weight, equal for all its tokens. Paper: they sum to 1 over the step, times the
@@ -493,12 +524,14 @@ def optimizer_step(state, turns, further, s, method, lr, bar):
 
 def step_loss(policy, turns, s, method, term, baseline=0.0):
     """(this micro-batch's part of the loss, its Batch). The parts of a mini-batch add up."""
-    responses = [t.response_ids for t in turns]
-    hidden, targets, mask = response_hidden(policy.model, [t.prompt_ids for t in turns], responses)
+    tokens = [t.response_ids + t.after for t in turns]
+    hidden, targets, mask = response_hidden(policy.model, [t.prompt_ids for t in turns], tokens)
     with_entropy = "entropy" in method.needs or s.gate in ("entropy", "soft-or")
     logp, entropy = chunked_logps(policy.head, hidden, targets, s.temperature, with_entropy)
     b = batch_of(turns, policy.device)
-    b.logp = unflatten(logp, mask)                                                      # (B, T)
+    full = unflatten(logp, mask)                                                        # (B, L)
+    b.logp = full[:, :b.mask.shape[1]].masked_fill(~b.mask, 0)                          # (B, T)
+    b.after = full.masked_fill(F.pad(b.mask, (0, full.shape[1] - b.mask.shape[1])), 0)  # (B, L)
     b.entropy = None if entropy is None else unflatten(entropy, mask)                   # (B, T)
     b.old = b.logp.detach() if b.old is None else b.old    # one update per rollout: old is current
     b.compare = functools.partial(compare_views, policy, turns, s, hidden, mask)
@@ -508,7 +541,8 @@ def step_loss(policy, turns, s, method, term, baseline=0.0):
         values = values + term(b, s)
     if s.kl and b.ref is not None:
         values = values + s.kl * k3_kl(b.logp, b.ref)
-    return aggregate(values, b.weights), b
+    loss = aggregate(values, b.weights)
+    return loss + method.after_loss(b) if method.after_loss else loss, b
 
 # ======== 9. Training =============================================================================
 def train(s, resume=None):
@@ -542,25 +576,28 @@ def play_step(state, env, reference, s):
     lap = stopwatch(phases, policy.device)
     tasks = draw_tasks(env, s, state.cursor, s.groups)
     skills = None
-    if "teacher" in method.needs or method.acts != "plain":
+    both = "views" in method.needs or ("teacher" in method.needs and state.teacher is None)
+    if both or method.acts != "plain":
         skills = choose_skills(env, tasks, s, state)
     generator = generator_for(policy, s, "rollout", state.step)
     episodes = rollout(policy, env, tasks, s, s.temperature, generator, s.group_size, skills,
-                       acts=method.acts, both="teacher" in method.needs,
-                       label=f"step {state.step + 1} rollout")
+                       acts=method.acts, both=both, label=f"step {state.step + 1} rollout")
     turns = [t for e in episodes for t in e.turns]
     lap("rollout", turns, None)
     if method.prepare:
-        method.prepare(state, env, episodes, s)
+        phases |= method.prepare(state, env, episodes, s) or {}
+        lap("prepare", turns)
     if "teacher" in method.needs:                      # once, with the weights that sampled
-        score_turns(policy.model, turns, "other_ids", "teacher_logp", s, "teacher")
-        lap("teacher", turns, "other_ids")
+        teacher, view = (policy.model, "other_ids") if both else (state.teacher, "prompt_ids")
+        score_turns(teacher, turns, view, "teacher_logp", s, "teacher")
+        lap("teacher", turns, view)
     if reference is not None:
         score_turns(reference, turns, "prompt_ids", "ref_logp", s, "reference")
         lap("reference", turns)
     if "old" in method.needs or s.gate_baseline or 0 < s.mini_batch < len(turns):
         # with a single mini-batch step_loss takes the current policy as the old one
-        score_turns(policy.model, turns, "prompt_ids", "old_logp", s, "old policy")
+        score_turns(policy.model, turns, "prompt_ids", "old_logp", s, "old policy",
+                    "uncertainty" in method.needs)
         lap("old_policy", turns)
     return episodes, phases
 
@@ -639,6 +676,508 @@ def mean_gate(turns, s):
     """Mean gate of a mini-batch under the rollout policy: a constant, known before the update."""
     old = torch.cat([t.old_logp for t in turns])
     return sdar_gate(old, torch.cat([t.teacher_logp for t in turns]), s.beta).mean().item()
+
+# ======== 10b. Follow-ups of SDAR: GiGPO and six methods on the same backbone =====================
+# SDAR's own term is off in all of them. [D]: our choice where a paper is silent or contradicts
+# itself. docs/methods.md has one equation for each and what differs from the papers.
+
+def gigpo(b, s, state=None, step_weight=1.0, std=None):
+    """GiGPO (2505.10978), as UCOB uses it: A = A_episode + step_weight * A_step, (B, T).
+
+    A_episode = R - mean_G R; A_step = V - mean V over the group's turns in the same state, 0 for a
+    lone turn; V is the discounted return to go. Search-QA (std): both are divided by their standard
+    deviation, and states are alike from 0.9 on. [D]: A_episode over rollouts, so that with std and
+    step_weight 0 this is GRPO; a success is worth 10 everywhere; the penalty as in GRPO."""
+    std = s.env == "search" if std is None else std
+    reward = 10.0 * (b.reward > 0).double()                                             # (B,)
+    states = shared_states(b.turns, 0.9 if std else 1.0)                                # (B,)
+    shared = states.bincount()[states] > 1
+    b.log |= {"states": int(states.max()) + 1, "rows_in_shared_states": shared.sum().item(),
+              "share_in_shared_states": shared.double().mean().item()}
+    step = step_weight * relative(returns_to_go(b), states, std)
+    if std:
+        return grpo(b, s) + step.float()[:, None]
+    first = b.number == 0
+    episode = relative(reward[first], b.group[first])[b.rollout]
+    values = episode + step - s.invalid_penalty * (~b.valid).double()
+    return values.float()[:, None].expand(b.mask.shape)
+
+def returns_to_go(b, gamma=0.95):
+    """V (B,): 10 for a success, times gamma for each turn that still follows."""
+    last = torch.zeros(int(b.rollout.max()) + 1, dtype=torch.long)
+    last = last.scatter_reduce(0, b.rollout, b.number, "amax")                         # (episodes,)
+    return 10.0 * (b.reward > 0).double() * gamma ** (last[b.rollout] - b.number)
+
+def relative(values, groups, std=False):
+    """values (N,) minus the mean of their group, with std divided by its standard deviation; a lone
+    value and a group of equal values get exactly 0."""
+    result = torch.zeros_like(values)
+    for group in groups.unique():
+        rows = groups == group
+        v = values[rows]
+        if v.max() > v.min():
+            result[rows] = (v - v.mean()) / (v.std() + 1e-6 if std else 1)
+    return result
+
+def shared_states(turns, similarity=1.0):
+    """The number (B,) of each turn's state. Turns of one group share a state if their observations
+    are equal, or for similarity < 1 as alike as that, by difflib's ratio over words [D]."""
+    seen = {}                                # {group: {observation: the first one that is like it}}
+    for t in turns:
+        known = seen.setdefault(t.group, {})
+        if t.observation not in known:
+            like = (first for first in known.values()
+                    if similarity < 1 and alike(first, t.observation, similarity))
+            known[t.observation] = next(like, t.observation)
+    names = [(t.group, seen[t.group][t.observation]) for t in turns]
+    order = {name: i for i, name in enumerate(dict.fromkeys(names))}
+    return torch.tensor([order[name] for name in names])
+
+def alike(text, other, least):
+    """Whether difflib's ratio of two texts, over words, is at least `least`."""
+    m = difflib.SequenceMatcher(None, text.split(), other.split(), False)
+    return m.real_quick_ratio() >= least and m.quick_ratio() >= least and m.ratio() >= least
+
+def atod(b, s, state):
+    """ATOD (2606.27814): from distillation to RL, A = kappa w (log pi_T - log pi_old) + rho A_GRPO,
+    (B, T), with p = min(step / 80, 1), kappa = max(0.1, 1 - 0.9 p), rho = 1 + p.
+
+    [D]: the first step is 0; the penalty of malformed turns stays in A_GRPO. The teacher reads the
+    plain prompt. Without --teacher-model it is the model itself with the skill: atod_self."""
+    p = min(state.step / 80, 1.0)
+    w = atod_weights(b.old, b.teacher, b.mask, b.rollout)                               # (B,)
+    pull = max(0.1, 1 - 0.9 * p) * w[:, None] * (b.teacher - b.old)
+    return pull + (1 + p) * grpo(b, s)
+
+def atod_weights(old, teacher, mask, rollout):
+    """w = 1 - (1 - d)(1 - h) of each turn, (B,): d is the mean |log pi_T - log pi_old|, h the mean
+    surprise -log pi_old, each from 0 to 1 over the turns of its rollout, 0.5 if they are equal. A
+    turn without tokens is left out and gets 0 [D]."""
+    count = mask.sum(1)                                                                 # (B,)
+    product = torch.ones(len(mask), dtype=old.dtype)
+    for values in ((old - teacher).abs(), -old):
+        mean = values.masked_fill(~mask, 0).sum(1) / count.clamp(min=1)
+        for episode in rollout.unique():
+            rows = (rollout == episode) & (count > 0)
+            low, high = torch.aminmax(mean[rows]) if rows.any() else (0.0, 0.0)
+            scaled = (mean[rows] - low) / (high - low) if high - low >= 1e-8 else 0.5
+            product[rows] *= 1 - scaled
+    return (1 - product) * (count > 0)
+
+ROLE_VALUES = {"D": 1.0, "E": 0.5, "N": -0.1, "R": -0.5}    # decisive, exploration, no progress,
+                                                            # regression; "": no role, 0
+
+def triage(b, s, state=None, lam=None, whiten=True):
+    """TRIAGE (2606.32017): a = A_GRPO + lam * c[role], (B, T), then whitened over the turns of the
+    step. lam is 0.2, on Search-QA 0.4; c is ROLE_VALUES. [D]: population standard deviation, eps
+    1e-6. The paper's binary rewards are ours; the penalty of malformed turns stays in A_GRPO."""
+    lam = (0.4 if s.env == "search" else 0.2) if lam is None else lam
+    c = torch.tensor([ROLE_VALUES.get(t.role, 0.0) for t in b.turns])                   # (B,)
+    a = grpo(b, s)[:, 0] + lam * c
+    if whiten:
+        spread = a.std(correction=0) if a.max() > a.min() else math.inf
+        a = (a - a.mean()) / (spread + 1e-6)
+    return a[:, None].expand(b.mask.shape)
+
+def sgcd(b, s, state=None, gamma=1.0):
+    """SGCD (2606.12634): A_GRPO * W, (B, T), where W from 1 to 2 is larger on tokens about which a
+    teacher that has read the siblings' attempts confidently disagrees.
+
+    [D]: groups that are not mixed keep W = 1 instead of being left out and drawn again (their A is
+    0 but for the penalty of malformed turns). A response is a turn's, the paper's a rollout's."""
+    zeros = torch.zeros(b.mask.shape)                  # without references
+    d, h = (b.extra.get(name, zeros) for name in ("divergence", "teacher_entropy"))
+    w = sgcd_weights(d, h, b.mask, gamma)
+    b.log["sgcd_weight"] = w[b.mask].mean().item()
+    return grpo(b, s) * w
+
+def sgcd_weights(d, h, mask, gamma=1.0):
+    """W = clip(1 + gamma s, 1, 2), (B, T). d is scaled to (d - min) / (max - min + 0.1) over the
+    response; s is this number, but all tokens of a segment have that of its first token. A segment
+    starts above 0.15 and goes on while the teacher's entropy h is at most 1.5 times that at its
+    start, for at most a fifth of the response (rounded down, at least 1 [D]); the token that ends
+    it may start one [D]. No literals are masked [D]: our references quote actions only."""
+    w = torch.ones_like(d)
+    for i, n in enumerate(mask.sum(1).tolist()):
+        low, high = torch.aminmax(d[i, :n]) if n else (0.0, 0.0)
+        scaled = ((d[i, :n] - low) / (high - low + 0.1)).tolist()
+        spread = h[i, :n].tolist()
+        t = 0
+        while t < n:
+            end = t + 1
+            while (scaled[t] > 0.15 and end < min(n, t + max(1, n // 5))
+                   and spread[end] <= 1.5 * spread[t]):
+                end += 1
+            w[i, t:end] = 1 + gamma * scaled[t]
+            t = end
+    return w.clamp(1, 2)
+
+def disagreement(p, q, token, k=100):
+    """(n, 2): KL(pi || pi_T) and the entropy of pi_T in nats, from their log-probabilities (n, V),
+    on the teacher's k likeliest words, the sampled token (n,) and one bucket for all others."""
+    kept = torch.zeros_like(q, dtype=torch.bool)
+    kept.scatter_(1, q.topk(min(k, q.shape[1])).indices, True).scatter_(1, token[:, None], True)
+    def grouped(x):
+        rest = x.masked_fill(kept, -math.inf).logsumexp(1, True)
+        return torch.cat([x.masked_fill(~kept, -math.inf), rest], 1)
+    p = grouped(p)
+    q = grouped(q)
+    kl = (p.exp() * (p - q)).nan_to_num(0).sum(1)      # NaN: words in the bucket
+    return torch.stack([kl, -(q.exp() * q).nan_to_num(0).sum(1)], 1)
+
+def craft(b, s, state, p2=True):
+    """CRAFT (2606.29476) before the update: GRPO's advantages; in b.extra each token's credit c and
+    this step's weights lambda and mu; in state.memory the rate E that sets the next step's.
+
+    p2: E <- 0.95 E + 0.05 rho, where rho is the share of tokens with |c| > 0.1, held at 0.5 for ten
+    steps; lambda = 0.005 + 0.015 E, mu = 0.005 + 0.015 (1 - E). Without: both 0.01. [D]: siblings
+    are turns of equal number; gaps are those of the rollout policy, because siblings may be in
+    another mini-batch; the credit uses A without the penalty of malformed turns."""
+    a = grpo(b, replace(s, invalid_penalty=0.0))[:, 0]                                  # (B,)
+    gap = (b.teacher - b.old).masked_fill(~b.mask, 0)
+    credit = torch.zeros_like(gap)
+    place = torch.stack([b.group, b.number], 1).unique(dim=0, return_inverse=True)[1]   # (B,)
+    for rows in [place == i for i in place.unique()]:
+        credit[rows] = craft_credit(gap[rows], b.mask[rows], a[rows], s.craft_sign)
+    rate = state.memory.get("craft_rate", 0.5)
+    lam = 0.005 + 0.015 * rate if p2 else 0.01
+    mu = 0.005 + 0.015 * (1 - rate) if p2 else 0.01
+    share = (credit.abs() > 0.1)[b.mask].double().mean().item()
+    state.memory["craft_rate"] = rate if state.step < 10 else 0.95 * rate + 0.05 * share
+    weights = {"lambda": torch.full_like(gap, lam), "mu": torch.full_like(gap, mu)}
+    b.extra |= weights | {"credit": credit}
+    b.log |= {"craft_lambda": lam, "craft_mu": mu, "craft_share": share}
+    return grpo(b, s)
+
+def craft_credit(gap, live, advantages, sign="paper"):
+    """c = sign(x) (2 sigmoid(5 |x|) - 1), (G, T), of turns that are siblings: x_i = sum_j w_j A_j -
+    A_i over the others, w their softmax of gap D (G, T); live (G, T): there is a token. Where fewer
+    than two are live x is A_i D_i (paper), or 0 (loo)."""
+    own = torch.eye(len(gap), dtype=torch.bool)[:, :, None]
+    logits = gap.masked_fill(~live, -math.inf)[None].masked_fill(own, -math.inf)        # (G, G, T)
+    w = logits.softmax(1).nan_to_num(0)                # NaN: no other one is live
+    # the difference first: equal advantages give exactly 0, whatever w rounds to
+    x = (w * (advantages - advantages[:, None])[:, :, None]).sum(1)                     # (G, T)
+    alone = advantages[:, None] * gap if sign == "paper" else 0 * gap
+    x = torch.where(live.sum(0) < 2, alone, x) * live
+    return x.sign() * (2 * torch.sigmoid(5 * x.abs()) - 1)
+
+def craft_term(b, s, p1=True, p2=True, p3=True):
+    """CRAFT's two terms: -lambda c log pi and mu KL, where the KL (p3) is x for c > 0, -x for c < 0
+    and k3 for c = 0, x = log pi - log pi_ref. --craft-sign loo, a repair that is not CRAFT, has
+    +lambda c log pi [D]; why: docs/gate.md. p1 off: SDAR's term; all three off: SDAR's loss. Both
+    means are the backbone's, over trajectories [D]. --kl adds its own term."""
+    c = b.extra["credit"]
+    k3 = k3_kl(b.logp, b.ref)
+    kl = torch.where(c == 0, k3, c.sign() * (b.logp - b.ref)) if p3 else k3
+    credit = (1 if s.craft_sign == "loo" else -1) * b.extra["lambda"] * c * b.logp
+    value = credit if p1 else sdar(b, s)
+    return value + b.extra["mu"] * kl if p2 or p3 else value
+
+def ucob_pairs(state, episodes, s, targets="code"):
+    """Method.rows of UCOB (2606.29502, its CBSD part): pairs at shared states, as turns to score.
+
+    Half of each group acts with the skill, see Method.acts. In a state the winner is the turn with
+    the largest return to go V; the two others with the smallest V, more than 0.05 below, are its
+    targets ("paper": only those that acted in the other view). The student reads the target's
+    prompt in the view that the winner did not have, the teacher the winner's own; both score the
+    winner's response, whose tokens weigh min(gap / 0.2, 2), those of the action twice as much.
+    With our fixed skills instead of a memory that the policy writes: ucob_cbsd_fixed_bank."""
+    turns = [t for e in episodes for t in e.turns]
+    value = returns_to_go(batch_of(turns)).tolist()
+    places = {}
+    for i, place in enumerate(shared_states(turns).tolist()):
+        if turns[i].valid and turns[i].response_ids:
+            places.setdefault(place, []).append(i)
+    rows = []
+    for members in places.values():
+        best = max(members, key=lambda i: value[i])    # ties: the first
+        winner = turns[best]
+        worse = [i for i in members if value[best] - value[i] > 0.05]
+        if targets == "paper":
+            worse = [i for i in worse if (turns[i].rollout - winner.rollout) % 2]
+        for i in sorted(worse, key=lambda i: value[i])[:2]:
+            same = (turns[i].rollout - winner.rollout) % 2 == 0
+            row = Turn(turns[i].other_ids if same else turns[i].prompt_ids, winner.response_ids,
+                       winner.prompt_ids, teacher_logp=winner.old_logp)
+            emphasis = 1.0 + action_tokens(state.policy, winner)                        # (T,)
+            row.extra["scale"] = min((value[best] - value[i]) / 0.2, 2.0) * emphasis
+            rows.append(row)
+    tokens = sum(len(row.response_ids) for row in rows)
+    for row in rows:
+        row.weight = 0.1 * optimizer_steps(turns, s) / tokens
+    return rows
+
+def ucob_term(b, s):
+    """g w_j KL(q' || p') of each token of the pairs, (B, T), g = sigmoid(5 (log q - log p)). [D]: g
+    takes log q from the policy that sampled, which differs from q after the first mini-batch."""
+    return sdar_gate(b.logp, b.teacher, 5.0) * b.extra["scale"] * b.compare(top_kl)
+
+def top_kl(p, q, k=32):
+    """KL(q' || p') in nats (n,) of log-probabilities (n, V), both renormalised on q's top k."""
+    q, top = q.topk(min(k, q.shape[1]))
+    p = p.gather(1, top).log_softmax(-1)
+    q = q.log_softmax(-1)
+    return (q.exp() * (q - p)).sum(-1)
+
+def paw(b, s, state, alpha=0.75):
+    """PaW (2606.02388): GRPO, and in b.extra["world"] each turn's weight in the world loss.
+
+    S is the share alpha of the turns with a next observation, rounded up [D], whose action had the
+    highest mean entropy under the rollout policy, over the whole vocabulary [D]. A group's
+    weight is lambda_g = 1 - its success rate, spread over its turns in S; mean over all groups."""
+    pool = [i for i, t in enumerate(b.turns) if t.after]
+    first = b.number == 0
+    chosen = []
+    if pool:
+        action = b.extra["action"] & b.mask
+        total = b.extra["entropy"].masked_fill(~action, 0).sum(1)                       # (B,)
+        mean = (total / action.sum(1).clamp(min=1)).tolist()
+        chosen = sorted(pool, key=lambda i: -mean[i])[:math.ceil(alpha * len(pool))]
+    world = torch.zeros(b.mask.shape)
+    groups = b.group.unique().tolist()
+    for group in groups:
+        rows = [i for i in chosen if b.turns[i].group == group]
+        won = (b.reward[first & (b.group == group)] > 0).double().mean().item()
+        if rows:
+            world[rows] = (1 - won) / len(rows) / len(groups) * optimizer_steps(b.turns, s)
+    b.extra["world"] = world
+    b.log["world_turns"] = len(chosen)
+    return grpo(b, s)
+
+def paw_loss(b, rho=0.2):
+    """The world loss of a micro-batch: sum over turns of weight * (1/n) sum_i [p_i <= rho] (1 -
+    p_i) over the n tokens of the next observation. The indicator has no gradient."""
+    p = b.after.exp()                                  # 1 where there is no such token
+    n = torch.tensor([max(len(t.after), 1) for t in b.turns], device=p.device)
+    rows = ((p.detach() <= rho) * (1 - p)).sum(1) / n                                   # (B,)
+    return (b.extra["world"][:, 0] * rows).sum()
+
+# ======== 10c. What the follow-ups prepare before the scoring, and their rows of METHODS ==========
+def load_teacher(policy, s):
+    """ATOD's frozen --teacher-model, None without one. UserError if its tokenizer is another."""
+    if s.algo == "atod" and not s.teacher_model:
+        print("no --teacher-model: the model itself with the skill teaches (atod_self), which is "
+              "not the paper's ATOD", flush=True)
+    if not s.teacher_model:
+        return None
+    teacher = load_policy(s.teacher_model, s.device)
+    if teacher.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
+        raise UserError(f"--teacher-model {s.teacher_model} has another tokenizer than {s.model}; "
+                        "take a larger model of the same family")
+    return teacher.model.requires_grad_(False)
+
+def add_roles(state, env, episodes, s):
+    """Method.prepare of TRIAGE: sets turn.role, by rule or by the chat server of --judge. A reply
+    that names no role is N, counted in the log."""
+    if s.judge:
+        texts = [judge_prompt(e, i) for e in episodes for i in range(len(e.turns))]
+        replies = ask(s.judge, texts, read_role)
+        roles = [role or "N" for role in replies]
+    else:
+        roles = [role for e in episodes for role in roles_by_rule(e)]
+    for t, role in zip([t for e in episodes for t in e.turns], roles):
+        t.role = role
+    shares = {f"share_role_{role}": roles.count(role) / len(roles) for role in ROLE_VALUES}
+    return shares | ({"judge_failures": replies.count(None)} if s.judge else {})
+
+# actions of ALFWorld and WebShop that change the state: what is held, heated, chosen or bought
+CHANGES = re.compile(r"(take|put|move|heat|cool|clean|use|slice|open) |click\[(?!(b0\w{8}|next >|"
+                     r"< prev|back to search|description|features|reviews|attributes)\])")
+
+def steps_of(episode):
+    """[(turn, what the agent saw after it)]"""
+    after = [t.observation for t in episode.turns[1:]]
+    return list(zip(episode.turns, [*after, episode.session.observation]))
+
+def roles_by_rule(episode):
+    """A role per turn by rule, which is not TRIAGE's judge [D]. R: action and result repeat since
+    the last D, or a second invalid turn in a row. N: invalid. D: a change of state, or the last
+    turn of an episode with a score (it sees the outcome). E: a new observation. Else N."""
+    roles = []
+    repeated = set()
+    shown = {episode.turns[0].observation}
+    invalid = False
+    for t, result in steps_of(episode):
+        again = invalid
+        invalid = not (t.valid and t.admissible)
+        scores = t is episode.turns[-1] and episode.session.score > 0
+        if (t.action, result) in repeated or (invalid and again):
+            role = "R"
+        elif invalid:
+            role = "N"
+        elif scores or CHANGES.match(t.action):
+            role = "D"
+            repeated = set()
+        else:
+            role = "N" if result in shown else "E"
+        roles.append(role)
+        repeated.add((t.action, result))
+        shown.add(result)
+    return roles
+
+JUDGE_PROMPT = """\
+Judge one step of an agent. You are not told whether it succeeded in the end.
+Roles: D decisive progress, E useful exploration, N no progress, R regression.
+Rules: a first inspection is E, a repeated one without change R. An invalid action is N, a \
+repeated invalid one R. The right take, place, heat, cool or buy is D. Choosing an attribute again \
+is R. A harmless repetition after completion is N, walking past empty places too. A wrong object \
+or product is R.
+Task: {task}
+{steps}
+Answer with JSON only: {{"role": "D", "E", "N" or "R", "evidence": "a quotation from above"}}"""
+
+def judge_prompt(episode, number, window=5):
+    """The question about one turn, with at most `window` turns before and after it."""
+    lines = []
+    for t, result in steps_of(episode)[max(0, number - window):number + window + 1]:
+        mark = "THE STEP TO JUDGE" if t.number == number else "step"
+        seen = envs.one_line(result, 600)
+        lines.append(f"{mark} {t.number + 1}: action {envs.one_line(t.action)!r}, result {seen!r}")
+    return JUDGE_PROMPT.format(task=envs.one_line(episode.session.task, 600),
+                               steps="\n".join(lines))
+
+def read_role(reply):
+    """The role in a judge's reply; ValueError if it has none, or quotes no evidence."""
+    answer = json.loads(re.findall(r"\{[^{}]*\}", reply)[-1])
+    if answer["role"] not in ROLE_VALUES or not isinstance(answer["evidence"], str):
+        raise ValueError("no role")
+    return answer["role"]
+
+def add_references(state, env, episodes, s):
+    """Method.prepare of SGCD: in mixed groups, where some won and some did not, the teacher's
+    prompt is the turn's own with a reference before it, by --judge or sibling_reference_plain. Sets
+    turn.extra["divergence"] and ["teacher_entropy"], 0 where there is no reference."""
+    policy = state.policy
+    groups = {}
+    for e in episodes:
+        groups.setdefault(e.turns[0].group, []).append(e)
+    mixed = [e for e in episodes
+             if len({bool(x.reward) for x in groups[e.turns[0].group]}) == 2]
+    siblings = [[x for x in groups[e.turns[0].group] if x is not e] for e in mixed]
+    references = [sibling_reference_plain(others) for others in siblings]
+    metrics = {"mixed_groups": len({e.turns[0].group for e in mixed})}
+    if s.judge:
+        digests = ask(s.judge, list(map(digest_prompt, siblings)), read_digest)
+        references = [digest or plain for digest, plain in zip(digests, references)]
+        metrics["judge_failures"] = digests.count(None)
+    for e, reference in zip(mixed, references):
+        for t in e.turns:
+            t.other_ids = with_reference(policy, t.prompt_ids, reference, s)
+    for t in [t for e in episodes for t in e.turns]:
+        t.extra = dict.fromkeys(("divergence", "teacher_entropy"), torch.zeros(len(t.response_ids)))
+    compare_prompts(policy, [t for e in mixed for t in e.turns], s, disagreement,
+                    ("divergence", "teacher_entropy"))
+    return metrics
+
+def sibling_reference_plain(siblings):
+    """A reference without a language model, which is not SGCD's [D]: the actions of the shortest
+    success and of the longest failure among the siblings, never the rollout's own."""
+    won = [e for e in siblings if e.reward]
+    lost = [e for e in siblings if not e.reward]
+    shown = [("succeeded", min(won, key=lambda e: len(e.turns)))] if won else []
+    shown += [("failed", max(lost, key=lambda e: len(e.turns)))] if lost else []
+    return "\n".join(f"Another attempt that {how}: " + " > ".join(
+        envs.one_line(t.action) for t in e.turns) for how, e in shown)
+
+DIGEST_PROMPT = """\
+Several attempts at one task follow. Write advice for another attempt, in at most 150 words: \
+checks that the successes made, branches to take again, branches that failed and why, where they \
+part.
+Task: {task}
+{attempts}"""
+
+def digest_prompt(siblings):
+    """The question for a digest of the siblings' attempts."""
+    lines = []
+    for e in siblings:
+        steps = [f"{envs.one_line(t.action)} (before it: {envs.one_line(t.observation)})"
+                 for t in e.turns]
+        lines.append(f"Attempt that {'succeeded' if e.reward else 'failed'}: " + "; ".join(steps))
+    return DIGEST_PROMPT.format(task=envs.one_line(siblings[0].session.task, 600),
+                                attempts="\n".join(lines)[:50_000])
+
+def read_digest(reply):
+    """A digest of at most 2,000 characters; ValueError if it is empty."""
+    text = reply.rpartition("</think>")[2].strip()[:2000]
+    if not text:
+        raise ValueError("empty")
+    return text
+
+def with_reference(policy, prompt_ids, text, s):
+    """prompt_ids with the text at the start of the user message, cut where --max-teacher-prompt is
+    reached. The other ids stay as they are."""
+    before = render_chat(policy.tokenizer, "Hello").rpartition("Hello")[0]
+    texts = [before, *without_special_tokens(policy.tokenizer, [text + "\n\n"])]
+    start, ids = policy.tokenizer(texts, add_special_tokens=False)["input_ids"]
+    n = len(os.path.commonprefix([start, prompt_ids]))
+    room = max(0, s.max_teacher_prompt - len(prompt_ids))
+    return prompt_ids[:n] + ids[:room] + prompt_ids[n:]
+
+def add_next_observations(state, env, episodes, s):
+    """Method.prepare of PaW: each turn but the last reads the bare next observation after its
+    response, at most --max-response tokens of it [D]; extra["action"] marks its action."""
+    policy = state.policy
+    turns = [t for e in episodes for t in e.turns]
+    texts = [t.observation for e in episodes for t in e.turns[1:]]
+    texts = without_special_tokens(policy.tokenizer, texts)
+    ids = iter(policy.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else ())
+    for t in [t for e in episodes for t in e.turns[:-1]]:
+        t.after = next(ids)[:s.max_response]
+    for t in turns:
+        t.extra["action"] = action_tokens(policy, t)
+
+def action_tokens(policy, turn):
+    """(T,) bool: the response's tokens inside the tags of its action; all if it has none [D]."""
+    pieces = policy.tokenizer.batch_decode([[i] for i in turn.response_ids])
+    found = re.search(r"<(action|search|answer)>(.+?)</\1>", "".join(pieces), re.I | re.S)
+    if not found:
+        return torch.ones(len(pieces), dtype=torch.bool)
+    ends = torch.tensor([len(piece) for piece in pieces]).cumsum(0)                     # (T,)
+    starts = ends - torch.tensor([len(piece) for piece in pieces])
+    return (ends > found.start(2)) & (starts < found.end(2))
+
+def ask(url, texts, read, tries=4, timeout=300.0, delay=1.0):
+    """[read(reply)] of an OpenAI-compatible chat server, URL[#MODEL], to each text, at temperature
+    0, 16 at a time; None where no reply could be read in `tries`. UserError if the server cannot be
+    reached. A reply is data: of at most 1 MiB its last 20,000 characters go to `read`."""
+    base, _, model = url.partition("#")
+    address = base.rstrip("/").removesuffix("/v1") + "/v1/chat/completions"
+
+    def one(text):
+        body = {"model": model or "default", "temperature": 0,
+                "messages": [{"role": "user", "content": text}]}
+        for attempt in range(tries):
+            time.sleep(delay * attempt)
+            problem = ""
+            try:
+                request = urllib.request.Request(address, json.dumps(body).encode(),
+                                                 {"Content-Type": "application/json"})
+                with urllib.request.urlopen(request, timeout=timeout) as connection:
+                    raw = connection.read(1 << 20)
+            except (OSError, ValueError, http.client.HTTPException) as error:
+                problem = f"{type(error).__name__}: {first_line(error)}"
+                continue
+            with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):
+                return read(json.loads(raw)["choices"][0]["message"]["content"][-20_000:])
+        if problem:
+            raise UserError(f"--judge {base} cannot be used ({problem}); check that a chat server "
+                            "answers there, then continue with --resume")
+        return None
+
+    with ThreadPoolExecutor(16) as pool:               # an error cancels what has not begun
+        return list(pool.map(one, texts))
+
+METHODS |= {
+    "gigpo": Method(advantages=gigpo),
+    "atod": Method("teacher old", atod, uses="teacher_model retrieval"),
+    "triage": Method(advantages=triage, prepare=add_roles, uses="judge"),
+    "sgcd": Method(advantages=sgcd, prepare=add_references, uses="judge"),
+    "craft": Method("teacher reference old", craft, craft_term, uses="craft_sign retrieval"),
+    "ucob": Method("views old", gigpo, acts="half", rows=ucob_pairs, row_term=ucob_term,
+                   uses="retrieval"),
+    "paw": Method("old uncertainty", paw, prepare=add_next_observations, after_loss=paw_loss),
+}
 
 # ======== 11. Prompts, tasks and skills in detail =================================================
 def render_chat(tokenizer, text):
@@ -1036,6 +1575,21 @@ def compare_views(policy, turns, s, hidden, mask, function):
         taught, _, _ = response_hidden(policy.model, [t.other_ids for t in turns], responses)
     return unflatten(over_vocabulary(function, policy.head, hidden, taught, s.temperature), mask)
 
+@torch.no_grad()
+def compare_prompts(policy, turns, s, function, names):
+    """Set turn.extra[name] to the columns of function(log pi, log pi_T, token) -> (n, len(names)),
+    called on (n, V), (n, V) and (n,), of the turns' prompt_ids and other_ids."""
+    def one(h, t, token):
+        return function(*(log_softmax(policy.head(x), s.temperature) for x in (h, t)), token)
+    for batch in micro_batches(turns, s.micro_tokens, "other_ids"):
+        responses = [t.response_ids for t in batch]
+        hidden, targets, mask = response_hidden(
+            policy.model, [t.prompt_ids for t in batch], responses)
+        taught, _, _ = response_hidden(policy.model, [t.other_ids for t in batch], responses)
+        columns = by_chunks(one, hidden, taught, targets)                               # (N, K)
+        for name, column in zip(names, columns.T):
+            set_extra(batch, name, unflatten(column, mask))
+
 def unflatten(flat, mask):
     """(N,) values of the tokens in mask (B, T) as (B, T), zeros elsewhere."""
     # not masked_scatter, whose gradient waits for a GPU to count the mask
@@ -1046,6 +1600,11 @@ def set_rows(turns, name, values):
     """Set turn.<name> to its row of values (B, T), without the padding and on the CPU."""
     for turn, row in zip(turns, values.cpu()):
         setattr(turn, name, row[:len(turn.response_ids)].clone())
+
+def set_extra(turns, name, values):
+    """Set turn.extra[name] to its row of values (B, T), without the padding and on the CPU."""
+    for turn, row in zip(turns, values.cpu()):
+        turn.extra[name] = row[:len(turn.response_ids)].clone()
 
 def within_budget(items, size, budget):
     """Lists of at most `budget` tokens when padded, longest first: memory runs out early or not."""
@@ -1059,7 +1618,9 @@ def within_budget(items, size, budget):
 
 def micro_batches(turns, budget, prompt="prompt_ids"):
     """The turns in micro-batches of at most `budget` tokens, prompts included."""
-    return within_budget(turns, lambda t: len(getattr(t, prompt)) + len(t.response_ids), budget)
+    def size(turn):
+        return len(getattr(turn, prompt)) + len(turn.response_ids) + len(turn.after)
+    return within_budget(turns, size, budget)
 
 def to_device(values, device):
     """Numbers (list or tensor) as a tensor on the device, copied without blocking."""
@@ -1231,6 +1792,7 @@ class State:
     cursor: int = 0                    # training tasks drawn so far
     bandit: dict = field(default_factory=dict)    # {category: {skill: [n, successes]}}
     memory: dict = field(default_factory=dict)    # what a method remembers between steps
+    teacher: torch.nn.Module = None    # frozen, of --teacher-model
     tasks: str = ""                    # hash of the training tasks
 
     masters = property(lambda self: self.optimizer.param_groups[0]["params"])
@@ -1449,6 +2011,8 @@ def episode_text(policy, episode, step, s):
     for t in episode.turns:
         turn = {"observation": t.observation, "response": t.text, "valid": t.valid,
                 "admissible": t.admissible, "reward": t.reward}
+        if t.role:
+            turn["role"] = t.role
         if t.advantages is not None:
             turn["advantage"] = round(t.advantages.mean().item(), 4)
         if t.logp is not None and t.teacher_logp is not None:
@@ -1660,6 +2224,7 @@ def start_or_resume(s, env, resume):
         policy = load_policy(s.model, s.device, texts, s.seed)
         state = make_state(policy, s, 0.98 if s.warm_start else 0.999)   # faster beta2 for cloning
         state.tasks = tasks
+    state.teacher = load_teacher(state.policy, s)
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / "config.json", json.dumps(asdict(s) | {"versions": versions()}, indent=1))
     if s.track != "none":
