@@ -22,6 +22,7 @@ stop, the engine, the built-in world and the expert. BM25 and Lucene's text anal
 """
 
 import copy
+import difflib
 import gzip
 import hashlib
 import inspect
@@ -66,11 +67,18 @@ def find_data(name, data=None):
     if not (named := data or os.environ.get(variable)):
         cache = Path(os.path.expanduser("~/.cache")) / name
         return cache if cache.is_dir() and any(cache.iterdir()) else None
-    path = Path(os.path.expandvars(os.path.expanduser(str(named))))
-    if not path.exists():
-        source = "--data" if data else "$" + variable
-        raise UserError(f"{source} names {path}, which does not exist; correct or omit it")
-    return path
+    return existing("--data" if data else "$" + variable, named)
+
+def existing(source, named):
+    """The absolute path that `source` names. UserError with what is nearby if there is none."""
+    path = Path(os.path.abspath(os.path.expandvars(os.path.expanduser(str(named)))))
+    if path.exists():
+        return path
+    folder = next(x for x in path.parents if x.is_dir())
+    names = sorted(x.name for x in folder.iterdir())
+    close = difflib.get_close_matches(path.relative_to(folder).parts[0], names) or names[:8]
+    raise UserError(f"{source} names {path}, which does not exist; {folder} holds "
+                    f"{', '.join(close) or 'nothing'}")
 
 def download(url, path, sha256=None):
     """Fetches `url` into `path`, whole or not at all; returns the path. Raises UserError."""

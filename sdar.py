@@ -31,6 +31,8 @@ GPUs (docs/adapters.md shows the loss in trainers that shard); a value network, 
 import argparse
 import contextlib
 import copy
+import datetime
+import difflib
 import functools
 import hashlib
 import json
@@ -140,7 +142,9 @@ PRESETS = {  # a row applies if all its words are the run's env, algo, recipe or
 }
 SUCCESS_REWARD = {"alfworld": 10.0, "webshop": 10.0, "search": 1.0}  # all but success gets 0
 MAY_CHANGE = ("data device max_prompt max_teacher_prompt micro_tokens rollout_rows save_every "
-              "small_gpu steps val_episodes val_every val_split").split()  # with --resume
+              "skills small_gpu steps val_episodes val_every val_split").split()  # with --resume
+INHERITED = ("prompt_style history max_prompt max_teacher_prompt max_response lr max_turns "
+             "env_args data").split()    # by a new run from the run in --model
 
 # ======== 1. Data: a turn, an episode, a batch ====================================================
 @dataclass
@@ -261,10 +265,11 @@ def rollout(policy, env, tasks, s, temperature, generator, group_size=1, skills=
             waiting[i] = ids
 
     ask(range(len(tasks)))
-    with progress(total=len(tasks), desc=label, unit="ep") as bar:
+    with progress(total=len(tasks) * s.max_turns, desc=label, unit="turn") as bar:
         for ended in generate(policy, waiting, s, temperature, env.stop, generator):  # {i: ids}
-            texts = policy.tokenizer.batch_decode(list(ended.values()), skip_special_tokens=True)
-            env.step([episodes[i].session for i in ended], texts, think_closed=policy.think_closed)
+            texts = [response_text(policy, ids) for ids in ended.values()]
+            env.step([episodes[i].session for i in ended], [policy.opened + x for x in texts],
+                     think_closed=policy.think_closed)
             for (i, ids), text in zip(ended.items(), texts):
                 e = episodes[i]
                 e.turns[-1] = replace(e.turns[-1], response_ids=ids, text=text,
@@ -272,7 +277,8 @@ def rollout(policy, env, tasks, s, temperature, generator, group_size=1, skills=
                                       admissible=e.session.admissible)
             live = [i for i in ended if not episodes[i].session.done
                     and len(episodes[i].turns) < s.max_turns]
-            bar.update(len(ended) - len(live))
+            bar.update(sum(1 if i in live else s.max_turns + 1 - len(episodes[i].turns)
+                           for i in ended))
             if live:
                 ask(live)                              # generate takes these next
     for e in episodes:
@@ -503,7 +509,11 @@ def step_loss(policy, turns, s, method, term, baseline=0.0):
 # ======== 9. Training =============================================================================
 def train(s, resume=None):
     """A whole run. Ctrl-C, SIGTERM or a user's error saves and ends it."""
+    unsaid = not s.data and s.model != "tiny"
     env = open_env(s)
+    if unsaid and env.builtin:
+        raise UserError(f"there is no {s.env} data: give its folder with --data, or say --data "
+                        "built-in to train this model on built-in games")
     state = start_or_resume(s, env, resume)
     try:
         clone_experts(state, env, s)
@@ -517,6 +527,7 @@ def train(s, resume=None):
             if state.step % s.save_every == 0 or state.step == s.steps:
                 save_checkpoint(state, s)
             validate(state, env, s)
+        save_checkpoint(state, s)                      # unless the last step did
     except (KeyboardInterrupt, UserError):             # neither can come in mid-update
         save_and_say(state, s)
         raise
@@ -626,16 +637,43 @@ def mean_gate(turns, s):
     return sdar_gate(old, torch.cat([t.teacher_logp for t in turns]), s.beta).mean().item()
 
 # ======== 11. Prompts, tasks and skills in detail =================================================
-def render_chat(tokenizer, text):
-    """The chat template around one user message, with thinking switched off where it can be."""
-    return tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False,
-                                         add_generation_prompt=True, enable_thinking=False)
+DAY = datetime.datetime(2026, 1, 1)     # "today" in every chat template: a resume sees the same
+DATE = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
+TAG = re.compile("</?(think|action|search|answer|information)>")     # of the environments
+
+def render_chat(tokenizer, text, answer=None):
+    """The chat template around one user message, with thinking switched off where it can be. With
+    `answer`: around a finished conversation."""
+    messages = [{"role": "user", "content": text}]
+    if answer:
+        messages.append({"role": "assistant", "content": answer})
+    try:
+        template = DATE.sub(lambda found: repr(DAY.strftime(found[2])),
+                            tokenizer.get_chat_template())
+        return tokenizer.apply_chat_template(
+            messages, chat_template=template, tokenize=False, add_generation_prompt=not answer,
+            enable_thinking=False)
+    except Exception as error:          # jinja2's, or whatever a template does to Python
+        raise UserError(f"the model's chat template fails on a user message "
+                        f"({first_line(error)}); correct chat_template.jinja") from None
+
+def special_tokens(tokenizer):
+    """{text: id} of the tokens that structure a chat. The environments' tags are not among them,
+    even where a tokenizer says so; what the template writes is, even where it does not."""
+    template = str(tokenizer.chat_template)
+    found = {token.content: i for i, token in tokenizer.added_tokens_decoder.items()
+             if token.special or token.content in template}
+    found |= zip(tokenizer.all_special_tokens, tokenizer.all_special_ids)
+    return {text: i for text, i in found.items() if not TAG.fullmatch(text)}
+
+def response_text(policy, ids):
+    """The text of a response, without end and padding tokens."""
+    return policy.tokenizer.decode([i for i in ids if i not in policy.special_ids])
 
 def without_special_tokens(tokenizer, texts):
     """The texts without special tokens that stand there as text and would end the message."""
-    added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    special = sorted(added | set(tokenizer.all_special_tokens))
-    pattern = re.compile("|".join(map(re.escape, special)))
+    special = sorted(special_tokens(tokenizer), key=len, reverse=True)
+    pattern = re.compile("|".join(map(re.escape, special)) or r"\Z(?!\Z)")
     result = []
     for text in map(envs.encodable, texts):
         while (shorter := pattern.sub("", text)) != text:  # what was removed may have split another
@@ -1057,6 +1095,8 @@ class Policy:
     end_ids: frozenset        # token ids that end a response (EOS, end of turn)
     closing_ids: frozenset    # token ids with '>' in their text: only these can end a closing tag
     think_closed: bool        # the chat template closes the think block in the prompt (Qwen3)
+    opened: str = ""          # "<think>" where the template opens the think block in the prompt
+    special_ids: frozenset = frozenset()    # token ids that are no text: end, padding, roles
     cache: object = None      # KeyValues of the last generation, reused by the next
 
     device = property(lambda self: self.model.device)
@@ -1087,28 +1127,36 @@ def load_policy(name, device="auto", texts=(), seed=233):
     if not tokenizer.chat_template:
         raise UserError(f"{name!r} has no chat template; take an instruction-tuned model")
     for module in model.modules():      # scoring and training must use the same function
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
+        for holder in (module, getattr(module, "config", module)):
+            for key, value in list(vars(holder).items()):
+                if type(value) is float and ("drop" in key or isinstance(holder, torch.nn.Dropout)):
+                    setattr(holder, key, 0.0)
     for p in model.parameters():        # not model.to(dtype): that rounds the rotary frequencies
         p.data = p.data.to(dtype)
     policy = wrap_policy(model.to(device).eval(), tokenizer)
-    check_model(policy, name)
+    examine(policy, name)
     return policy
 
 def read_model(name, dtype):
     """(model, tokenizer) from a folder, a GGUF file or the hub; UserError if that fails, or if the
     model would start with random or quantised weights."""
+    from tokenizers import Tokenizer
     from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+    from transformers.utils import cached_file
     path = Path(name)
     folder = path.parent if path.suffix == ".gguf" else last_checkpoint(path) or name
     file = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
+    if Path(folder, "adapter_config.json").is_file():
+        raise UserError(f"{name!r} is an adapter; merge it into its base model (peft's "
+                        "merge_and_unload), save that, and give its folder")
     try:
-        saved = Path(folder, "tokenizer_config.json")
-        kind = json.loads(saved.read_text("utf-8")) if saved.is_file() else {}
-        # for these AutoTokenizer takes the model type's own tokenizer instead of the folder's
-        generic = kind.get("tokenizer_class") in ("TokenizersBackend", "PreTrainedTokenizerFast")
-        loader = PreTrainedTokenizerFast if generic else AutoTokenizer
-        tokenizer = loader.from_pretrained(folder, **file)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **file)
+        own = None if file else cached_file(folder, "tokenizer.json",
+                                            _raise_exceptions_for_missing_entries=False)
+        sample = "step 12\n\n It's 3,400 \u00c9 <action>go\tto X2</action>\r\n"
+        ids = tokenizer(sample, add_special_tokens=False)["input_ids"]
+        if own and ids != Tokenizer.from_file(own).encode(sample, add_special_tokens=False).ids:
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)   # not the model type's
         model, report = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, output_loading_info=True, **file)
     except Exception as error:          # a folder or file can be wrong in any way
@@ -1122,7 +1170,8 @@ def read_model(name, dtype):
     if file:                            # dequantised: an ordinary model, which may be saved
         model.hf_quantizer = None
         del model.config.quantization_config
-    if hasattr(model.config, "quantization_config"):
+    floating = all(p.is_floating_point() for p in model.parameters())
+    if hasattr(model.config, "quantization_config") or not floating:
         raise UserError(f"{name!r} is quantised and cannot be trained; take the original weights")
     return model, tokenizer
 
@@ -1134,26 +1183,105 @@ def wrap_policy(model, tokenizer):
     end = set(end if isinstance(end, list) else [end]) | {tokenizer.eos_token_id}
     pieces = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
     closing = frozenset(i for i, piece in enumerate(pieces) if piece and ">" in piece)
+    special = frozenset(special_tokens(tokenizer).values())
+    _, found, after = render_chat(tokenizer, "Hello", "I see").rpartition("I see")
+    turn_end = tokenizer(after, add_special_tokens=False)["input_ids"] if found else []
+    end.update([i for i in turn_end if i in special][:1])    # a base model's EOS is another
     after = render_chat(tokenizer, "Hello").rpartition("Hello")[2]
-    return Policy(model, tokenizer, frozenset(end - {None}), closing, "</think>" in after)
+    opened = "<think>" * ("<think>" in after and "</think>" not in after.rpartition("<think>")[2])
+    closed = "</think>" in after and not opened
+    return Policy(model, tokenizer, frozenset(end - {None}), closing, closed, opened, special)
+
+def examine(policy, name):
+    """UserError if a model or tokenizer cannot be trained here, found by trying it."""
+    try:
+        fault = text_fault(policy) or model_fault(policy)
+    except Exception as error:          # a model that does not fit can fail anywhere
+        if isinstance(error, UserError) or out_of_memory(error):
+            raise
+        fault = f"does not fit the generation here ({first_line(error)})"
+    if fault:
+        raise UserError(f"{name!r} {fault}; take a Qwen2.5, Qwen3, Llama or SmolLM2 model")
+
+def text_fault(policy):
+    """What template and tokenizer do to messages and tags, "" if these stay what they are."""
+    tokenizer = policy.tokenizer
+    said = "<think>I look.</think><{0}>Open box 12</{0}>"
+    message = "Put 2 mugs & 1 'pan':\n" + said.format("action") + " -> [\u00c9mile]"
+    chat = render_chat(tokenizer, message)
+    ids = tokenizer(chat, add_special_tokens=False)["input_ids"]
+    if message not in chat:
+        return "has a chat template that leaves out or changes the user's message"
+    if "".join(message.split()) not in "".join(tokenizer.decode(ids).split()):
+        return "has a tokenizer that loses characters of a prompt"
+    for text in map(said.format, ("action", "search", "answer")):
+        read = response_text(policy, tokenizer(text, add_special_tokens=False)["input_ids"])
+        if read.split() != text.split():
+            return f"has a tokenizer that makes {envs.one_line(read)!r} of {text!r}"
+    largest = max({*tokenizer.get_vocab().values()} - policy.special_ids | {*ids})
+    known = policy.model.get_input_embeddings().num_embeddings
+    return f"has token {largest}, but only {known} embeddings" if largest >= known else ""
 
 @torch.no_grad()
-def check_model(policy, name):
-    """UserError if the model does not keep all keys and values (sliding windows, state spaces), or
-    if its logits are not its head applied to its last hidden states."""
+def model_fault(policy):
+    """Why a model cannot be trained, or "". transformers' generate continues two prompts of unequal
+    length; all other ways to get the log-probabilities of these tokens must agree with it."""
     from transformers import DynamicCache
-    layers = {type(layer).__name__ for layer in DynamicCache(config=policy.model.config).layers}
-    odd = ", ".join(sorted(layers - {"DynamicLayer"}))
-    ids = policy.tokenizer("Hello there", add_special_tokens=False)["input_ids"]
-    ids = torch.tensor([ids], device=policy.device)                                     # (1, L)
-    if odd:
-        fault = f"does not attend to all it has read ({odd}), which generation here needs"
-    elif not torch.allclose(policy.head(hidden_states(policy.model, ids)),
-                            policy.model(input_ids=ids).logits, rtol=1e-2, atol=1e-2):
-        fault = "scales or caps its logits, which the chunked head does not"
-    else:
-        return
-    raise UserError(f"{name!r} {fault}; take a Qwen2.5, Qwen3, Llama or SmolLM2 model")
+    model = policy.model
+    layers = {type(layer).__name__ for layer in DynamicCache(config=model.config).layers}
+    layers |= {*(getattr(model.config, "attention_layers", None) or ())} & {"local"}     # GPT-Neo
+    if odd := ", ".join(sorted(layers - {"DynamicLayer"})):
+        return f"remembers in a way that generation here does not know ({odd})"
+    if not all(p.requires_grad for p in model.parameters()):
+        return "has frozen weights, perhaps of an adapter, which has to be merged first"
+    prompts = encode_chats(policy.tokenizer, ["Hello", "Look at the desk, then at the shelf."])
+    cached, plain, answers = [], [], []
+    for prompt in prompts:
+        ids = to_device([prompt], policy.device)                                        # (1, L)
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4,
+                             min_new_tokens=4, do_sample=False, num_beams=1,
+                             output_logits=True, return_dict_in_generate=True)
+        cached.append(torch.cat(out.logits))                                            # (4, V)
+        plain.append(model(input_ids=out.sequences).logits[0, -5:-1])                   # (4, V)
+        answers.append(out.sequences[0, -4:].tolist())
+    tokens = to_device(answers, policy.device)                                          # (2, 4)
+    kv = policy.cache = KeyValues(2, max(map(len, prompts)) + 4, policy.device)
+    kv.slot[:] = to_device([len(prompt) for prompt in prompts], policy.device)
+    decoded = [prefill(policy, prompts, [0, 1], Settings())]                            # (2, V)
+    for kv.token[:] in tokens.T[:3]:
+        decoded.append(decode_step(policy, kv, 2, kv.length))
+        kv.slot += 1
+    policy.cache = None
+
+    def logps(logits):                                                       # (2, 4, V) -> (2, 4)
+        return log_softmax(logits, 1).gather(-1, tokens[..., None])[..., 0]
+
+    ways = {"with a cache": logps(torch.stack(cached))}
+    for way, training in (("from its last hidden states", False), ("in training mode", True)):
+        ways[way] = response_logps(model.train(training), prompts, answers, Settings())[0]
+    ways["when decoding here"] = logps(torch.stack(decoded, 1))
+    model.eval()
+    plain = torch.stack(plain).float()
+    close = (1e-3 if model.dtype == torch.float32 else 0.1) * plain.std()
+    wrong = [way for way, x in ways.items() if not (x - logps(plain)).square().mean() <= close**2]
+    return f"computes other log-probabilities {wrong[0]}, or none" if wrong else ""
+
+def check_lengths(policy, s):
+    """UserError, or a line for rotary positions, if a prompt with its response can be too long."""
+    rope = getattr(policy.model.config, "rope_parameters", None) or {}
+    known = getattr(policy.model.config, "max_position_embeddings", math.inf)
+    moving = rope.get("rope_type") in ("dynamic", "longrope")    # with a batch's longest row
+    if moving:
+        known = rope.get("original_max_position_embeddings", known)
+    need = max(s.max_prompt, s.max_teacher_prompt) + s.max_response
+    if need > known:
+        line = (f"{s.model} knows {known} positions, a prompt and its response may have {need}; "
+                "lower --max-prompt, --max-teacher-prompt or --max-response")
+        if moving or not rope:
+            raise UserError(line)
+        print(f"note: {line}", flush=True)
+    if "strftime_now" in str(policy.tokenizer.chat_template):
+        print(f"note: the chat template prints the date, here always {DAY:%d %b %Y}", flush=True)
 
 TINY = dict(width=96, layers=3, vocabulary=640)
 TINY_TEMPLATE = (
@@ -1206,6 +1334,7 @@ class State:
     bandit: dict = field(default_factory=dict)    # {category: {skill: [n, successes]}}
     memory: dict = field(default_factory=dict)    # what a method remembers between steps
     tasks: str = ""                    # hash of the training tasks
+    skills: str = ""                   # hash of the skills' texts
 
     masters = property(lambda self: self.optimizer.param_groups[0]["params"])
 
@@ -1263,7 +1392,8 @@ def expert_turns(policy, env, task, s, seed):
         text = envs.encodable(session.expert())
         prompt = prompts(policy, [session], s, [skill])[0][0]
         cut = 1 if s.model == "tiny" else len(prompt)         # tokens from here on are trained
-        response = policy.tokenizer(text, add_special_tokens=False)["input_ids"]
+        response = policy.tokenizer(text.removeprefix(policy.opened), add_special_tokens=False)
+        response = response["input_ids"]
         turn = Turn(prompt[:cut], prompt[cut:] + response)
         turn.advantages = torch.tensor([PROMPT_LOSS] * (len(prompt) - cut) + [1.0] * len(response))
         turns.append(turn)
@@ -1300,11 +1430,14 @@ def clone_experts(state, env, s):
                 write_log(s, "metrics.jsonl", row)
             bar.set_postfix_str(f"{loss:.3f} nats a token")
             bar.update()
+            if bar.disable and state.warm_step % max(1, s.warm_start // 10) == 0:
+                print(f"cloning {state.warm_step}/{s.warm_start}  {loss:.3f} nats a token",
+                      flush=True)
             if state.warm_step % (10 * s.save_every) == 0 or state.warm_step == s.warm_start:
                 save_checkpoint(state, s)
 
 # ======== 18. The log =============================================================================
-progress = functools.partial(tqdm, leave=False, dynamic_ncols=True)
+progress = functools.partial(tqdm, leave=False, dynamic_ncols=True, disable=None)
 
 @torch.no_grad()
 def token_sums(b, s, loss):
@@ -1431,7 +1564,7 @@ def log_step(state, episodes, m, s):
     print(f"{line}  grad {m['grad_norm']:.2f}  {m['seconds']:.1f} s ({phases})", flush=True)
 
 # ======== 19. Files: logs and checkpoints =========================================================
-RESUMED = ("step", "warm_step", "cursor", "bandit", "memory", "tasks")    # of State
+RESUMED = ("step", "warm_step", "cursor", "bandit", "memory", "tasks", "skills")    # of State
 KEEP = 2                                                                  # checkpoints
 
 def first_line(error):
@@ -1506,10 +1639,11 @@ def save_checkpoint(state, s):
             with open(path, "rb+") as f:
                 os.fsync(f.fileno())
         part.rename(final)
-    except (OSError, RuntimeError, SafetensorError) as error:  # one error per library: disk full
+    except Exception as error:                        # every library has its own
         shutil.rmtree(part, ignore_errors=True)
-        raise OSError(f"cannot save to {folder}: {first_line(error)}; the previous checkpoint is "
-                      f"whole: make room, then python sdar.py --resume {s.out}") from None
+        kept = "the previous checkpoint is whole: " if checkpoints(s.out) else ""
+        raise OSError(f"cannot save to {folder}: {first_line(error)}; {kept}make room, then "
+                      f"python sdar.py --resume {s.out}") from None
     for old in checkpoints(s.out)[:-KEEP]:
         shutil.rmtree(old)
 
@@ -1545,6 +1679,9 @@ def open_env(s):
             raise UserError(f"--env-args takes KEY=VALUE pairs of the environment, not {item!r}")
         number = re.fullmatch(r"-?\d+(\.\d+)?", value)
         options[key] = json.loads(value) if number else value
+        if key == "corpus":
+            options[key] = str(envs.existing("corpus", value))
+    s.env_args = shlex.join(f"{key}={value}" for key, value in options.items())
     env = envs.open_env(s.env, s.data or None, skills=s.skills or None, **options)
     s.data = s.data or "built-in" * env.builtin        # --resume never switches to other data
     return env
@@ -1555,6 +1692,7 @@ def start_or_resume(s, env, resume):
         envs.panel(env, s.val_split or env.splits[1], s.val_episodes)    # fails now, not later
     print(env.source, flush=True)
     out = Path(s.out)
+    skills = envs.panel_hash([env.all_skills()])
     tasks = envs.panel_hash(env.tasks(env.splits[0]))
     if resume is None and (out / "config.json").exists():
         raise UserError(f"{out} holds a run: continue it with --resume {out}, or change --out")
@@ -1562,15 +1700,20 @@ def start_or_resume(s, env, resume):
         state = load_checkpoint(checkpoints(out)[-1], s)
         if state.tasks != tasks:
             raise UserError(f"{out} began with other training tasks; give its data with --data")
+        if state.skills != skills:
+            raise UserError(f"{out} began with other skills; give those with --skills, or start a "
+                            "new run with --out")
         print(f"resumed from {checkpoints(out)[-1]}", flush=True)
     else:                                              # a run that was killed early starts again
         texts = tiny_texts(env, s) if s.model == "tiny" else ()
         policy = load_policy(s.model, s.device, texts, s.seed)
         state = make_state(policy, s, 0.98 if s.warm_start else 0.999)   # faster beta2 for cloning
         state.tasks = tasks
+        state.skills = skills
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / "config.json", json.dumps(asdict(s), indent=1))
     cut_logs(state, s)
+    check_lengths(state.policy, s)
     model = state.policy.model
     size = f"{model.num_parameters() / 1e6:.2f}M parameters, {model.dtype}, {model.device}"
     print(f"{s.model}: {size}; {s.algo}, {s.groups} x {s.group_size} episodes a step; log in {out}",
@@ -1605,19 +1748,30 @@ def validate(state, env, s):
     row = {"step": state.step, "warm_step": state.warm_step, "split": split, "panel": digest}
     write_log(s, "validation.jsonl", row | {name: m[name] for name in kept})
 
+STOPS = [n for n in signal.Signals if n.name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
+         and signal.getsignal(n) != signal.SIG_IGN]    # nohup ignores SIGHUP
+TERMINALS = [number for number in (1, 2) if os.isatty(number)]
+
+def stop(number, frame=None):
+    """Handler of all STOPS: end as with Ctrl-C, which saves the run."""
+    if signal.Signals(number).name == "SIGHUP":        # the terminal is lost: write elsewhere
+        for terminal in TERMINALS:
+            os.dup2(os.open(os.devnull, os.O_RDWR), terminal)
+    raise KeyboardInterrupt
+
 @contextlib.contextmanager
 def uninterrupted():
-    """Delay Ctrl-C and SIGTERM until the block ends."""
+    """Delay Ctrl-C and the other STOPS until the block ends."""
     pending = []
-    previous = {number: signal.signal(number, lambda *_: pending.append(number))
-                for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, lambda number, _: pending.append(number))
+                for number in STOPS}
     try:
         yield
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
     if pending:
-        raise KeyboardInterrupt
+        stop(pending[0])
 
 def save_and_say(state, s):
     """Save a run that is being stopped."""
@@ -1634,19 +1788,26 @@ def choices_of(f):
     """The values that a field of Settings may have, None for any."""
     return list(METHODS) if f.name == "algo" else f.metadata["choices"]
 
-def make_parser():
-    """The command line of sdar.py, one flag per field of Settings."""
+def make_parser(s=Settings()):
+    """The command line of sdar.py, one flag per field of Settings; --help shows the values of s."""
     parser = argparse.ArgumentParser(
         prog="sdar.py", usage="python sdar.py [--env ENV] [--model MODEL] [flags]",
         description=__doc__, argument_default=argparse.SUPPRESS, allow_abbrev=False,
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=100),
-        epilog="Defaults are the paper's for ALFWorld; see PRESETS in sdar.py for the others.")
-    parser.error = lambda message: fail(f"{message}; see python sdar.py --help")
+        epilog=f"The defaults shown are those of --env {s.env} --model {s.model} --algo {s.algo}.")
+
+    def error(message):
+        word = message.rpartition("arguments: ")[2].partition("=")[0]
+        close = difflib.get_close_matches(word, parser._option_string_actions, 1)
+        fail(f"{message}; " + (f"did you mean {close[0]}?" if close else "see sdar.py --help"))
+
+    parser.error = error
     parser.add_argument("--resume", metavar="RUN", help="continue the run in this folder")
     for f in fields(Settings):
         if f.name in HEADINGS:
             group = parser.add_argument_group(HEADINGS[f.name])
-        shown = "" if f.default in ("", False) else f" (default: {f.default})"
+        value = getattr(s, f.name)
+        shown = "" if value in ("", False) else f" (default: {value})"
         options = {"help": (f.metadata["help"] + shown).replace("%", "%%"), "action": "store_true"}
         if not isinstance(f.default, bool):
             options |= {"action": "store", "type": type(f.default), "choices": choices_of(f),
@@ -1654,27 +1815,54 @@ def make_parser():
         group.add_argument(flag(f.name), **options)
     return parser
 
+def preset(explicit):
+    """Settings of a new run: defaults, PRESETS, those of the run that made --model, flags."""
+    s = Settings(**explicit)
+    for key, values in PRESETS.items():
+        if set(key.split()) <= {s.env, s.algo, s.recipe, s.model}:
+            s = replace(s, **values)
+    file = Path(last_checkpoint(s.model) or "", "state.json")
+    saved = read_json(file, "")["settings"] if s.model != "tiny" and file.is_file() else {}
+    names = INHERITED if saved.get("env") == s.env else INHERITED[:-3]
+    return replace(s, **{name: saved[name] for name in names if name in saved} | explicit)
+
+def is_path(name, value):
+    """Whether a flag's value names a file or folder; a model may also be one of the hub's."""
+    first = Path(value.partition("/")[0] or "/").expanduser()
+    hub = name == "model" and not (Path(value).exists() or value.endswith(".gguf") or
+                                   "/" in value and first.is_dir())
+    return name in ("model", "data", "skills", "resume") and not hub and value not in (
+        "", "built-in", "tiny")
+
 def read_settings(argv):
-    """(Settings, run folder to resume or None): defaults, then presets or the resumed run's own
+    """(Settings, run folder to resume or None): a new run's, see preset, or the resumed run's own
     settings, then flags."""
-    explicit = vars(make_parser().parse_args(argv))
+    argv = sys.argv[1:] if argv is None else argv
+    flags = [word for word in argv if word not in ("-h", "--help")]
+    explicit = vars(make_parser().parse_args(flags))
+    for name, value in explicit.items():
+        if is_path(name, value):
+            explicit[name] = str(envs.existing(flag(name), value))
     resume = explicit.pop("resume", None)
+    if len(flags) < len(argv):
+        make_parser(preset(explicit)).parse_args(["--help"])
     if resume:
         for name in sorted(set(explicit) - set(MAY_CHANGE)):
             raise UserError(f"{flag(name)} cannot change within a run; start a new one with --out")
+        for folder in Path(resume).parents[:2]:
+            if checkpoints(folder):
+                raise UserError(f"{resume} is a part of a run; continue it with --resume {folder}")
         config = Path(resume) / "config.json"
         saved = read_json(config, f"{resume} holds no run (no config.json)")
         if not isinstance(saved, dict) or set(saved) != {f.name for f in fields(Settings)}:
             raise UserError(f"{config} is damaged or another version's; start a new run")
-        s = Settings(**{**saved, **explicit, "out": str(resume)})
+        s = Settings(**{**saved, **explicit, "out": resume})
     else:
-        s = Settings(**explicit)
-        for key, values in PRESETS.items():
-            if set(key.split()) <= {s.env, s.algo, s.recipe, s.model}:
-                s = replace(s, **values)
-        s = replace(s, **explicit)
+        s = preset(explicit)
         short = re.sub(r"[^\w.-]+", "-", Path(s.model).name)
-        s.out = s.out or f"runs/{s.env}-{s.algo}-{short}"
+        s.out = os.path.expandvars(os.path.expanduser(s.out or f"runs/{s.env}-{s.algo}-{short}"))
+        if Path(s.out).is_file():
+            raise UserError(f"--out {s.out} is a file; give a folder")
     check_settings(s)
     return s, resume
 
@@ -1690,6 +1878,8 @@ def check_settings(s):
         if wrong:
             bound = "" if least is None else f"; it must be above {least}"
             raise UserError(f"{flag(f.name)} cannot be {value!r}{bound}")
+    if s.steps == s.warm_start == 0:
+        raise UserError("--steps 0 trains nothing; to measure a model take eval.py --model")
     if s.gate_baseline and (s.gate != "gap" or s.divergence != "sampled"):
         raise UserError("--gate-baseline needs --gate gap and --divergence sampled")
     names = {name for row in METHODS.values() for name in row.uses.split()}
@@ -1724,7 +1914,8 @@ def run_command(function):
 
 def main(argv=None):
     """The command line."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)    # a scheduler's stop acts as Ctrl-C
+    for number in STOPS:
+        signal.signal(number, stop)
     run_command(lambda: train(*read_settings(argv)))
 
 if __name__ == "__main__":
