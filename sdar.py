@@ -487,15 +487,18 @@ def optimizer_step(state, turns, further, s, method, lr, bar):
     sums = [{name: float(x) for name, x in part.items()} for _, _, part in results]
     return sums, *apply_update(state, lr, s.grad_clip)
 
+ENTROPY_BONUS = 0.001    # of the public code, in every method's loss
+
 def step_loss(policy, turns, s, method, term, baseline=0.0):
     """(this micro-batch's part of the loss, its Batch). The parts of a mini-batch add up."""
     responses = [t.response_ids for t in turns]
     hidden, targets, mask = response_hidden(policy.model, [t.prompt_ids for t in turns], responses)
     with_entropy = "entropy" in method.needs or s.gate in ("entropy", "soft-or")
+    with_entropy = "gradient" if s.recipe == "released" else with_entropy
     logp, entropy = chunked_logps(policy.head, hidden, targets, s.temperature, with_entropy)
     b = batch_of(turns, policy.device)
     b.logp = unflatten(logp, mask)                                                      # (B, T)
-    b.entropy = None if entropy is None else unflatten(entropy, mask)                   # (B, T)
+    b.entropy = None if entropy is None else unflatten(entropy.detach(), mask)          # (B, T)
     b.old = b.logp.detach() if b.old is None else b.old    # one update per rollout: old is current
     b.compare = functools.partial(compare_views, policy, turns, s, hidden, mask)
     b.baseline = baseline
@@ -504,6 +507,8 @@ def step_loss(policy, turns, s, method, term, baseline=0.0):
         values = values + term(b, s)
     if s.kl and b.ref is not None:
         values = values + s.kl * k3_kl(b.logp, b.ref)
+    if s.recipe == "released":
+        values = values - ENTROPY_BONUS * unflatten(entropy, mask)
     return aggregate(values, b.weights), b
 
 # ======== 9. Training =============================================================================
@@ -1029,14 +1034,17 @@ def log_softmax(logits, temperature):
 
 def chunked_logps(head, hidden, targets, temperature=1.0, with_entropy=False):
     """(log pi(target) (N,), entropy in nats (N,) without gradient, or None) from hidden states
-    (N, D), targets (N,), and head, the function (n, D) -> logits (n, V)."""
+    (N, D), targets (N,), and head, the function (n, D) -> logits (n, V). with_entropy "gradient":
+    the entropy has one too."""
     def one(h, target):
         logp = log_softmax(head(h), temperature)                                        # (n, V)
         chosen = logp.gather(1, target[:, None])                                        # (n, 1)
-        p = logp.detach()
+        p = logp if with_entropy == "gradient" else logp.detach()
         return torch.cat([chosen, -(p.exp() * p).sum(-1, True)], 1) if with_entropy else chosen
-    values = by_chunks(one, hidden, targets)                                          # (N, 1 or 2)
-    return values[:, 0], values[:, 1].detach() if with_entropy else None
+    logp, *entropy = by_chunks(one, hidden, targets).T                               # (N,) each
+    if with_entropy == "gradient":
+        return logp, entropy[0]
+    return logp, entropy[0].detach() if with_entropy else None
 
 def over_vocabulary(function, head, hidden, taught, temperature=1.0):
     """function(log pi, log pi_T) -> (N,), called on log-probabilities (n, V) of a chunk at a time;
@@ -1411,7 +1419,7 @@ def clone_step(state, env, s):
     cosine = math.cos(math.pi * state.warm_step / s.warm_start)
     lr = s.warm_lr * min(1.0, (state.warm_step + 1) / 20) * (0.55 + 0.45 * cosine)
     state.policy.model.train()
-    plain = replace(s, kl=0.0, gate="gap", gate_baseline=False)
+    plain = replace(s, kl=0.0, gate="gap", gate_baseline=False, recipe="paper")
     optimizer_step(state, turns, [], plain, METHODS["grpo"], lr, progress(disable=True))
     state.policy.model.eval()
     state.warm_step += 1
@@ -1690,10 +1698,10 @@ def start_or_resume(s, env, resume):
     """The State of a new run, its folder made, or of a resumed one."""
     if s.val_every:
         envs.panel(env, s.val_split or env.splits[1], s.val_episodes)    # fails now, not later
+    tasks = envs.panel_hash(env.tasks(env.splits[0]))
     print(env.source, flush=True)
     out = Path(s.out)
     skills = envs.panel_hash([env.all_skills()])
-    tasks = envs.panel_hash(env.tasks(env.splits[0]))
     if resume is None and (out / "config.json").exists():
         raise UserError(f"{out} holds a run: continue it with --resume {out}, or change --out")
     if resume and checkpoints(out):
