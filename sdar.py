@@ -357,7 +357,7 @@ def group_normalized_advantages(rewards, groups, eps=1e-6):
 def token_weights(mask, owners=None):
     """Weight (B, T) of each response token in a loss, sum 1. mask (B, T): ALL rows. owners (B,):
     the paper's (1/G) sum_i Agg, where rows of one owner are one episode. None: the token mean."""
-    mask = mask.float()
+    mask = mask if mask.dtype == torch.float64 else mask.float()     # fp16 ends at 65,504 tokens
     if owners is None:
         return mask / mask.sum().clamp(min=1)
     names, index = torch.unique(owners, return_inverse=True)                            # (B,)
@@ -1835,12 +1835,12 @@ def preset(explicit):
     return replace(s, **{name: saved[name] for name in names if name in saved} | explicit)
 
 def is_path(name, value):
-    """Whether a flag's value names a file or folder; a model may also be one of the hub's."""
-    first = Path(value.partition("/")[0] or "/").expanduser()
-    hub = name == "model" and not (Path(value).exists() or value.endswith(".gguf") or
-                                   "/" in value and first.is_dir())
-    return name in ("model", "data", "skills", "resume") and not hub and value not in (
-        "", "built-in", "tiny")
+    """Whether a flag's value is a path, absolute or not. A model may also be one of the hub's."""
+    if name == "model":
+        first = Path(value.partition("/")[0] or "/").expanduser()
+        return value != "tiny" and (Path(value).exists() or value.endswith(".gguf") or
+                                    "/" in value and first.is_dir())
+    return name in ("data", "skills", "resume") and value not in ("", "built-in")
 
 def read_settings(argv):
     """(Settings, run folder to resume or None): a new run's, see preset, or the resumed run's own
