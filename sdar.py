@@ -16,8 +16,9 @@ no skills.
 
 How to read it. Sections 1 to 9 are the whole method, in the paper's order: data, prompts, rollout,
 scoring, advantages, losses, the table METHODS, the update, training. `generate` (section 12) and
-small helpers of sections 10, 11 and 14 are used there by name. The rest is machinery that you can
-skip. To add a method, write a function of a Batch and add a row to METHODS.
+small helpers of sections 10, 11 and 14 are used there by name. The rest, which loads, logs and
+saves, is machinery that you can skip. To add a method, write a function of a Batch and add a row
+to METHODS.
 
 Left out: an inference server, because `generate` shares the weights with the trainer; sharding over
 GPUs (docs/adapters.md shows the loss in trainers that shard); a value network, GRPO has none.
@@ -357,7 +358,7 @@ def group_normalized_advantages(rewards, groups, eps=1e-6):
 def token_weights(mask, owners=None):
     """Weight (B, T) of each response token in a loss, sum 1. mask (B, T): ALL rows. owners (B,):
     the paper's (1/G) sum_i Agg, where rows of one owner are one episode. None: the token mean."""
-    mask = mask if mask.dtype == torch.float64 else mask.float()     # fp16 ends at 65,504 tokens
+    mask = mask.to(torch.promote_types(mask.dtype, torch.float32))
     if owners is None:
         return mask / mask.sum().clamp(min=1)
     names, index = torch.unique(owners, return_inverse=True)                            # (B,)
@@ -971,8 +972,13 @@ def record_step(policy, kv, n, span):
         kv.logits = logits.new_zeros(kv.rows, logits.shape[1])
     graph = torch.cuda.CUDAGraph()
     pool = next((other.pool() for other in kv.graphs.values()), None)
-    with torch.cuda.graph(graph, pool=pool):
-        kv.logits[:n] = decode_step(policy, kv, n, span)
+    try:
+        with torch.cuda.graph(graph, pool=pool):
+            kv.logits[:n] = decode_step(policy, kv, n, span)
+    except RuntimeError as error:
+        if out_of_memory(error):
+            raise
+        raise UserError(f"no CUDA graph can be made of this model: {first_line(error)}") from None
     return graph
 
 # ======== 13. Faster kernels on a GPU =============================================================
@@ -1674,14 +1680,18 @@ def load_checkpoint(path, s):
     except Exception as error:                        # a damaged file can raise anything
         if out_of_memory(error):
             raise
-        raise UserError(f"cannot read {path} ({first_line(error)}); delete that folder to use the "
-                        "checkpoint before it") from None
+        raise UserError(f"delete {path} to use the checkpoint before it, it cannot be read: "
+                        f"{first_line(error)[:100]}") from None
 
 # ======== 20. A run from its first line to its last, and the command line =========================
 def open_env(s):
     """The environment of a run; --env-args 'house=6 detours=2' become arguments of its class."""
     options = {}
-    for item in shlex.split(s.env_args):
+    try:
+        items = shlex.split(s.env_args)
+    except ValueError:
+        raise UserError(f"--env-args has an open quotation mark: {s.env_args!r}") from None
+    for item in items:
         key, equals, value = item.partition("=")
         if not equals or key in ("name", "data", "skills", "seed"):
             raise UserError(f"--env-args takes KEY=VALUE pairs of the environment, not {item!r}")
@@ -1736,7 +1746,10 @@ def reference_policy(state, s):
     if state.step == 0:
         state.policy.model.save_pretrained(folder)
         state.policy.tokenizer.save_pretrained(folder)
-    return load_policy(str(folder), s.device).model.requires_grad_(False)
+    try:
+        return load_policy(str(folder), s.device).model.requires_grad_(False)
+    except UserError as error:
+        raise UserError(f"the run cannot go on without its reference policy: {error}") from None
 
 def validate(state, env, s):
     """Success on the fixed panel, without skills, printed and logged: at the start, every
@@ -1879,13 +1892,15 @@ def check_settings(s):
     for f in fields(s):                               # a config.json may hold anything
         value = getattr(s, f.name)
         least = f.metadata["above"]
-        kinds = (int, float) if isinstance(f.default, float) else type(f.default)
-        wrong = not isinstance(value, kinds) or value not in (choices_of(f) or [value])
+        kinds = (int, float) if isinstance(f.default, float) else (type(f.default),)
+        wrong = type(value) not in kinds or value not in (choices_of(f) or [value])
         if not wrong and not isinstance(value, str) and f.name != "seed":
             wrong = not (0 <= value < math.inf if least is None else least < value < math.inf)
         if wrong:
             bound = "" if least is None else f"; it must be above {least}"
             raise UserError(f"{flag(f.name)} cannot be {value!r}{bound}")
+    if not -2**63 <= s.seed < 2**63:
+        raise UserError("--seed must be a number of 64 bits")
     if s.steps == s.warm_start == 0:
         raise UserError("--steps 0 trains nothing; to measure a model take eval.py --model")
     if s.gate_baseline and (s.gate != "gap" or s.divergence != "sampled"):
