@@ -1172,7 +1172,7 @@ def read_model(name, dtype):
         if own and ids != Tokenizer.from_file(own).encode(sample, add_special_tokens=False).ids:
             tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)   # not the model type's
         model, report = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, output_loading_info=True, **file)
+            folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **file)
     except Exception as error:          # a folder or file can be wrong in any way
         if out_of_memory(error):
             raise
