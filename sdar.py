@@ -659,9 +659,10 @@ TAG = re.compile("</?(think|action|search|answer|information)>")     # of the en
 
 def special_tokens(tokenizer):
     """{text: id} of the tokens that structure a chat: those called special, but for the tags of the
-    environments, and those that the template writes."""
+    environments, and those in <> or [] that the template writes."""
+    written = re.findall(r"<[^\s<>]+>|\[[^\s\[\]]+\]", str(tokenizer.chat_template))
     found = {token.content: i for i, token in tokenizer.added_tokens_decoder.items()
-             if token.special or token.content in str(tokenizer.chat_template)}
+             if token.special or token.content in written}
     found |= zip(tokenizer.all_special_tokens, tokenizer.all_special_ids)
     return {text: i for text, i in found.items() if not TAG.fullmatch(text)}
 
@@ -1868,8 +1869,8 @@ def read_settings(argv):
         s = preset(explicit)
         short = re.sub(r"[^\w.-]+", "-", Path(s.model).name)
         s.out = os.path.expandvars(os.path.expanduser(s.out or f"runs/{s.env}-{s.algo}-{short}"))
-        if Path(s.out).is_file():
-            raise UserError(f"--out {s.out} is a file; give a folder")
+        if any(path.is_file() for path in (Path(s.out), *Path(s.out).parents)):
+            raise UserError(f"--out {s.out} is a file or in one; give a folder")
     check_settings(s)
     return s, resume
 
