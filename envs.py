@@ -24,7 +24,10 @@ the expert. BM25 and Lucene's text analysis come last.
     python envs.py play NAME [TASK]        play an episode by hand: alfworld, webshop or search
 """
 
+import ast
+import contextlib
 import copy
+import difflib
 import gzip
 import hashlib
 import importlib.util
@@ -38,6 +41,7 @@ import random
 import re
 import sys
 import time
+import unicodedata
 import urllib.request
 import zipfile
 from array import array
@@ -101,11 +105,18 @@ def find_data(name, data=None):
     if not (named := data or os.environ.get(variable)):
         cache = Path(os.path.expanduser("~/.cache")) / name
         return cache if cache.is_dir() and any(cache.iterdir()) else None
-    path = Path(os.path.expandvars(os.path.expanduser(str(named))))
-    if not path.exists():
-        source = "--data" if data else "$" + variable
-        raise UserError(f"{source} names {path}, which does not exist; correct or omit it")
-    return path
+    return existing("--data" if data else "$" + variable, named)
+
+def existing(source, named):
+    """The absolute path that `source` names. UserError with what is nearby if there is none."""
+    path = Path(os.path.abspath(os.path.expandvars(os.path.expanduser(str(named)))))
+    if path.exists():
+        return path
+    folder = next(x for x in path.parents if x.is_dir())
+    names = sorted(x.name for x in folder.iterdir())
+    close = difflib.get_close_matches(path.relative_to(folder).parts[0], names) or names[:8]
+    raise UserError(f"{source} names {path}, which does not exist; {folder} holds "
+                    f"{', '.join(close) or 'nothing'}")
 
 def download(url, path, sha256=None):
     """Fetches `url` into `path`, whole or not at all; returns the path. Raises UserError."""
@@ -206,9 +217,12 @@ def read_skills(folder, own, categories, aliases=None):
     `aliases` gives further names. UserError if a file is broken or a category has no text."""
     if not folder:
         return own
-    folder = Path(os.path.expanduser(str(folder)))
-    found, mapping_file = {}, folder / "skill_mapping.json"
-    card_files = sorted(folder.glob("claude_style_skills*.json"))
+    folder, found, card_files = existing("--skills", folder), {}, []
+    if folder.is_file() and folder.name != "skill_mapping.json":  # of several card files, this one
+        card_files = [folder]
+    folder = folder.parent if folder.is_file() else folder
+    mapping_file = folder / "skill_mapping.json"
+    card_files = card_files or sorted(folder.glob("claude_style_skills*.json"))
     if not mapping_file.is_file() and not card_files:
         raise UserError(f"{folder} has neither skill_mapping.json nor claude_style_skills.json")
     try:
@@ -284,8 +298,15 @@ class Alfworld:
             raise UserError(f"unknown split {split!r}; ALFWorld has {', '.join(self.splits)}")
         if split not in self._ids:
             kinds = self.task_types
-            self._ids[split] = self._files.solvable(split, kinds) if not self.builtin else sorted(
-                f"{split}/{kinds[i % len(kinds)]}/{i:05d}" for i in range(BUILT_IN_SIZES[split]))
+            left_out = 0
+            if self.builtin:
+                ids = [f"{split}/{kinds[i % len(kinds)]}/{i:05d}"
+                       for i in range(BUILT_IN_SIZES[split])]
+            else:
+                ids, left_out = self._files.solvable(split, kinds)
+            self._ids[split] = sorted(ids)
+            if left_out:
+                self.source += f"; {left_out} games of {split} are not marked as solvable: left out"
         if not self._ids[split]:
             raise UserError(f"no games in {split} ({self.source}); check --data and task_types")
         return list(self._ids[split])
@@ -451,14 +472,26 @@ class GameFiles:
     def read(self, task_id):
         """The text of a game file. Raises UserError naming it."""
         try:
-            return self._read(self.files[task_id]).decode("utf-8")
+            return self._read(self.files[task_id]).decode("utf-8-sig")
         except Exception as error:  # a damaged archive can raise nearly anything
             raise UserError(f"cannot read {task_id!r} in {self.path} ({error!r}); see tasks(split)") from None
 
     def solvable(self, split, kinds):
-        """Sorted ids of a split's games of these task types, less those marked as unsolvable."""
-        ids = [name for name in self.files if name.startswith(split + "/") and any(k in name for k in kinds)]
-        return [name for name in ids if not re.search(r'"solvable":\s*false', self.read(name)[-10_000:])]
+        """(sorted ids of a split's games of these types that are marked as solvable, how many are
+        not)."""
+        ids = [name for name in self.files
+               if name.startswith(split + "/") and any(kind in name for kind in kinds)]
+        marked = re.compile(r'"solvable": true\}\s*\Z')  # as all of the release end
+        kept = [name for name in ids if marked.search(text := self.read(name))
+                or read_json(text, name).get("solvable") is True]
+        return kept, len(ids) - len(kept)
+
+def read_json(text, where):
+    """The JSON object in a text. Raises UserError naming it `where`."""
+    try:
+        return dict(json.loads(text))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{where} is no JSON object ({error!r}); download it again") from None
 
 def download_alfworld(folder, url=ALFWORLD_URL, sha256=ALFWORLD_SHA256):
     """Fetches the official games as a zip, which is played in place. Raises UserError."""
@@ -515,7 +548,8 @@ def parse_game(text, where="the game"):
         walkthrough = [re.sub(other, put.format(r"\1", r"\2"), x) for x in data.get("walkthrough") or ()]
         return {"facts": facts, "goal": _parse_goal(problem), "help": "help" in actions, "put": put,
                 "arrives_at_name": "You arrive at {r.name}" in grammar,  # older games: "at loc 7"
-                "task": re.search(r'Your task is to: (.*?)"', grammar)[1].strip(), "walkthrough": walkthrough}
+                "task": " ".join(re.search(r'Your task is to: (.*?)"', grammar, re.S)[1].split()),
+                "walkthrough": walkthrough}
     except (ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
         raise UserError(f"cannot play {where} ({error!r}); is it a whole game.tw-pddl?") from None
 
@@ -1332,8 +1366,9 @@ def _common_length(a, b):
 
 @lru_cache(65536)
 def token_set_ratio(first, second):
-    """thefuzz.fuzz.token_set_ratio (rapidfuzz): 0..100, on the lower-case ASCII words of str(...)."""
-    words_a, words_b = ({*re.sub(r"\W", " ", re.sub(r"[^\x00-\x7f]", "", str(text)).lower()).split()}
+    """thefuzz.fuzz.token_set_ratio (0.19.0): 0..100, on the lower-case words of str(...), without
+    U+0080 to U+00FF."""
+    words_a, words_b = ({*re.sub(r"\W", " ", re.sub("[\x80-\xff]", "", str(text)).lower()).split()}
                         for text in (first, second))
     both, only_a, only_b = (" ".join(sorted(part))
                             for part in (words_a & words_b, words_a - words_b, words_b - words_a))
@@ -1586,13 +1621,15 @@ class SearchQA:
             raise UserError(f"timeout={timeout} must be a number of 1 or more")
         self.topk, self.max_turns = topk, max_turns
         self.skill_names = list(SEARCH_CATEGORIES)
-        library = read_skills(skills, SEARCH_SKILLS, self.skill_names)
+        library = read_skills(skills, SEARCH_SKILLS, self.skill_names,
+                              {"compare": ("comparison",)})
         self.skill = self.all_skills = partial(skill_text, library)
         path = find_data("search", data)
         self.builtin = path is None
         if self.builtin and (search_url or corpus):
             raise UserError("a server or corpus needs questions: --data FILE (JSONL or parquet)")
-        self.questions, passages = build_world(seed) if self.builtin else load_questions(path)
+        self.questions, passages, *others = (
+            build_world(seed) if self.builtin else load_questions(path))
         if not any(self.questions.values()):
             raise UserError(f"{path} holds no questions; give a .jsonl, .jsonl.gz or .parquet file")
         if self.builtin:
@@ -1610,6 +1647,9 @@ class SearchQA:
         built_in = (f"BUILT-IN generated world (seed {seed}), not the benchmark: for that give "
                     "--data with Search-R1's questions and corpus= or search_url=")
         self.source = f"search: {path or built_in}; questions: {counts}; {where}"
+        if names := [file.name for file in sum(others, [])]:
+            more = f" and {len(names) - 5} more" * (len(names) > 5)
+            self.source += f"; neither questions nor passages: {', '.join(names[:5])}{more}"
 
     def tasks(self, split):
         """Sorted task ids of a split; UserError for an unknown or empty one."""
@@ -1771,7 +1811,8 @@ Question = namedtuple("Question", "id text answers group chain", defaults=((),))
 DATASET_ALIASES = {x.lower(): x for x in SEARCH_DATASETS} | {"hotpot": "HotpotQA", "2wikimultihopqa": "2Wiki"}
 
 def read_rows(path):
-    """Yields (line number, dict) of a .jsonl, .jsonl.gz or (by pyarrow) .parquet file. Raises UserError."""
+    """Yields (number, dict) of a .jsonl, .jsonl.gz, .json (an array) or (by pyarrow) .parquet file.
+    Raises UserError."""
     number = 0
     try:
         if path.suffix == ".parquet":
@@ -1780,29 +1821,58 @@ def read_rows(path):
             yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
             return
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-            for number, line in enumerate(file, 1):
+            start = file.peek(4).removeprefix(b"\xef\xbb\xbf").lstrip()
+            if start[:2] == b"PK":
+                raise ValueError("a zip archive, which has to be unpacked")
+            array = path.suffix == ".json" and start[:1] == b"["
+            lines = map(json.dumps, json.load(file)) if array else file
+            for number, line in enumerate(lines, 1):
                 if line.strip():
                     yield number, dict(json.loads(line).items())  # AttributeError: no object
     except ImportError:
         raise UserError(f"{path}: parquet needs pyarrow; pip install pyarrow, or use JSONL") from None
     except Exception as error:  # what gzip, json and pyarrow raise for damaged bytes
-        raise UserError(f"{path}, line {number}: {one_line(str(error))}; correct the file") from None
+        raise UserError(f"{path}, line {number}: {one_line(str(error))}; correct the file, which "
+                        "needs one JSON object a line") from None
+
+def read_answers(value):
+    """The answers in a field: a text, a number, a list, a list as text, or TriviaQA's dict. [None]
+    where they cannot be told apart."""
+    if isinstance(value, dict):
+        return read_answers(value.get("value")) + read_answers(value.get("aliases"))
+    if isinstance(value, bool):
+        return ["yes" if value else "no"]
+    if isinstance(value, str) and re.fullmatch(r"\[.*\]", value.strip(), re.S):
+        if re.search(r"""['"]\s+['"]""", value):  # an array as numpy prints it
+            return [None]
+        with contextlib.suppress(ValueError, SyntaxError):
+            value = ast.literal_eval(value.strip())
+    if isinstance(value, list):
+        return [answer for item in value for answer in read_answers(item)]
+    return [value] if value or value == 0 else []
 
 def read_question(path, number, row):
     """One row, in any of the known layouts, as a Question. UserError naming the line."""
+    row = {key.lower(): value for key, value in row.items()}
     extra, reward = (x if isinstance(x, dict) else {} for x in map(row.get, ("extra_info", "reward_model")))
     truth = reward.get("ground_truth")
     truth = truth["target"] if isinstance(truth, dict) and "target" in truth else truth
-    given = (row.get("golden_answers"), truth, row.get("answers"), row.get("answer"))
-    answers = next((value if isinstance(value, list) else [value] for value in given if value), [])
+    given = (row.get("golden_answers"), truth,
+             *map(row.get, ("answers", "possible_answers", "answer")))
+    answers = next(filter(None, map(read_answers, given)), [])
+    answers += read_answers(row.get("answer_aliases"))
     text = row.get("question") or extra.get("question")
     plain = answers and all(isinstance(answer, (str, int, float)) for answer in answers)
     if not isinstance(text, str) or not text.strip() or not plain:
-        raise UserError(f"{path}, line {number}: no `question` with answers (golden_answers, answers, answer "
-                        "or reward_model.ground_truth.target: one text or a list); correct or delete it")
+        raise UserError(f"{path}, line {number}: no `question` with answers (golden_answers, "
+                        "answers, answer or reward_model.ground_truth.target: a text or a list of "
+                        "texts); correct or delete it")
     named = str(row.get("data_source") or row.get("dataset") or "")
-    words = re.split("[^a-z0-9]+", (named or path.name).lower())
-    found = {DATASET_ALIASES.get(word) for word in words} - {None}
+    for name in (named or path.name, named or path.parent.name):
+        words = re.split("[^a-z0-9]+", name.lower())
+        found = {DATASET_ALIASES[word] for word in words if word in DATASET_ALIASES}
+        if found:
+            break
     group = found.pop() if len(found) == 1 else named or "other"
     key = row.get("id", row.get("idx", extra.get("index")))
     key = panel_hash([text.encode("ascii", "replace").decode()]) if key is None else key
@@ -1810,26 +1880,41 @@ def read_question(path, number, row):
     return Question(one_line(f"{group}/{key}"), encodable(text).strip(), answers, group)
 
 def load_questions(path):
-    """({split: {id: Question}}, passage files) of a file or folder. Split: by the file's name (train, dev,
-    val, test), else by a hash of the id (20 % test). Wordings of another split leave train."""
-    splits, passages, folder = {"train": {}, "test": {}}, [], path.is_dir()
-    for file in sorted(path.iterdir()) if folder else [path]:
-        named = re.search("(?<![a-z])(?:train|test|dev|val)", file.name.lower())
-        readable = not folder or file.name.endswith((".jsonl", ".jsonl.gz", ".parquet"))
+    """({split: {id: Question}}, passage files, other files) of a file or a folder and its folders.
+    Split: by the file's name (train, dev, val, test); else test where other names tell, else by a
+    hash of the id (20 % test). Wordings of another split leave train."""
+    splits, passages, others = {"train": {}, "test": {}}, [], []
+    files = [path]
+    if path.is_dir():
+        files = sorted(file for file in (*path.glob("[!.]*"), *path.glob("[!.]*/[!.]*"))
+                       if file.is_file())
+    names = {file: re.search("(?<![a-z])(?:train|test|dev|val)", file.name.lower())
+             for file in files}
+    for file, named in names.items():
+        readable = file == path or file.name.endswith((".jsonl", ".jsonl.gz", ".parquet"))
+        if not readable and file.suffix == ".json":
+            with open(file, "rb") as start:
+                readable = start.read(9).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
         rows = read_rows(file) if readable else ()
+        kind = others
         for count, (number, row) in enumerate(rows):
-            if folder and not count and "question" not in row and "extra_info" not in row:
-                passages += [file] if "contents" in row else []
+            keys = set(map(str.lower, row))
+            if file != path and not count and not {"question", "extra_info"} & keys:
+                kind = passages if "contents" in keys or {"title", "text"} <= keys else others
                 break  # another kind of file: passages, predictions
+            kind = []
             question = read_question(file, number, row)
             drawn = "test" if int(panel_hash([question.id])[:4], 16) < 0.2 * 65536 else "train"
+            drawn = "test" if any(names.values()) else drawn
             split = splits.setdefault(named[0].replace("val", "dev") if named else drawn, {})
-            if any(other.get(question.id, question).text != question.text for other in splits.values()):
+            if any(other.get(question.id, question).text != question.text
+                   for other in splits.values()):
                 question = question._replace(id=f"{question.id}-{panel_hash([question.text])}")
             split[question.id] = question
+        kind.append(file)
     held = {normalize_answer(q.text) for name in splits if name != "train" for q in splits[name].values()}
     splits["train"] = {key: q for key, q in splits["train"].items() if normalize_answer(q.text) not in held}
-    return splits, passages
+    return splits, passages, others
 
 # ---- the engines: search(queries, k) gives a list of passages for each query ----
 class SearchServer:
@@ -1839,6 +1924,9 @@ class SearchServer:
             raise UserError(f"search_url {url!r} is no http address such as http://127.0.0.1:8000/retrieve")
         self.url = url if re.match(r"https?://[^/]+/.", url) else url.rstrip("/") + "/retrieve"
         self.timeout, self.retries, self.delay = timeout, retries, delay
+        self._open = urllib.request.urlopen
+        if re.match(r"https?://(localhost|127\.|\[::1\])", url):  # no proxy can reach that
+            self._open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
 
     def search(self, queries, k):
         """[[passage, ...] of each query], by one POST for all."""
@@ -1857,7 +1945,7 @@ class SearchServer:
         body = json.dumps({"queries": queries, "topk": k, "return_scores": True}).encode()
         request = urllib.request.Request(self.url, body, {"Content-Type": "application/json"})
         deadline, reply = time.monotonic() + self.timeout, b""
-        with urllib.request.urlopen(request, timeout=self.timeout) as connection:
+        with self._open(request, timeout=self.timeout) as connection:
             while chunk := connection.read1(1 << 20):
                 reply += chunk
                 if len(reply) > MAX_REPLY or time.monotonic() > deadline:
@@ -1881,6 +1969,8 @@ def read_corpus(path):
     """Yields the passages of a file of {"id", "contents"} lines. UserError naming the line, or for none."""
     path, number = Path(str(path)).expanduser(), 0
     for number, row in tqdm(read_rows(path), "indexing passages", delay=5):
+        if isinstance(row.get("text"), str) and "title" in row and "contents" not in row:
+            row["contents"] = f'"{row["title"]}"\n{row["text"]}'  # as Search-R1 builds its index
         if not isinstance(row.get("contents"), str):
             raise UserError(f"{path}, line {number}: no `contents`; correct the line or delete it")
         yield encodable(row["contents"].strip())
@@ -2002,8 +2092,13 @@ the their then there these they this to was will with""".split())
 _CJK = "\u2e80-\u2fdf\u3005\u3007\u3041-\u309f\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 _NUMERALS = ("\u00b2\u00b3\u00b9\u00bc-\u00be\u2070-\u2089\u2150-\u215f\u2460-\u249b\u24ea-\u24ff"
              "\u2776-\u2793")
-_EXTEND = ("\u00ad\u0300-\u036f\u0483-\u0489\u0591-\u05bd\u064b-\u065f\u093a-\u094f\u200c-\u200f"
-           "\u20d0-\u20f0\u2060-\u2064\u302a-\u302f\u3099\u309a\ufe00-\ufe0f\ufeff\uff9e\uff9f")
+_SOUTHEAST = ("\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u1950-\u19df\u1a20-\u1aad\ua9e0-\ua9ff"
+              "\uaa60-\uaadf")
+_KATAKANA = ("\u3031-\u3035\u309b\u309c\u30a0-\u30fa\u30fc-\u30ff\u31f0-\u31ff\u32d0-\u32fe"
+             "\u3300-\u3357\uff66-\uff9d")
+_EXTEND = "\u00ad\u200b-\u200f\u2060-\u2064\ufeff\uff9e\uff9f" + "".join(  # and all combining marks
+    char for char in map(chr, (*range(0x300, 0x12000), *range(0xe0100, 0xe01f0)))
+    if unicodedata.category(char) in ("Mn", "Mc", "Me"))
 _PICTURE = (
     "\u00a9\u00ae\u203c\u2049\u2122\u2139\u2194-\u2199\u21a9\u21aa\u231a\u231b\u2328\u2388\u23cf\u23e9-\u23f3"
     "\u23f8-\u23fa\u24c2\u25aa\u25ab\u25b6\u25c0\u25fb-\u25fe\u2600-\u2605\u2607-\u2612\u2614-\u2685"
@@ -2012,11 +2107,13 @@ _PICTURE = (
     "\u2b50\u2b55\u3030\u303d\u3297\u3299\U0001f000-\U0001f3fa\U0001f400-\U0001faff")
 _IN_WORD = ":.'\u00b7\u2018\u2019\u2024\u2027\ufe55\uff07\uff0e\uff1a"  # between two letters
 _IN_NUMBER = ".,;'\u066c\u2018\u2019\u2024\u2044\uff07\uff0c\uff0e\uff1b"  # between two digits
-_LETTER = rf"(?:[^\W\d_{_CJK}{_NUMERALS}\uff9e\uff9f][{_EXTEND}]*)"
+_LETTER = rf"(?:[^\W\d_{_CJK}{_NUMERALS}{_SOUTHEAST}{_KATAKANA}\uff9e\uff9f][{_EXTEND}]*)"
 _WORD = re.compile(rf"""
     (?: {_LETTER}+ (?:[{_IN_WORD}]{_LETTER}+)*           # letters, as in can't and U.S.A
       | \d+ (?:[{_IN_NUMBER}]\d+)* [{_EXTEND}]* | _+)+   # digits, as in 10,000; mixed: 2x4, a_b
     | [{_CJK}]
+    | (?: [{_KATAKANA}] [{_EXTEND}]* )+
+    | (?: (?=[{_SOUTHEAST}]) [^\W\d_] [{_EXTEND}]* )+     # Thai, Lao, Burmese, Khmer: not separated
     | [{_PICTURE}] (?:\u200d[{_PICTURE}] | [{_EXTEND}\U0001f3fb-\U0001f3ff])*  # with skin tones
     """, re.X)
 _ASCII_WORD = re.compile(  # the same for ASCII, twice as fast
@@ -2030,7 +2127,8 @@ def words(text):
 @lru_cache(1 << 18)  # nearly every word of a corpus has been seen before
 def analyse_word(word):
     """One raw token through Lucene's English filters: the index term, or "" for a stop word."""
-    word = (word[:-2] if re.search("['\u2019\uff07][sS]$", word) else word).lower()
+    word = word[:-2] if re.search("['\u2019\uff07][sS]$", word) else word
+    word = "".join(letter.lower()[0] for letter in word)  # one by one, unlike str.lower
     return "" if word in STOP_WORDS or not word.strip("_") else porter_stem(word)
 
 _PORTER_RULES = [dict(rule.split(":") for rule in rules.split()) for rules in (  # steps 2 to 4

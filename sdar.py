@@ -32,6 +32,7 @@ GPUs (docs/adapters.md shows the loss in trainers that shard); a value network, 
 import argparse
 import contextlib
 import copy
+import datetime
 import difflib
 import functools
 import hashlib
@@ -158,7 +159,9 @@ PRESETS = {  # a row applies if all its words are the run's env, algo, recipe or
 }
 SUCCESS_REWARD = {"alfworld": 10.0, "webshop": 10.0, "search": 1.0}  # of others 1; else 0
 MAY_CHANGE = ("data device max_prompt max_teacher_prompt micro_tokens rollout_rows save_every "
-              "small_gpu steps track val_episodes val_every val_split").split()  # with --resume
+              "skills small_gpu steps track val_episodes val_every val_split").split()  # --resume
+INHERITED = ("prompt_style history max_prompt max_teacher_prompt max_response lr max_turns "
+             "env_args data").split()    # by a new run from the run in --model
 
 # ======== 1. Data: a turn, an episode, a batch ====================================================
 @dataclass
@@ -287,10 +290,11 @@ def rollout(policy, env, tasks, s, temperature, generator, group_size=1, skills=
             waiting[i] = ids
 
     ask(range(len(tasks)))
-    with progress(total=len(tasks), desc=label, unit="ep") as bar:
+    with progress(total=len(tasks) * s.max_turns, desc=label, unit="turn") as bar:
         for ended in generate(policy, waiting, s, temperature, env.stop, generator):  # {i: ids}
-            texts = policy.tokenizer.batch_decode(list(ended.values()), skip_special_tokens=True)
-            env.step([episodes[i].session for i in ended], texts, think_closed=policy.think_closed)
+            texts = [response_text(policy, ids) for ids in ended.values()]
+            env.step([episodes[i].session for i in ended], [policy.opened + x for x in texts],
+                     think_closed=policy.think_closed)
             for (i, ids), text in zip(ended.items(), texts):
                 e = episodes[i]
                 closed = ids[-1] in policy.end_ids or any(tag in text for tag in env.stop)
@@ -299,7 +303,8 @@ def rollout(policy, env, tasks, s, temperature, generator, group_size=1, skills=
                                       admissible=e.session.admissible, cut=not closed)
             live = [i for i in ended if not episodes[i].session.done
                     and len(episodes[i].turns) < s.max_turns]
-            bar.update(len(ended) - len(live))
+            bar.update(sum(1 if i in live else s.max_turns + 1 - len(episodes[i].turns)
+                           for i in ended))
             if live:
                 ask(live)                              # generate takes these next
     for e in episodes:
@@ -522,17 +527,20 @@ def optimizer_step(state, turns, further, s, method, lr, bar):
     sums = [{name: float(x) for name, x in part.items()} for _, _, part in results]
     return sums, *apply_update(state, lr, s.grad_clip)
 
+ENTROPY_BONUS = 0.001    # of the public code, in every method's loss
+
 def step_loss(policy, turns, s, method, term, baseline=0.0):
     """(this micro-batch's part of the loss, its Batch). The parts of a mini-batch add up."""
     tokens = [t.response_ids + t.after for t in turns]
     hidden, targets, mask = response_hidden(policy.model, [t.prompt_ids for t in turns], tokens)
     with_entropy = "entropy" in method.needs or s.gate in ("entropy", "soft-or")
+    with_entropy = "gradient" if s.recipe == "released" else with_entropy
     logp, entropy = chunked_logps(policy.head, hidden, targets, s.temperature, with_entropy)
     b = batch_of(turns, policy.device)
     full = unflatten(logp, mask)                                                        # (B, L)
     b.logp = full[:, :b.mask.shape[1]].masked_fill(~b.mask, 0)                          # (B, T)
     b.after = full.masked_fill(F.pad(b.mask, (0, full.shape[1] - b.mask.shape[1])), 0)  # (B, L)
-    b.entropy = None if entropy is None else unflatten(entropy, mask)                   # (B, T)
+    b.entropy = None if entropy is None else unflatten(entropy.detach(), mask)          # (B, T)
     b.old = b.logp.detach() if b.old is None else b.old    # one update per rollout: old is current
     b.compare = functools.partial(compare_views, policy, turns, s, hidden, mask)
     b.baseline = baseline
@@ -541,13 +549,19 @@ def step_loss(policy, turns, s, method, term, baseline=0.0):
         values = values + term(b, s)
     if s.kl and b.ref is not None:
         values = values + s.kl * k3_kl(b.logp, b.ref)
+    if s.recipe == "released":
+        values = values - ENTROPY_BONUS * unflatten(entropy, mask)[:, :values.shape[1]]
     loss = aggregate(values, b.weights)
     return loss + method.after_loss(b) if method.after_loss else loss, b
 
 # ======== 9. Training =============================================================================
 def train(s, resume=None):
     """A whole run. Ctrl-C, SIGTERM or a user's error saves and ends it."""
+    said = s.data or s.model == "tiny"
     env = open_env(s)
+    if env.builtin and not said:
+        raise UserError(f"there is no {s.env} data: give its folder with --data, or say --data "
+                        "built-in to train this model on built-in games")
     state = start_or_resume(s, env, resume)
     try:
         clone_experts(state, env, s)
@@ -561,6 +575,7 @@ def train(s, resume=None):
             if state.step % s.save_every == 0 or state.step == s.steps:
                 save_checkpoint(state, s)
             validate(state, env, s)
+        save_checkpoint(state, s)                      # unless the last step did
     except (KeyboardInterrupt, UserError):             # neither can come in mid-update
         save_and_say(state, s)
         raise
@@ -1180,16 +1195,37 @@ METHODS |= {
 }
 
 # ======== 11. Prompts, tasks and skills in detail =================================================
-def render_chat(tokenizer, text):
-    """The chat template around one user message, with thinking switched off where it can be."""
-    return tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False,
-                                         add_generation_prompt=True, enable_thinking=False)
+DAY = datetime.datetime(2026, 1, 1)     # "today" in every chat template: a resume sees the same
+DATE = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
+
+def render_chat(tokenizer, text, answer=None):
+    """The chat template around one user message, with thinking switched off where it can be; with
+    an answer, around both."""
+    template = DATE.sub(lambda x: repr(DAY.strftime(x[2])), tokenizer.get_chat_template())
+    chat = [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
+    return tokenizer.apply_chat_template(
+        chat if answer else chat[:1], chat_template=template, tokenize=False,
+        add_generation_prompt=not answer, enable_thinking=False)
+
+TAG = re.compile("</?(think|action|search|answer|information)>")     # of the environments
+
+def special_tokens(tokenizer):
+    """{text: id} of the tokens that structure a chat: those called special, but for the tags of the
+    environments, and those in <> or [] that the template writes."""
+    written = re.findall(r"<[^\s<>]+>|\[[^\s\[\]]+\]", str(tokenizer.chat_template))
+    found = {token.content: i for i, token in tokenizer.added_tokens_decoder.items()
+             if token.special or token.content in written}
+    found |= zip(tokenizer.all_special_tokens, tokenizer.all_special_ids)
+    return {text: i for text, i in found.items() if not TAG.fullmatch(text)}
+
+def response_text(policy, ids):
+    """The text of a response, without end and padding tokens."""
+    return policy.tokenizer.decode([i for i in ids if i not in policy.special_ids])
 
 def without_special_tokens(tokenizer, texts):
     """The texts without special tokens that stand there as text and would end the message."""
-    added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    special = sorted(added | set(tokenizer.all_special_tokens))
-    pattern = re.compile("|".join(map(re.escape, special)))
+    special = sorted(special_tokens(tokenizer), key=len, reverse=True)
+    pattern = re.compile("|".join(map(re.escape, special)) or "(?!)")
     result = []
     for text in map(envs.encodable, texts):
         while (shorter := pattern.sub("", text)) != text:  # what was removed may have split another
@@ -1550,14 +1586,17 @@ def log_softmax(logits, temperature):
 
 def chunked_logps(head, hidden, targets, temperature=1.0, with_entropy=False):
     """(log pi(target) (N,), entropy in nats (N,) without gradient, or None) from hidden states
-    (N, D), targets (N,), and head, the function (n, D) -> logits (n, V)."""
+    (N, D), targets (N,), and head, the function (n, D) -> logits (n, V). with_entropy "gradient":
+    the entropy has one too."""
     def one(h, target):
         logp = log_softmax(head(h), temperature)                                        # (n, V)
         chosen = logp.gather(1, target[:, None])                                        # (n, 1)
-        p = logp.detach()
+        p = logp if with_entropy == "gradient" else logp.detach()
         return torch.cat([chosen, -(p.exp() * p).sum(-1, True)], 1) if with_entropy else chosen
-    values = by_chunks(one, hidden, targets)                                          # (N, 1 or 2)
-    return values[:, 0], values[:, 1].detach() if with_entropy else None
+    logp, *entropy = by_chunks(one, hidden, targets).T                               # (N,) each
+    if with_entropy == "gradient":
+        return logp, entropy[0]
+    return logp, entropy[0].detach() if with_entropy else None
 
 def over_vocabulary(function, head, hidden, taught, temperature=1.0):
     """function(log pi, log pi_T) -> (N,), called on log-probabilities (n, V) of a chunk at a time;
@@ -1638,6 +1677,8 @@ class Policy:
     end_ids: frozenset        # token ids that end a response (EOS, end of turn)
     closing_ids: frozenset    # token ids with '>' in their text: only these can end a closing tag
     think_closed: bool        # the chat template closes the think block in the prompt (Qwen3)
+    opened: str = ""          # "<think>" where the template opens the think block in the prompt
+    special_ids: frozenset = frozenset()    # token ids that are no text: end, padding, roles
     cache: object = None      # KeyValues of the last generation, reused by the next
 
     device = property(lambda self: self.model.device)
@@ -1668,36 +1709,49 @@ def load_policy(name, device="auto", texts=(), seed=233):
     if not tokenizer.chat_template:
         raise UserError(f"{name!r} has no chat template; take an instruction-tuned model")
     for module in model.modules():      # scoring and training must use the same function
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        if hasattr(module, "attention_dropout"):
-            module.attention_dropout = 0.0
+        for holder in (module, getattr(module, "config", module)):
+            for key, value in list(vars(holder).items()):
+                if type(value) is float and ("drop" in key or isinstance(holder, torch.nn.Dropout)):
+                    setattr(holder, key, 0.0)
     for p in model.parameters():        # not model.to(dtype): that rounds the rotary frequencies
         p.data = p.data.to(dtype)
     small = device.type == "cpu" and model.num_parameters() < 1e7
     if small and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)        # more threads gain little, and on a busy machine they spin
-    policy = wrap_policy(model.to(device).eval(), tokenizer)
-    check_model(policy, name)
+    model = model.to(device).eval()
+    try:
+        policy = wrap_policy(model, tokenizer)
+        fault = text_fault(policy) or model_fault(policy)
+    except Exception as error:          # a model or template that does not fit can fail anywhere
+        if out_of_memory(error):
+            raise
+        fault = f"does not work here ({type(error).__name__}: {first_line(error)})"
+    if fault:
+        raise UserError(f"{name!r} {fault}; take a Qwen2.5, Qwen3, Llama or SmolLM2 model")
     return policy
 
 def read_model(name, dtype):
     """(model, tokenizer) from a folder, a GGUF file or the hub; UserError if that fails, or if the
     model would start with random or quantised weights."""
+    from tokenizers import Tokenizer
     from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+    from transformers.utils import cached_file
     path = Path(name)
     folder = path.parent if path.suffix == ".gguf" else last_checkpoint(path) or name
     file = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
+    if Path(folder, "adapter_config.json").is_file():
+        raise UserError(f"{name!r} is an adapter; merge it into its base model (peft's "
+                        "merge_and_unload), save that, and give its folder")
     try:
-        saved = Path(folder, "tokenizer_config.json")
-        here = saved.is_file() or Path(folder, "tokenizer.json").is_file()
-        kind = json.loads(saved.read_text("utf-8")) if here else {}
-        # for these AutoTokenizer takes the model type's own tokenizer instead of the folder's
-        generic = kind.get("tokenizer_class") in ("TokenizersBackend", "PreTrainedTokenizerFast")
-        loader = PreTrainedTokenizerFast if generic else AutoTokenizer
-        tokenizer = loader.from_pretrained(folder, **file)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **file)
+        own = None if file else cached_file(folder, "tokenizer.json",
+                                            _raise_exceptions_for_missing_entries=False)
+        sample = "step 12\n\n It's 3,400 \u00c9 <action>go\tto X2</action>\r\n"
+        ids = tokenizer(sample, add_special_tokens=False)["input_ids"]
+        if own and ids != Tokenizer.from_file(own).encode(sample, add_special_tokens=False).ids:
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)   # not the model type's
         model, report = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, output_loading_info=True, **file)
+            folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **file)
     except Exception as error:          # a folder or file can be wrong in any way
         if out_of_memory(error):
             raise
@@ -1709,7 +1763,8 @@ def read_model(name, dtype):
     if file:                            # dequantised: an ordinary model, which may be saved
         model.hf_quantizer = None
         del model.config.quantization_config
-    if hasattr(model.config, "quantization_config"):
+    floating = all(p.is_floating_point() for p in model.parameters())
+    if hasattr(model.config, "quantization_config") or not floating:
         raise UserError(f"{name!r} is quantised and cannot be trained; take the original weights")
     return model, tokenizer
 
@@ -1721,26 +1776,92 @@ def wrap_policy(model, tokenizer):
     end = set(end if isinstance(end, list) else [end]) | {tokenizer.eos_token_id}
     pieces = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
     closing = frozenset(i for i, piece in enumerate(pieces) if piece and ">" in piece)
+    special = frozenset(special_tokens(tokenizer).values())
+    ending = render_chat(tokenizer, "Hello", "I see").rpartition("I see")[2]
+    turn_end = tokenizer(ending, add_special_tokens=False)["input_ids"]
+    end.update([i for i in turn_end if i in special][:1])    # a base model's EOS is another
     after = render_chat(tokenizer, "Hello").rpartition("Hello")[2]
-    return Policy(model, tokenizer, frozenset(end - {None}), closing, "</think>" in after)
+    closed = "</think>" in after.rpartition("<think>")[2]
+    opened = "<think>" if "<think>" in after and not closed else ""
+    return Policy(model, tokenizer, frozenset(end - {None}), closing, closed, opened, special)
+
+def text_fault(policy):
+    """What template and tokenizer do to messages and tags, "" if these stay what they are."""
+    tokenizer = policy.tokenizer
+    said = ["<think>I look.</think><{0}>Open box 12</{0}>".format(tag)
+            for tag in ("action", "search", "answer")]
+    message = f"Put 2 mugs & 1 'pan':\n{said} -> [\u00c9mile]"
+    chat = render_chat(tokenizer, message)
+    if message not in chat or "I see" not in render_chat(tokenizer, "Hello", "I see"):
+        return "has a chat template that leaves out or changes messages"
+    ids = tokenizer(chat, add_special_tokens=False)["input_ids"]
+    responses = tokenizer(said, add_special_tokens=False)["input_ids"]
+    for text, read in [(message, tokenizer.decode(ids)),
+                       *zip(said, [response_text(policy, row) for row in responses])]:
+        if "".join(text.split()) not in "".join(read.split()):
+            return f"has a tokenizer that makes {envs.one_line(read)!r} of {text!r}"
+    largest = max({*tokenizer.get_vocab().values()} - policy.special_ids | {*ids})
+    known = policy.model.get_input_embeddings().num_embeddings
+    return f"has token {largest}, but only {known} embeddings" if largest >= known else ""
 
 @torch.no_grad()
-def check_model(policy, name):
-    """UserError if the model does not keep all keys and values (sliding windows, state spaces), or
-    if its logits are not its head applied to its last hidden states."""
+def model_fault(policy):
+    """Why a model cannot be trained, or "". transformers' generate continues two prompts of unequal
+    length; decode_step and the pass without a cache must give its tokens the same logits."""
     from transformers import DynamicCache
-    layers = {type(layer).__name__ for layer in DynamicCache(config=policy.model.config).layers}
-    odd = ", ".join(sorted(layers - {"DynamicLayer"}))
-    ids = policy.tokenizer("Hello there", add_special_tokens=False)["input_ids"]
-    ids = torch.tensor([ids], device=policy.device)                                     # (1, L)
-    if odd:
-        fault = f"does not attend to all it has read ({odd}), which generation here needs"
-    elif not torch.allclose(policy.head(hidden_states(policy.model, ids)),
-                            policy.model(input_ids=ids).logits, rtol=1e-2, atol=1e-2):
-        fault = "scales or caps its logits, which the chunked head does not"
-    else:
-        return
-    raise UserError(f"{name!r} {fault}; take a Qwen2.5, Qwen3, Llama or SmolLM2 model")
+    model = policy.model
+    layers = {type(layer).__name__ for layer in DynamicCache(config=model.config).layers}
+    layers |= {*(getattr(model.config, "attention_layers", None) or ())} & {"local"}     # GPT-Neo
+    if odd := ", ".join(sorted(layers - {"DynamicLayer"})):
+        return f"remembers in a way that generation here does not know ({odd})"
+    if not all(p.requires_grad for p in model.parameters()):
+        return "has frozen weights, perhaps of an adapter, which has to be merged first"
+    prompts = encode_chats(policy.tokenizer, ["Hello", "Look at the desk, then at the shelf."])
+    logits, answers = [], []
+    for prompt in prompts:
+        ids = to_device([prompt], policy.device)                                        # (1, L)
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4,
+                             min_new_tokens=4, do_sample=False, num_beams=1,
+                             output_logits=True, return_dict_in_generate=True)
+        logits.append(torch.cat(out.logits))                                            # (4, V)
+        answers.append(out.sequences[0, -4:].tolist())
+    logits = torch.stack(logits)                                                     # (2, 4, V)
+    if logits.isnan().any():
+        return "computes logits that are not numbers"
+    tokens = to_device(answers, policy.device)                                          # (2, 4)
+    kv = policy.cache = KeyValues(2, max(map(len, prompts)) + 4, policy.device)
+    kv.slot[:] = to_device([len(prompt) for prompt in prompts], policy.device)
+    decoded = [prefill(policy, prompts, [0, 1], Settings())]                            # (2, V)
+    for kv.token[:] in tokens.T[:3]:
+        decoded.append(decode_step(policy, kv, 2, kv.length))
+        kv.slot += 1
+    policy.cache = None
+
+    def logps(logits):                                                       # (2, 4, V) -> (2, 4)
+        return log_softmax(logits, 1).gather(-1, tokens[..., None])[..., 0]
+
+    ways = {"when decoding here": logps(torch.stack(decoded, 1))}
+    for way, training in (("in training mode", True), ("without a cache, by its head", False)):
+        ways[way] = response_logps(model.train(training), prompts, answers, Settings())[0]
+    limit = (3e-3 if model.dtype == torch.float32 else 0.3) * logits.float().std()
+    wrong = [way for way, x in ways.items() if not (x - logps(logits)).norm() <= limit]
+    return f"computes other log-probabilities {wrong[-1]}" if wrong else ""
+
+def check_lengths(policy, s):
+    """UserError, or a line for rotary positions, if a prompt with its response can be too long."""
+    rope = getattr(policy.model.config, "rope_parameters", None) or {}
+    known = getattr(policy.model.config, "max_position_embeddings", math.inf)
+    if moving := rope.get("rope_type") in ("dynamic", "longrope"):    # with a batch's longest row
+        known = rope.get("original_max_position_embeddings", known)
+    need = max(s.max_prompt, s.max_teacher_prompt) + s.max_response
+    line = (f"{s.model} knows {known} positions, a prompt and its response may have {need}; "
+            "lower --max-prompt, --max-teacher-prompt or --max-response")
+    if need > known and (moving or not rope):
+        raise UserError(line)
+    notes = [line] * (need > known)
+    if "strftime_now" in str(policy.tokenizer.chat_template):
+        notes.append(f"the chat template prints the date, here always {DAY:%d %b %Y}")
+    print("".join(f"note: {note}\n" for note in notes), end="", flush=True)
 
 TINY = dict(width=96, layers=3, vocabulary=640)
 TINY_TEMPLATE = (
@@ -1794,6 +1915,7 @@ class State:
     memory: dict = field(default_factory=dict)    # what a method remembers between steps
     teacher: torch.nn.Module = None    # frozen, of --teacher-model
     tasks: str = ""                    # hash of the training tasks
+    skills: str = ""                   # hash of the skills' texts
 
     masters = property(lambda self: self.optimizer.param_groups[0]["params"])
 
@@ -1851,7 +1973,8 @@ def expert_turns(policy, env, task, s, seed):
         text = envs.encodable(session.expert())
         prompt = prompts(policy, [session], s, [skill])[0][0]
         cut = 1 if s.model == "tiny" else len(prompt)         # tokens from here on are trained
-        response = policy.tokenizer(text, add_special_tokens=False)["input_ids"]
+        response = policy.tokenizer(text.removeprefix(policy.opened), add_special_tokens=False)
+        response = response["input_ids"]
         turn = Turn(prompt[:cut], prompt[cut:] + response)
         turn.advantages = torch.tensor([PROMPT_LOSS] * (len(prompt) - cut) + [1.0] * len(response))
         turns.append(turn)
@@ -1869,7 +1992,7 @@ def clone_step(state, env, s):
     cosine = math.cos(math.pi * state.warm_step / s.warm_start)
     lr = s.warm_lr * min(1.0, (state.warm_step + 1) / 20) * (0.55 + 0.45 * cosine)
     state.policy.model.train()
-    plain = replace(s, kl=0.0, gate="gap", gate_baseline=False)
+    plain = replace(s, kl=0.0, gate="gap", gate_baseline=False, recipe="paper")
     optimizer_step(state, turns, [], plain, METHODS["grpo"], lr, progress(disable=True))
     state.policy.model.eval()
     state.warm_step += 1
@@ -1888,11 +2011,14 @@ def clone_experts(state, env, s):
                 write_log(s, "metrics.jsonl", row)
             bar.set_postfix_str(f"{loss:.3f} nats a token")
             bar.update()
+            if bar.disable and state.warm_step % max(1, s.warm_start // 10) == 0:
+                print(f"cloning {state.warm_step}/{s.warm_start}  {loss:.3f} nats a token",
+                      flush=True)
             if state.warm_step % (10 * s.save_every) == 0 or state.warm_step == s.warm_start:
                 save_checkpoint(state, s)
 
 # ======== 18. The log =============================================================================
-progress = functools.partial(tqdm, leave=False, dynamic_ncols=True)
+progress = functools.partial(tqdm, leave=False, dynamic_ncols=True, disable=None)
 
 @torch.no_grad()
 def token_sums(b, s, loss):
@@ -2048,7 +2174,7 @@ def log_step(state, episodes, m, s):
     print(f"{line}  grad {m['grad_norm']:.2f}  {m['seconds']:.1f} s ({phases})", flush=True)
 
 # ======== 19. Files: logs and checkpoints =========================================================
-RESUMED = ("step", "warm_step", "cursor", "bandit", "memory", "tasks")    # of State
+RESUMED = ("step", "warm_step", "cursor", "bandit", "memory", "tasks", "skills")    # of State
 KEEP = 2                                                                  # checkpoints
 
 def versions():
@@ -2158,10 +2284,11 @@ def save_checkpoint(state, s):
             with open(path, "rb+") as f:
                 os.fsync(f.fileno())
         part.rename(final)
-    except (OSError, RuntimeError, SafetensorError) as error:  # one error per library: disk full
+    except Exception as error:                        # every library has its own
         shutil.rmtree(part, ignore_errors=True)
-        raise OSError(f"cannot save to {folder}: {first_line(error)}; the previous checkpoint is "
-                      f"whole: make room, then python sdar.py --resume {s.out}") from None
+        kept = "the previous checkpoint is whole: " if checkpoints(s.out) else ""
+        raise OSError(f"cannot save to {folder}: {first_line(error)}; {kept}make room, then "
+                      f"python sdar.py --resume {s.out}") from None
     for old in checkpoints(s.out)[:-KEEP]:
         shutil.rmtree(old)
 
@@ -2201,6 +2328,9 @@ def open_env(s):
             raise UserError(f"--env-args takes KEY=VALUE pairs of the environment, not {item!r}")
         number = re.fullmatch(r"-?\d+(\.\d+)?", value)
         options[key] = json.loads(value) if number else value
+        if key == "corpus":
+            options[key] = str(envs.existing("corpus", value))
+    s.env_args = shlex.join(f"{key}={value}" for key, value in options.items())
     env = envs.open_env(s.env, s.data or None, skills=s.skills or None, **options)
     s.data = s.data or "built-in" * env.builtin        # --resume never switches to other data
     return env
@@ -2209,27 +2339,33 @@ def start_or_resume(s, env, resume):
     """The State of a new run, its folder made, or of a resumed one."""
     if s.val_every:
         envs.panel(env, s.val_split or env.splits[1], s.val_episodes)    # fails now, not later
+    tasks = envs.panel_hash(env.tasks(env.splits[0]))
     print(env.source, flush=True)
     out = Path(s.out)
-    tasks = envs.panel_hash(env.tasks(env.splits[0]))
+    skills = envs.panel_hash([env.all_skills()])
     if resume is None and (out / "config.json").exists():
         raise UserError(f"{out} holds a run: continue it with --resume {out}, or change --out")
     if resume and checkpoints(out):
         state = load_checkpoint(checkpoints(out)[-1], s)
         if state.tasks != tasks:
             raise UserError(f"{out} began with other training tasks; give its data with --data")
+        if state.skills != skills:
+            raise UserError(f"{out} began with other skills; give those with --skills, or start a "
+                            "new run with --out")
         print(f"resumed from {checkpoints(out)[-1]}", flush=True)
     else:                                              # a run that was killed early starts again
         texts = tiny_texts(env, s) if s.model == "tiny" else ()
         policy = load_policy(s.model, s.device, texts, s.seed)
         state = make_state(policy, s, 0.98 if s.warm_start else 0.999)   # faster beta2 for cloning
         state.tasks = tasks
+        state.skills = skills
     state.teacher = load_teacher(state.policy, s)
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / "config.json", json.dumps(asdict(s) | {"versions": versions()}, indent=1))
     if s.track != "none":
         tracker(s.track, s.out)
     cut_logs(state, s)
+    check_lengths(state.policy, s)
     model = state.policy.model
     size = f"{model.num_parameters() / 1e6:.2f}M parameters, {model.dtype}, {model.device}"
     print(f"{s.model}: {size}; {s.algo}, {s.groups} x {s.group_size} episodes a step; log in {out}",
@@ -2269,19 +2405,29 @@ def validate(state, env, s):
     row = {"step": state.step, "warm_step": state.warm_step, "split": split, "panel": digest}
     write_log(s, "validation.jsonl", row | {name: m[name] for name in kept})
 
+STOPS = [n for n in signal.Signals if n.name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
+         and signal.getsignal(n) != signal.SIG_IGN]    # nohup ignores SIGHUP
+TERMINALS = [number for number in (1, 2) if os.isatty(number)]
+
+def stop(number, frame=None):
+    """Handler of all STOPS: end as with Ctrl-C, which saves the run."""
+    for terminal in TERMINALS * (signal.Signals(number).name == "SIGHUP"):
+        os.dup2(os.open(os.devnull, os.O_RDWR), terminal)    # it is lost: write elsewhere
+    raise KeyboardInterrupt
+
 @contextlib.contextmanager
 def uninterrupted():
-    """Delay Ctrl-C and SIGTERM until the block ends."""
+    """Delay Ctrl-C and the other STOPS until the block ends."""
     pending = []
-    previous = {number: signal.signal(number, lambda *_: pending.append(number))
-                for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, lambda number, _: pending.append(number))
+                for number in STOPS}
     try:
         yield
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
     if pending:
-        raise KeyboardInterrupt
+        stop(pending[0])
 
 def save_and_say(state, s):
     """Save a run that is being stopped."""
@@ -2298,21 +2444,28 @@ def choices_of(f):
     """The values that a field of Settings may have, None for any."""
     return list(METHODS) if f.name == "algo" else f.metadata["choices"]
 
-def make_parser():
-    """The command line of sdar.py, one flag per field of Settings."""
+def make_parser(s=Settings()):
+    """The command line of sdar.py, one flag per field of Settings; --help shows the values of s."""
     parser = argparse.ArgumentParser(
         prog="sdar.py", usage="python sdar.py [--env ENV] [--model MODEL] [flags]",
         description=__doc__, argument_default=argparse.SUPPRESS, allow_abbrev=False,
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=100),
-        epilog="Defaults are the paper's for ALFWorld; see PRESETS in sdar.py for the others.")
-    parser.error = lambda message: fail(f"{message}; see python sdar.py --help")
+        epilog=f"The defaults shown are those of --env {s.env} --model {s.model} --algo {s.algo}.")
+
+    def error(message):
+        word = message.rpartition("arguments: ")[2].partition("=")[0]
+        close = difflib.get_close_matches(word, parser._option_string_actions, 1)
+        fail(f"{message}; " + (f"did you mean {close[0]}?" if close else "see sdar.py --help"))
+
+    parser.error = error
     parser.add_argument("--resume", metavar="RUN", help="continue the run in this folder")
     parser.add_argument("--config", metavar="FILE", help="repeat the run of this config.json, with "
                         "what other flags change")
     for f in fields(Settings):
         if f.name in HEADINGS:
             group = parser.add_argument_group(HEADINGS[f.name])
-        shown = "" if f.default in ("", False) else f" (default: {f.default})"
+        value = getattr(s, f.name)
+        shown = "" if value in ("", False) else f" (default: {value})"
         options = {"help": (f.metadata["help"] + shown).replace("%", "%%"), "action": "store_true"}
         if not isinstance(f.default, bool):
             options |= {"action": "store", "type": type(f.default), "choices": choices_of(f),
@@ -2321,31 +2474,55 @@ def make_parser():
     return parser
 
 def preset(explicit):
-    """Settings of these flags, over the presets of their env, algo, recipe and model."""
+    """Settings of a new run: defaults, PRESETS, those of the run that made --model, flags."""
     s = Settings(**explicit)
     for key, values in PRESETS.items():
         if set(key.split()) <= {s.env, s.algo, s.recipe, s.model}:
             s = replace(s, **values)
-    return replace(s, **explicit)
+    file = Path(last_checkpoint(s.model) or "", "state.json")
+    saved = read_json(file, "")["settings"] if s.model != "tiny" and file.is_file() else {}
+    names = INHERITED if saved.get("env") == s.env else INHERITED[:-3]
+    return replace(s, **{name: saved[name] for name in names if name in saved} | explicit)
+
+def is_path(name, value):
+    """Whether a flag's value is a path. A model may also be one of the hub's: one/two."""
+    if name != "model" or value == "tiny":
+        return name in ("data", "skills", "resume", "config") and value not in ("", "built-in")
+    home = Path(value.partition("/")[0] or "/").expanduser().is_dir() and "/" in value
+    return home or value.endswith(".gguf") or Path(value).exists()
 
 def read_settings(argv):
-    """(Settings, run folder to resume or None): defaults, then presets, then flags. --resume and
-    --config put a run's own settings before the flags."""
-    explicit = vars(make_parser().parse_args(argv))
+    """(Settings, run folder to resume or None): a new run's, see preset; with --resume or --config
+    a run's own settings, then flags."""
+    argv = sys.argv[1:] if argv is None else argv
+    flags = [word for word in argv if word not in ("-h", "--help")]
+    explicit = vars(make_parser().parse_args(flags))
+    for name, value in explicit.items():
+        if is_path(name, value):
+            explicit[name] = str(envs.existing(flag(name), value))
     resume = explicit.pop("resume", None)
+    config = explicit.pop("config", None)
+    if len(flags) < len(argv):
+        make_parser(preset(explicit)).parse_args(["--help"])
+    if resume and config:
+        raise UserError("--config cannot change within a run; start a new one with --out")
     if resume:
         for name in sorted(set(explicit) - set(MAY_CHANGE)):
             raise UserError(f"{flag(name)} cannot change within a run; start a new one with --out")
+        for folder in Path(resume).parents[:2]:
+            if checkpoints(folder):
+                raise UserError(f"{resume} is a part of a run; continue it with --resume {folder}")
         saved = read_config(Path(resume) / "config.json", f"{resume} holds no run (no config.json)")
-        s = Settings(**{**saved, **explicit, "out": str(resume)})
+        s = Settings(**{**saved, **explicit, "out": resume})
     else:
-        config = explicit.pop("config", None)
         s = preset({**(told_settings(config) if config else {}), **explicit})
         if config:                                     # another method may use fewer of them
             s = replace(s, **{name: getattr(Settings, name) for name in without_effect(s)
                               if name not in explicit})
         short = re.sub(r"[^\w.-]+", "-", f"{Path(s.env).name}-{s.algo}-{Path(s.model).name}")
-        s.out = s.out or f"runs/{short}"
+        s.out = os.path.expandvars(os.path.expanduser(s.out or f"runs/{short}"))
+        if any(path.is_file() for path in (Path(s.out), *Path(s.out).parents)):
+            raise UserError(f"--out {s.out} is a file or in one; give a folder")
     check_settings(s)
     return s, resume
 
@@ -2382,6 +2559,8 @@ def check_settings(s):
         raise UserError("--seed must be a number of 64 bits")
     if s.track != "none" and importlib.util.find_spec(s.track) is None:
         raise UserError(f"--track {s.track} needs a package: pip install {s.track}")
+    if s.steps == s.warm_start == 0:
+        raise UserError("--steps 0 trains nothing; to measure a model take eval.py --model")
     if s.gate_baseline and (s.gate != "gap" or s.divergence != "sampled"):
         raise UserError("--gate-baseline needs --gate gap and --divergence sampled")
     for name in without_effect(s):
@@ -2415,7 +2594,8 @@ def run_command(function):
 
 def main(argv=None):
     """The command line."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)    # a scheduler's stop acts as Ctrl-C
+    for number in STOPS:
+        signal.signal(number, stop)
     run_command(lambda: train(*read_settings(argv)))
 
 if __name__ == "__main__":
