@@ -483,6 +483,8 @@ def method_table(results):
 def followup_rows(results):
     """What the papers of the follow-ups among these evaluations print for their benchmark; GiGPO's
     row is in the papers that build on it. [] if there is none."""
+    if results[0]["env"] not in COLUMNS:
+        return []
     column = 1 + ("alfworld", "search", "webshop").index(results[0]["env"])
     named = {r["algo"] for r in results}
     named |= {"ucob", "paw"} if "gigpo" in named else set()

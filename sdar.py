@@ -62,6 +62,7 @@ from statistics import fmean
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -170,8 +171,7 @@ class Turn:
 
     prompt_ids: list                    # what the agent read
     response_ids: list = None           # as sampled, never re-tokenised; with EOS where sampled
-    other_ids: list = None              # the same with the skill, for SDAR the teacher's prompt;
-                                        # without it if prompt_ids has the skill
+    other_ids: list = None              # the other view: the teacher's prompt, with the skill
     observation: str = ""               # what the agent saw before it acted
     text: str = ""                      # the response
     action: str = ""
@@ -232,10 +232,8 @@ class Batch:
 def batch_of(turns, device="cpu"):
     """The turns as a Batch. Masks come from lengths, never from a pad id."""
     def tokens(rows):
-        if rows[0] is None:
-            return None
-        padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).detach()       # (B, T)
-        return to_device(padded, device)
+        if rows[0] is not None:
+            return to_device(pad_sequence(rows, batch_first=True).detach(), device)     # (B, T)
 
     def column(name):
         return to_device(torch.tensor([getattr(t, name) for t in turns]), device)       # (B,)
@@ -307,8 +305,7 @@ def rollout(policy, env, tasks, s, temperature, generator, group_size=1, skills=
                            for i in ended))
             if live:
                 ask(live)                              # generate takes these next
-    for e in episodes:
-        # an episode that was cut off at the turn limit has not won
+    for e in episodes:                                 # one cut off at the limit has not won
         e.reward = SUCCESS_REWARD.get(s.env, 1.0) * bool(e.session.won)
         for turn in e.turns:
             turn.reward = e.reward
@@ -484,6 +481,7 @@ def update(state, episodes, s, method, lr):
     minis = [turns[i::count] for i in range(count)]
     assign_weights(minis, s)
     further = method.rows(state, episodes, s) if method.rows else []
+    b.log |= {"further_rows": len(further)} if method.rows else {}
     for turn in further:                               # no policy loss, not counted in the log
         turn.advantages = torch.zeros(len(turn.response_ids))
         turn.number = -1
@@ -493,12 +491,7 @@ def update(state, episodes, s, method, lr):
         for i, mini in enumerate(minis):
             results.append(optimizer_step(state, mini, further[i::count], s, method, lr, bar))
     state.policy.model.eval()
-    counts = {"further_rows": len(further)} if method.rows else {}
-    return update_metrics(results, turns, lr) | b.log | counts
-
-def optimizer_steps(turns, s):
-    """The number of optimizer steps that an update over these turns takes."""
-    return -(-len(turns) // (s.mini_batch or len(turns)))
+    return update_metrics(results, turns, lr) | b.log
 
 def assign_weights(minis, s):
     """Set turn.weight, equal for all its tokens. Paper: they sum to 1 over the step, times the
@@ -526,8 +519,6 @@ def optimizer_step(state, turns, further, s, method, lr, bar):
         set_rows(part, "logp", logps)
     sums = [{name: float(x) for name, x in part.items()} for _, _, part in results]
     return sums, *apply_update(state, lr, s.grad_clip)
-
-ENTROPY_BONUS = 0.001    # of the public code, in every method's loss
 
 def step_loss(policy, turns, s, method, term, baseline=0.0):
     """(this micro-batch's part of the loss, its Batch). The parts of a mini-batch add up."""
@@ -557,11 +548,7 @@ def step_loss(policy, turns, s, method, term, baseline=0.0):
 # ======== 9. Training =============================================================================
 def train(s, resume=None):
     """A whole run. Ctrl-C, SIGTERM or a user's error saves and ends it."""
-    said = s.data or s.model == "tiny"
-    env = open_env(s)
-    if env.builtin and not said:
-        raise UserError(f"there is no {s.env} data: give its folder with --data, or say --data "
-                        "built-in to train this model on built-in games")
+    env = training_env(s)
     state = start_or_resume(s, env, resume)
     try:
         clone_experts(state, env, s)
@@ -590,10 +577,9 @@ def play_step(state, env, reference, s):
     phases = {}
     lap = stopwatch(phases, policy.device)
     tasks = draw_tasks(env, s, state.cursor, s.groups)
-    skills = None
     both = "views" in method.needs or ("teacher" in method.needs and state.teacher is None)
-    if both or method.acts != "plain":
-        skills = choose_skills(env, tasks, s, state)
+    skilled = both or method.acts != "plain"
+    skills = choose_skills(env, tasks, s, state) if skilled else None
     generator = generator_for(policy, s, "rollout", state.step)
     episodes = rollout(policy, env, tasks, s, s.temperature, generator, s.group_size, skills,
                        acts=method.acts, both=both, label=f"step {state.step + 1} rollout")
@@ -618,8 +604,7 @@ def play_step(state, env, reference, s):
 
 def learn_step(state, episodes, phases, s):
     """The update. All that a step changes in `state` is changed here. Returns the metrics."""
-    policy = state.policy
-    lap = stopwatch(phases, policy.device)
+    lap = stopwatch(phases, state.policy.device)
     rise = min(1.0, (state.step + 1) / (s.lr_warmup * s.steps)) if s.lr_warmup else 1.0
     metrics = update(state, episodes, s, method_of(s), s.lr * rise)
     lap("update", [t for e in episodes for t in e.turns])
@@ -627,7 +612,7 @@ def learn_step(state, episodes, phases, s):
     state.step += 1
     state.cursor += s.groups
     return {"step": state.step, **episode_metrics(episodes), **outcomes(episodes), **metrics,
-            **phases, "peak_memory_mib": peak_memory(policy.device)}
+            **phases, "peak_memory_mib": peak_memory(state.policy.device)}
 
 # ======== 10. Other objectives: baselines and ablations of the paper ==============================
 
@@ -666,6 +651,8 @@ DIVERGENCES = {  # from p = log pi and q = log pi_T, both (n, V), to nats (n,)
     "forward-kl": lambda p, q: (q.exp() * (q - p)).sum(-1),
     "jsd": jensen_shannon,
 }
+
+ENTROPY_BONUS = 0.001  # --recipe released: of the public code, in every method's loss
 
 RELEASED = {  # --recipe released: methods whose public code differs from the paper
     "opsd": replace(METHODS["sdar"], advantages=METHODS["opsd"].advantages),
@@ -1645,6 +1632,10 @@ def set_extra(turns, name, values):
     for turn, row in zip(turns, values.cpu()):
         turn.extra[name] = row[:len(turn.response_ids)].clone()
 
+def optimizer_steps(turns, s):
+    """The number of optimizer steps that an update over these turns takes."""
+    return -(-len(turns) // (s.mini_batch or len(turns)))
+
 def within_budget(items, size, budget):
     """Lists of at most `budget` tokens when padded, longest first: memory runs out early or not."""
     batches = []
@@ -1743,6 +1734,8 @@ def read_model(name, dtype):
         raise UserError(f"{name!r} is an adapter; merge it into its base model (peft's "
                         "merge_and_unload), save that, and give its folder")
     try:
+        if Path(folder, "state.json").is_file():        # ours: no tokenizer without its settings
+            Path(folder, "tokenizer_config.json").read_text("utf-8")
         tokenizer = AutoTokenizer.from_pretrained(folder, **file)
         own = None if file else cached_file(folder, "tokenizer.json",
                                             _raise_exceptions_for_missing_entries=False)
@@ -2333,6 +2326,15 @@ def open_env(s):
     s.env_args = shlex.join(f"{key}={value}" for key, value in options.items())
     env = envs.open_env(s.env, s.data or None, skills=s.skills or None, **options)
     s.data = s.data or "built-in" * env.builtin        # --resume never switches to other data
+    return env
+
+def training_env(s):
+    """open_env, except that a pretrained model trains on built-in games only if told to."""
+    said = s.data or s.model == "tiny"
+    env = open_env(s)
+    if env.builtin and not said:
+        raise UserError(f"there is no {s.env} data: give its folder with --data, or say --data "
+                        "built-in to train this model on built-in games")
     return env
 
 def start_or_resume(s, env, resume):

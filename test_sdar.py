@@ -10,6 +10,7 @@ In this order, and that is the specification:
     Advantages, weights   normalised per group; weights from counts over the whole step
     The gate optimises    exact expectations over a vocabulary: docs/gate.md, claim by claim
     Methods               each row of METHODS: padding, micro-batches, only the student learns, off
+    Follow-ups            published vectors, exact reductions, degenerate cases
     Vocabulary head       exact in chunks: log-probabilities, entropies, divergences
     Prompts               the skill is never cut, special tokens of others are removed
     Rollout, generation   greedy equals transformers; any schedule gives the same responses
@@ -17,6 +18,7 @@ In this order, and that is the specification:
     Runs                  same seed, same numbers, also after kill -9, Ctrl-C and SIGTERM
     Models                folders, tokenizers and templates as people have them
     Environments          ALFWorld, WebShop, Search-QA: text, rewards, parsing, skills, data files
+    A newcomer sees       transcripts, gates as a picture, play by hand, own environments
     Evaluation            panels, intervals, paired tests, tables, the benchmark
     README and docs       commands, flags, figures, and the code to copy
     Users' mistakes       one line, exit status 2, no traceback
@@ -24,8 +26,10 @@ In this order, and that is the specification:
     On a GPU              graphs, kernels, bf16 with fp32 masters
 """
 
+import contextlib
 import copy
 import dataclasses
+import datetime
 import errno
 import gc
 import gzip
@@ -34,10 +38,12 @@ import http.server
 import importlib
 import importlib.util
 import inspect
+import io
 import itertools
 import json
 import math
 import os
+import pty
 import random
 import re
 import shlex
@@ -52,6 +58,7 @@ import time
 import types
 import zipfile
 from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -64,6 +71,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import envs
@@ -704,7 +712,7 @@ VARIANTS = [dict(gate="entropy"), dict(gate="soft-or"), dict(gate="none"),
 every_row = pytest.mark.parametrize("row", [*ROWS.values(), *VARIANTS],
                                     ids=[*ROWS, *map(str, VARIANTS)])
 
-def learned(policy, turns, s, method=None):
+def learned(policy, turns, s, method=None, memory=None):
     """(metrics, flat gradient summed over mini-batches) of sdar.update of a copy of the policy on
     these turns, at a learning rate of 0."""
     gradients = []
@@ -714,6 +722,7 @@ def learned(policy, turns, s, method=None):
         gradients.append(torch.cat([p.grad.flatten() for p in masters]))
     s = dataclasses.replace(s, grad_clip=1e9)
     state = sdar.make_state(copied(policy, policy.model.dtype), s)
+    state.memory = {} if memory is None else memory
     state.optimizer.register_step_pre_hook(keep)
     episodes = [sdar.Episode("task", None, turns=list(own))
                 for _, own in itertools.groupby(turns, key=lambda t: t.rollout)]
@@ -1093,6 +1102,1193 @@ def test_who_acts_with_the_skill(policy, env, monkeypatch, acts, skilled):
         for t in e.turns:
             own, other = map(policy.tokenizer.decode, (t.prompt_ids, t.other_ids))
             assert (skill in own) == bool(with_skill) and (skill in other) != (skill in own)
+
+# ======== The follow-ups of SDAR ==================================================================
+
+START = types.SimpleNamespace(step=0, memory={})
+FOLLOWUPS = ("gigpo", "atod", "triage", "sgcd", "craft", "ucob", "paw")
+
+def made_turns(rows, seed=0):
+    """Turns from rows (group, rollout, number, reward, fields), each of 1 to 6 random tokens with
+    random log-probabilities in float64; `fields` are set as they are."""
+    rng = random.Random(seed)
+    g = torch.Generator().manual_seed(seed)
+    turns = []
+    for group, rollout, number, reward, values in rows:
+        length = values.get("length", rng.randint(1, 6))
+        prompt, response, other = ([rng.randrange(5, 300) for _ in range(n)]
+                                   for n in (rng.randint(1, 9), length, 12))
+        turn = sdar.Turn(prompt, response, other, group=group, rollout=rollout, number=number,
+                         reward=reward)
+        for name in ("logp", "old_logp", "teacher_logp", "ref_logp"):
+            setattr(turn, name, -4 * torch.rand(length, generator=g, dtype=F64))
+        for name in values.keys() - {"length"}:
+            setattr(turn, name, values[name])
+        turns.append(turn)
+    return turns
+
+def mixed_turns(policy=None, seed=0):
+    """Two groups of three rollouts with one success each, two or three turns a rollout."""
+    rows = []
+    for rollout in range(6):
+        for number in range(2 + rollout % 2):
+            fields = dict(observation=f"room {number % 2}", role="DENR"[(rollout + number) % 4])
+            rows.append((rollout // 3, rollout, number, 10.0 * (rollout % 3 == 1), fields))
+    turns = made_turns(rows, seed)
+    g = torch.Generator().manual_seed(seed)
+    for t in turns if policy else ():
+        own = logps_of(policy, t).detach()
+        for name in ("logp", "old_logp", "teacher_logp", "ref_logp"):
+            setattr(t, name, own + torch.rand(len(own), generator=g, dtype=F64) - 0.5)
+    return turns
+
+def rows_of(values, turns):
+    """The rows of (B, T) without their padding."""
+    return [row[:len(t.response_ids)] for row, t in zip(values, turns)]
+
+def one_token(old, teacher):
+    """One rollout whose turns have one token each, with these log-probabilities, as a Batch."""
+    rows = [(0, 0, number, 0.0, dict(length=1, old_logp=torch.tensor([o], dtype=F64),
+                                     teacher_logp=torch.tensor([t], dtype=F64)))
+            for number, (o, t) in enumerate(zip(old, teacher))]
+    return sdar.batch_of(made_turns(rows))
+
+# ---- GiGPO ---------------------------------------------------------------------------------------
+
+def test_gigpo_by_hand():
+    """Two rollouts, one wins in three turns: advantage over the group and over shared states."""
+    rows = [(0, 0, 0, 10.0, "a"), (0, 0, 1, 10.0, "b"), (0, 0, 2, 10.0, "a"),
+            (0, 1, 0, 0.0, "a"), (0, 1, 1, 0.0, "c"), (1, 2, 0, 10.0, "a"), (1, 3, 0, 10.0, "a")]
+    turns = made_turns([(*row, dict(observation=text)) for *row, text in rows])
+    turns[4].valid = False
+    b = sdar.batch_of(turns)
+    a = sdar.gigpo(b, settings())[:, 0]
+    first, last = 10 * 0.95**2, 10.0                 # returns to go in state a of group 0
+    mean = (first + last + 0) / 3
+    want = [5 + first - mean, 5, 5 + last - mean, -5 - mean, -5 - 0.1, 0, 0]
+    assert close(a, want, 1e-6)
+    assert b.log == {"states": 4, "rows_in_shared_states": 5, "share_in_shared_states": 5 / 7}
+
+def test_gigpo_without_its_step_part_is_grpo():
+    """With step weight 0 and a standard deviation: GRPO's advantages to the last bit."""
+    for seed, recipe in ((0, "paper"), (1, "released")):
+        s = settings(recipe=recipe)
+        b = sdar.batch_of(mixed_turns(seed=seed))
+        assert torch.equal(sdar.gigpo(b, s, step_weight=0.0, std=True), sdar.grpo(b, s))
+        assert not torch.equal(sdar.gigpo(b, s, std=True), sdar.grpo(b, s))
+
+def test_gigpo_of_search_divides_by_the_deviation():
+    """Search-QA's step part has standard deviation 1 in each shared state, and 0 where alone."""
+    b = sdar.batch_of(mixed_turns())
+    s = settings(env="search", env_args="")
+    step = (sdar.gigpo(b, s) - sdar.grpo(b, s))[:, 0]
+    for state in range(4):                           # two observations in each of two groups
+        own = [step[i].item() for i, t in enumerate(b.turns)
+               if (t.group, t.observation) == (state // 2, f"room {state % 2}")]
+        assert abs(sum(own)) < 1e-5 and torch.tensor(own).std().item() == pytest.approx(1, 1e-4)
+
+@pytest.mark.parametrize("values, groups, want", [
+    ([3.0], [0], [0]), ([2.0, 2.0], [1, 1], [0, 0]), ([1.0, 3.0, 9.0], [0, 0, 5], [-1, 1, 0])])
+def test_relative_values(values, groups, want):
+    """A lone value and equal ones have no advantage over themselves, also with a deviation."""
+    values, groups = torch.tensor(values, dtype=F64), torch.tensor(groups)
+    assert sdar.relative(values, groups).tolist() == want
+    scaled = sdar.relative(values, groups, std=True)
+    assert scaled.sign().tolist() == torch.tensor(want).sign().tolist()
+
+def test_states_are_shared_within_a_group_only():
+    """Equal observations share a state; for similarity 0.9, one word in twenty may differ."""
+    text = " ".join(map(str, range(20)))
+    near = text.replace("19", "x")
+    far = text.replace("1", "x")
+    rows = [(0, text), (0, near), (0, far), (1, text), (0, text)]
+    turns = made_turns([(g, i, 0, 0.0, dict(observation=o)) for i, (g, o) in enumerate(rows)])
+    assert sdar.shared_states(turns).tolist() == [0, 1, 2, 3, 0]
+    assert sdar.shared_states(turns, 0.9).tolist() == [0, 0, 1, 2, 0]
+    for name, count in (("alfworld", 4), ("webshop", 4), ("search", 3)):
+        b = sdar.batch_of(turns)
+        sdar.gigpo(b, settings(env=name))
+        assert b.log["states"] == count
+
+# ---- ATOD ----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("d, h, want", [
+    (".101 .120 .228 .022 .054 .019 .138", ".037 .013 .025 .010 .022 .006 .008",
+     "1 .60 1 .15 .60 0 .60"),
+    (".796 .705 .913 .876 .668 .696 1.214 .744", ".063 .132 .195 .158 .101 .132 .219 .158",
+     ".23 .48 .92 .76 .25 .47 1 .67")])
+def test_atod_weights_of_the_papers_figures(d, h, want):
+    """Two episodes of the paper: disagreement and surprise of each turn, and its weight."""
+    d, h, want = ([float(x) for x in row.split()] for row in (d, h, want))
+    b = one_token([-x for x in h], [-y - x for x, y in zip(d, h)])
+    w = sdar.atod_weights(b.old, b.teacher, b.mask, b.rollout)
+    assert close(w, want, 0.01)
+
+def test_atod_weights_where_nothing_can_be_compared():
+    """One turn: 0.75. Equal turns: 0.75 each. A turn without tokens: 0, and no other's limit."""
+    for values in ([-1.0], [-1.0, -1.0]):
+        b = one_token(values, [x - 0.3 for x in values])
+        assert close(sdar.atod_weights(b.old, b.teacher, b.mask, b.rollout), [0.75] * len(values))
+    b = one_token([-1.0, -2.0, -9.0], [-1.5, -2.0, 0.0])
+    b.mask[2] = False
+    assert close(sdar.atod_weights(b.old, b.teacher, b.mask, b.rollout), [1.0, 1.0, 0.0])
+    b.mask[:] = False
+    assert sdar.atod_weights(b.old, b.teacher, b.mask, b.rollout).tolist() == [0, 0, 0]
+
+@pytest.mark.parametrize("step, kappa, rho", [
+    (0, 1, 1), (40, 0.55, 1.5), (72, 0.19, 1.9), (80, 0.1, 2), (500, 0.1, 2)])
+def test_atod_from_distillation_to_rl(step, kappa, rho):
+    """kappa w (log pi_T - log pi_old) + rho A; a teacher that agrees leaves rho A, equal rewards
+    leave the teacher's part."""
+    s = settings()
+    state = types.SimpleNamespace(step=step)
+    turns = mixed_turns()
+    b = sdar.batch_of(turns)
+    w = sdar.atod_weights(b.old, b.teacher, b.mask, b.rollout)[:, None]
+    assert 0 < w.mean() < 1
+    grpo = sdar.grpo(b, s)
+    pull = kappa * w * (b.teacher - b.old)
+    parts = rows_of(pull + rho * grpo, turns)
+    assert all(close(a, x) for a, x in zip(rows_of(sdar.atod(b, s, state), turns), parts))
+    agreeing = dataclasses.replace(b, teacher=b.old)
+    assert torch.equal(sdar.atod(agreeing, s, state), rho * grpo + 0 * b.old)
+    lost = dataclasses.replace(b, reward=0 * b.reward)
+    assert close(sdar.atod(lost, s, state), pull)
+
+def test_atod_that_agrees_is_grpo_exactly(exact):
+    """At the first step, with the old policy as its own teacher: GRPO's loss and gradient."""
+    turns = mixed_turns(exact)
+    for t in turns:
+        t.teacher_logp = t.old_logp
+    metrics, gradient = learned(exact, turns, settings(algo="atod"))
+    plain, grpo = learned(exact, turns, settings(algo="grpo"))
+    assert metrics["loss"] == plain["loss"] and torch.equal(gradient, grpo)
+    assert grpo.norm() > 1e-3
+
+def test_teacher_model(policy, env, tmp_path, capsys):
+    """--teacher-model scores the student's own prompts; another tokenizer is an error in one line
+    before the run has a folder; without one a line says that this is not ATOD."""
+    folder = str(tmp_path / "teacher")
+    teacher = copied(policy)
+    with torch.no_grad():
+        teacher.model.get_input_embeddings().weight.mul_(0.5)
+    teacher.model.save_pretrained(folder)
+    teacher.tokenizer.save_pretrained(folder)
+    s = settings(algo="atod", teacher_model=folder)
+    state = sdar.make_state(copied(policy), s)
+    state.teacher = sdar.load_teacher(policy, s)
+    assert not any(p.requires_grad for p in state.teacher.parameters())
+    episodes, _ = sdar.play_step(state, env, None, s)
+    for t in [t for e in episodes for t in e.turns]:
+        assert t.other_ids is None
+        assert close(t.teacher_logp, logps_of(teacher, t).detach(), 1e-4)
+    other = sdar.load_policy("tiny", "cpu", ["quite other words"] * 9)
+    with pytest.raises(UserError, match="has another tokenizer than tiny; take"):
+        sdar.load_teacher(other, s)
+    out = tmp_path / "run"
+    with pytest.raises(UserError, match="--teacher-model"):
+        sdar.train(dataclasses.replace(s, env="webshop", env_args="", out=str(out)))
+    assert not out.exists() and not capsys.readouterr().out.count("atod_self")
+    assert sdar.load_teacher(policy, settings(algo="atod")) is None
+    assert capsys.readouterr().out.startswith("no --teacher-model: ")
+    assert sdar.load_teacher(policy, settings()) is None and not capsys.readouterr().out
+
+# ---- TRIAGE --------------------------------------------------------------------------------------
+
+def test_triage_adds_the_value_of_the_role():
+    """A + lam c[role] without whitening; lam 0.4 on Search-QA; lam 0 is GRPO to the last bit."""
+    turns = mixed_turns()
+    b = sdar.batch_of(turns)
+    c = torch.tensor([{"D": 1, "E": 0.5, "N": -0.1, "R": -0.5}[t.role] for t in turns])
+    for name, lam in (("alfworld", 0.2), ("webshop", 0.2), ("search", 0.4)):
+        s = settings(env=name)
+        grpo = sdar.grpo(b, s)
+        a = sdar.triage(b, s, whiten=False)
+        assert close(a - grpo, (lam * c)[:, None].expand(a.shape), 1e-6)
+        assert torch.equal(sdar.triage(b, s, lam=0.0, whiten=False), grpo)
+
+def test_triage_whitens_over_the_turns_of_the_step():
+    """Mean 0, population deviation 1, each turn once; with lam 0 an affine map that keeps order."""
+    b = sdar.batch_of(mixed_turns())
+    s = settings()
+    plain, white = (sdar.triage(b, s, whiten=w)[:, 0].double() for w in (False, True))
+    assert white.mean().item() == pytest.approx(0, abs=1e-6)
+    assert white.std(correction=0).item() == pytest.approx(1, abs=1e-5)
+    assert torch.equal(plain.argsort(stable=True), white.argsort(stable=True))
+    grpo, white = (sdar.triage(b, s, lam=0.0, whiten=w)[:, 0].double() for w in (False, True))
+    slope = (white - white[0]) / (grpo - grpo[0])
+    assert close(slope[slope.isfinite()], slope[slope.isfinite()][:1].expand(
+        int(slope.isfinite().sum())), 1e-4) and slope[slope.isfinite()][0] > 0
+
+def test_triage_without_variance():
+    """Equal rewards: the roles still teach. One role for all vanishes, and all equal is zero."""
+    b = sdar.batch_of(mixed_turns())
+    lost = dataclasses.replace(b, reward=0 * b.reward)
+    a = sdar.triage(lost, settings())[:, 0]
+    means = [a[[t.role == role for t in b.turns]].mean().item() for role in "DENR"]
+    assert means == sorted(means, reverse=True) and means[0] > 0 > means[3]
+    for t in b.turns:
+        t.role = "D"
+    none = [copy.copy(t) for t in b.turns]
+    for t in none:
+        t.role = ""
+    other = sdar.triage(sdar.batch_of(none), settings())
+    assert close(sdar.triage(b, settings()), other, 1e-5)
+    assert sdar.triage(lost, settings()).abs().max() == 0
+
+def acted(actions, results, score=0.0, invalid=()):
+    """An episode of these actions, each with what was seen after it."""
+    seen = ["start", *results]
+    turns = [sdar.Turn([1], [2], observation=seen[i], action=action, valid=i not in invalid,
+                       number=i) for i, action in enumerate(actions)]
+    session = types.SimpleNamespace(observation=seen[-1], score=score, won=score == 1,
+                                    task="a task")
+    return sdar.Episode("task", session, turns=turns)
+
+def test_roles_by_rule_on_the_papers_episode():
+    """A success that the authors labelled by hand: the rule finds all ten R and no other."""
+    verbs = dict(g="go to", x="examine", i="inventory", o="open", t="take", m="move")
+    text = ("gT E, xT E, i E, gH N, xT R, xH E, xT R, gC E, xC E, gT R, xT R, gC R, gT R, xT R, "
+            "i R, xT R, xT R, gK E, oK D, tK D, gH D, mH D")
+    steps, labels = zip(*(step.split() for step in text.split(", ")))
+    actions = [f"{verbs[step[0]]} {step[1:]}" for step in steps]
+    roles = sdar.roles_by_rule(acted(actions, [f"you see {a}" for a in actions], 1.0))
+    assert [r == "R" for r in roles] == [x == "R" for x in labels] and roles.count("R") == 10
+    agree = sum(a == b for a, b in zip(roles, labels))
+    assert agree >= 20, (roles, labels)
+
+@pytest.mark.parametrize("actions, results, options, roles", [
+    (["go to a", "nonsense", "nonsense", "go to b"], ["A", "no", "no", "B"],
+     dict(invalid=(1, 2)), "ENRE"),
+    (["search[x]", "click[b012345678]", "click[red]", "click[red]", "click[buy now]"],
+     ["list", "page", "page", "page", "end"], dict(score=0.5), "EEDRD"),
+    (["click[next >]", "click[< prev]", "click[reviews]"], ["p2", "start", "r"], {}, "ENE"),
+    (["<search>a</search>", "<search>a</search>", "<answer>b</answer>"], ["x", "x", ""],
+     dict(score=1.0), "ERD"),
+    (["<answer>b</answer>"], [""], {}, "E"),
+    (["take a", "put a", "take a"], ["had", "gone", "had"], {}, "DDD")])
+def test_roles_by_rule(actions, results, options, roles):
+    """Invalid turns, WebShop's options and pages, searches, and changes of state."""
+    assert "".join(sdar.roles_by_rule(acted(actions, results, **options))) == roles
+
+class ChatServer:
+    """A chat server on this machine: reply(text, number of the request) -> content, bytes that are
+    sent as they are, or an HTTP status. `requests` has the bodies."""
+
+    def __init__(self, reply):
+        self.requests = []
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                outer.requests.append((self.path, body))
+                answer = reply(body["messages"][0]["content"], len(outer.requests))
+                status = answer if isinstance(answer, int) else 200
+                if isinstance(answer, str):
+                    message = {"role": "assistant", "content": answer}
+                    answer = json.dumps({"choices": [{"message": message}]}).encode()
+                self.send_response(status)
+                self.end_headers()
+                with contextlib.suppress(OSError):   # the client may have given up
+                    self.wfile.write(b"" if status != 200 else answer)
+
+            def log_message(self, *args):
+                pass
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+@pytest.fixture
+def chat_server():
+    """Makes chat servers and closes them."""
+    servers = []
+
+    def make(reply):
+        servers.append(ChatServer(reply))
+        return servers[-1]
+    yield make
+    for server in servers:
+        server.server.shutdown()
+        server.server.server_close()
+
+@pytest.fixture
+def no_waiting(monkeypatch):
+    """Retries come at once."""
+    monkeypatch.setattr(sdar.time, "sleep", lambda seconds: None)
+
+ROLE = '{"role": "%s", "evidence": "it says so"}'
+
+def test_judge_is_asked_for_every_turn(chat_server):
+    """Task, the turn with its result and at most five turns on each side go to the server, not the
+    outcome; the last JSON of a reply counts; the shares are in the metrics."""
+    def reply(text, number):
+        role = "D" if "THE STEP TO JUDGE 7: " in text else "R"
+        return f"<think>perhaps {ROLE % 'E'}</think> so {ROLE % role}"
+    server = chat_server(reply)
+    episode = acted([f"go to {i}" for i in range(14)], [f"seen {i}" for i in range(14)])
+    s = settings(algo="triage", judge=f"{server.url}/v1#some/model")
+    shares = sdar.add_roles(None, None, [episode], s)
+    assert [t.role for t in episode.turns] == ["D" if i == 6 else "R" for i in range(14)]
+    assert shares == {"share_role_D": 1 / 14, "share_role_E": 0, "share_role_N": 0,
+                      "share_role_R": 13 / 14, "judge_failures": 0}
+    assert len(server.requests) == 14
+    for path, body in server.requests:
+        assert path == "/v1/chat/completions" and body["model"] == "some/model"
+        assert body["temperature"] == 0
+    texts = [body["messages"][0]["content"] for _, body in server.requests]
+    text, = [text for text in texts if "JUDGE 7: " in text]
+    numbers = [i for i in range(14) if f"'go to {i}', result 'seen {i}'" in text]
+    assert numbers == list(range(1, 12)) and "a task" in text and "won" not in text
+
+@pytest.mark.parametrize("answer", [
+    "I cannot say.", "{}", '{"role": "X", "evidence": ""}', '{"role": "D"}', '{"role": ["D"], '
+    '"evidence": ""}', "{" * 9000, b"<html>", b"\xff\xfe", b"", b"[]", b'{"choices": []}',
+    b'{"choices": [{"message": {"content": null}}]}', b"[" * 300_000,
+    '{"role": "D", "evidence": ""}' + " " * 20_000,
+    json.dumps({"choices": [{"message": {"content": ROLE % "D"}}]}).encode()[:-1]
+    + b" " * 2**20 + b"}"])
+def test_nonsense_of_a_judge_is_role_n_and_counted(chat_server, no_waiting, answer):
+    """After four tries a reply that names no role counts as N; the run goes on."""
+    server = chat_server(lambda text, number: answer)
+    episode = acted(["go to a"], ["A"])
+    metrics = sdar.add_roles(None, None, [episode], settings(algo="triage", judge=server.url))
+    assert episode.turns[0].role == "N" and metrics["judge_failures"] == 1
+    assert metrics["share_role_N"] == 1 and len(server.requests) == 4
+
+def test_judge_is_asked_again(chat_server, no_waiting):
+    """An error of the server and a useless reply are followed by another try."""
+    server = chat_server(lambda text, number: [503, "no idea", ROLE % "E"][min(number, 3) - 1])
+    assert sdar.ask(server.url, ["?"], sdar.read_role) == ["E"]
+    assert len(server.requests) == 3
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:9", "nonsense", "http://127.0.0.1:1/v1"])
+def test_judge_that_cannot_be_reached_is_one_line(no_waiting, url):
+    """Address, cause and what to do."""
+    with pytest.raises(UserError, match="^--judge .* cannot be used .*; check that a") as error:
+        sdar.add_roles(None, None, [acted(["a"], ["b"])], settings(algo="triage", judge=url))
+    assert "\n" not in str(error.value)
+
+def test_judge_that_refuses_or_hangs_is_one_line(chat_server, no_waiting):
+    """A wrong address (404), and a server that does not answer in time."""
+    with pytest.raises(UserError, match="404"):
+        sdar.ask(chat_server(lambda text, number: 404).url, ["?"], sdar.read_role)
+    slow = threading.Event()
+    server = chat_server(lambda text, number: slow.wait(5) and "" or "")
+    with pytest.raises(UserError, match="cannot be used"):
+        sdar.ask(server.url, ["?"], sdar.read_role, tries=2, timeout=0.2)
+    slow.set()
+
+def test_an_error_of_the_judge_ends_the_questions(chat_server):
+    """With hundreds of questions left, a server that fails is not asked for all of them."""
+    server = chat_server(lambda text, number: threading.Event().wait(0.1) or 500)
+    with pytest.raises(UserError, match="500"):
+        sdar.ask(server.url, ["?"] * 500, sdar.read_role, tries=2, delay=0.1)
+    assert len(server.requests) < 200
+
+@pytest.mark.parametrize("name", ["alfworld", "webshop", "search"])
+def test_roles_of_an_expert(name):
+    """An expert's success ends with D and regresses in at most a tenth of its turns."""
+    environment = envs.open_env(name)
+    roles = []
+    for task in environment.tasks("train")[:20]:
+        session = environment.start(task)
+        turns = []
+        while not session.done and len(turns) < 60:
+            seen = session.observation
+            environment.step([session], [session.expert()])
+            turns.append(sdar.Turn([1], [2], observation=seen, action=session.action,
+                                   valid=session.valid, admissible=session.admissible))
+        own = sdar.roles_by_rule(sdar.Episode(task, session, turns=turns))
+        assert own[-1] == "D" or not session.score
+        roles += own
+    assert roles.count("R") <= 0.1 * len(roles) and roles.count("N") <= 0.3 * len(roles)
+    assert roles.count("E") + roles.count("D") > 0.7 * len(roles) and roles.count("E") > 5
+
+def test_roles_are_logged(policy, env, tmp_path):
+    """Roles in episodes.jsonl, their shares in metrics.jsonl."""
+    s = settings(algo="triage", out=str(tmp_path), steps=1)
+    sdar.train(s)
+    episodes = sdar.read_lines(tmp_path / "episodes.jsonl")
+    assert all(turn["role"] in "DENR" for row in episodes for turn in row["turns"])
+    metrics, = sdar.read_lines(tmp_path / "metrics.jsonl")
+    assert sum(metrics[f"share_role_{role}"] for role in "DENR") == pytest.approx(1)
+
+# ---- SGCD ----------------------------------------------------------------------------------------
+
+def weights_of(d, h, gamma=1.0):
+    """sgcd_weights of one response, with garbage behind it."""
+    d, h = (torch.tensor([[*row, math.nan, math.inf]], dtype=F64) for row in (d, h))
+    mask = torch.arange(d.shape[1])[None] < d.shape[1] - 2
+    return sdar.sgcd_weights(d, h, mask, gamma)[0, :-2].tolist()
+
+def test_sgcd_weights_of_an_example():
+    """Fifteen tokens: segments of at most three, one of them ended by the teacher's entropy."""
+    d = [0.0] * 15
+    h = [1.0] * 15
+    d[2], d[6], d[7], d[10], h[11] = 0.4, 0.02, 0.1, 0.2, 1.6
+    want = [1, 1, 1.8, 1.8, 1.8, 1, 1.04, 1.2, 1.2, 1.2, 1.4, 1, 1, 1, 1]
+    assert close(weights_of(d, h), want)
+    assert weights_of(d, h, gamma=0.0) == [1.0] * 15
+    assert close(weights_of(d, h, gamma=2.0)[2], 2.0)
+
+@pytest.mark.parametrize("d, h, want", [
+    ([0.3] * 7, [1.0] * 7, [1.0] * 7), ([], [], []), ([5.0], [1.0], [1.0]),
+    ([0.0, 0.4, 0.0, 0.0], [1.0] * 4, [1, 1.8, 1, 1]),
+    ([0.4] + [0.0] * 8, [1.0] * 9, [1.8] + [1] * 8),
+    ([0.4] + [0.0] * 9, [1.0] * 10, [1.8] * 2 + [1] * 8),
+    ([0.4, 0.2, *[0.0] * 8], [1.0, 1.6, *[9.0] * 8], [1.8, 1.4, *[1.0] * 8])],
+    ids=["flat", "empty", "one token", "segments of one", "still one", "two", "end and start"])
+def test_sgcd_weights_at_the_edges(d, h, want):
+    assert close(weights_of(d, h), want)
+
+def test_disagreement_against_its_definition():
+    """KL and entropy on the teacher's top words, the sampled word and one bucket, by hand; a small
+    vocabulary, where all words are kept, gives the exact KL; equal policies give exactly 0."""
+    g = torch.Generator().manual_seed(0)
+    p, q = (torch.log_softmax(3 * torch.randn(5, 40, generator=g, dtype=F64), -1) for _ in "pq")
+    token = torch.tensor([0, 7, 39, 3, 3])
+    for k in (1, 6, 39, 100):
+        got = sdar.disagreement(p, q, token, k)
+        for row, (x, y, word) in enumerate(zip(p.exp(), q.exp(), token)):
+            kept = {*y.argsort(descending=True)[:k].tolist(), int(word)}
+            groups = [[i] for i in kept] + [[i for i in range(40) if i not in kept]]
+            a, b = ([sum(z[i].item() for i in part) for part in groups if part] for z in (x, y))
+            kl = sum(u * math.log(u / v) for u, v in zip(a, b))
+            assert close(got[row], [kl, -sum(v * math.log(v) for v in b)], 1e-9)
+    assert close(got[:, 0], (p.exp() * (p - q)).sum(-1), 1e-9)
+    assert sdar.disagreement(q, q, token, 6)[:, 0].tolist() == [0.0] * 5
+
+def referenced(policy=None):
+    """Mixed turns with a teacher that disagrees: divergence and entropy on every token."""
+    turns = mixed_turns(policy)
+    g = torch.Generator().manual_seed(1)
+    for t in turns:
+        for name in ("divergence", "teacher_entropy"):
+            t.extra[name] = torch.rand(len(t.response_ids), generator=g, dtype=F64)
+    return turns
+
+def test_sgcd_multiplies_the_token_losses_of_grpo(exact):
+    """The loss of a token is W times GRPO's, the dual clip included, its gradient at most twice."""
+    turns = referenced()
+    b = sdar.batch_of(turns)
+    b.logp = (b.old + 3 * torch.randn(b.old.shape, dtype=F64)).requires_grad_()
+    s = settings(algo="sgcd", invalid_penalty=0.0)
+    w = sdar.sgcd_weights(b.extra["divergence"], b.extra["teacher_entropy"], b.mask)
+    a = sdar.grpo(b, s)
+    plain, scaled = (sdar.grpo_tokens(b.logp, b.old, x) for x in (a, sdar.sgcd(b, s)))
+    assert close(scaled[b.mask].detach(), (w * plain)[b.mask].detach(), 1e-6)
+    assert 1 <= w.min() and w.max() <= 2 and w.max() > 1.3
+    assert (plain == -3 * a)[b.mask].any()
+    one, two = (torch.autograd.grad(x[b.mask].sum(), b.logp)[0] for x in (plain, scaled))
+    assert (two.abs() <= 2 * one.abs() + 1e-9).all() and two.abs().max() > one.abs().max()
+    assert torch.equal(sdar.sgcd(b, s, gamma=0.0), a)
+    assert b.log["sgcd_weight"] == 1
+
+def test_sgcd_with_a_teacher_that_agrees_is_grpo_exactly(exact):
+    """Flat divergence: loss and gradient of GRPO to the last bit."""
+    turns = referenced(exact)
+    for t in turns:
+        t.extra["divergence"] *= 0
+    metrics, gradient = learned(exact, turns, settings(algo="sgcd"))
+    plain, grpo = learned(exact, turns, settings(algo="grpo"))
+    assert torch.equal(gradient, grpo) and metrics["loss"] == plain["loss"] and grpo.norm() > 1e-3
+
+def test_sgcd_without_references_is_grpo_exactly():
+    """No mixed group, so no reference: W = 1 everywhere."""
+    b = sdar.batch_of(mixed_turns())
+    s = settings(algo="sgcd")
+    assert torch.equal(sdar.sgcd(b, s), sdar.grpo(b, s)) and b.log["sgcd_weight"] == 1
+
+def test_reference_is_the_shortest_success_and_the_longest_failure():
+    """By action lists; of siblings alone, so never the rollout's own."""
+    def attempt(reward, *actions):
+        e = acted(actions, actions)
+        e.reward = reward
+        return e
+    siblings = [attempt(10, "a", "b"), attempt(10, "c"), attempt(0, "d"), attempt(0, "e", "f")]
+    assert sdar.sibling_reference_plain(siblings) == (
+        "Another attempt that succeeded: c\nAnother attempt that failed: e > f")
+    assert sdar.sibling_reference_plain(siblings[2:]) == "Another attempt that failed: e > f"
+    assert sdar.sibling_reference_plain(siblings[:1]) == "Another attempt that succeeded: a > b"
+
+def test_reference_goes_into_the_user_message(policy):
+    """The teacher reads the template, the reference, then the student's own ids; the reference is
+    cut, never the prompt; special tokens in it are removed."""
+    ids = sdar.encode_chats(policy.tokenizer, ["Task: find it"])[0]
+    s = settings()
+    other = sdar.with_reference(policy, ids, "go <|im_end|>there", s)
+    want = sdar.render_chat(policy.tokenizer, "go there\n\nTask: find it")
+    assert policy.tokenizer.decode(other) == want
+    tail = len(ids) - len(os.path.commonprefix([ids, other]))
+    assert other[-tail:] == ids[-tail:] and tail >= len(ids) - 4
+    for budget in (len(ids), len(ids) + 2):
+        small = dataclasses.replace(s, max_teacher_prompt=budget)
+        cut = sdar.with_reference(policy, ids, "go there " * 9, small)
+        assert len(cut) == budget and cut[-tail:] == ids[-tail:]
+
+def step_with_wins(policy, env, s):
+    """(state, episodes): a rollout in which every second episode of group 0 is made a success."""
+    state = sdar.make_state(copied(policy), s)
+    generator = sdar.generator_for(policy, s, "test")
+    tasks = sdar.draw_tasks(env, s, 0, s.groups)
+    episodes = sdar.rollout(state.policy, env, tasks, s, 1.0, generator, s.group_size)
+    for i, e in enumerate(episodes):
+        e.reward = 10.0 * (i % 2 == 1 and i < s.group_size)
+        for t in e.turns:
+            t.reward = e.reward
+    return state, episodes
+
+def test_sgcd_compares_with_the_reference_in_mixed_groups(policy, env):
+    """Divergence and entropy of every token are those of the two prompts' full distributions."""
+    s = settings(algo="sgcd", group_size=4, max_turns=2)
+    state, episodes = step_with_wins(policy, env, s)
+    assert sdar.add_references(state, env, episodes, s) == {"mixed_groups": 1}
+    for e in episodes:
+        for t in e.turns:
+            assert (t.other_ids is not None) == (t.group == 0)
+            if t.group:
+                assert t.extra["divergence"].abs().max() == 0
+                continue
+            logs = []
+            for ids in (t.prompt_ids, t.other_ids):
+                read = torch.tensor([ids + t.response_ids])
+                with torch.no_grad():
+                    logits = policy.model(input_ids=read).logits[0, len(ids) - 1:-1]
+                logs.append(torch.log_softmax(logits, -1))
+            want = sdar.disagreement(*logs, torch.tensor(t.response_ids))
+            assert close(t.extra["divergence"], want[:, 0], 1e-4)
+            assert close(t.extra["teacher_entropy"], want[:, 1], 1e-4)
+    text = policy.tokenizer.decode(episodes[0].turns[0].other_ids)
+    assert "Another attempt that succeeded: " in text and "that failed: " in text
+    metrics = sdar.update(state, episodes, s, sdar.method_of(s), 0.0)
+    assert 1 < metrics["sgcd_weight"] < 2 and metrics["grad_norm"] > 0
+
+def test_digest_of_a_server_replaces_the_plain_reference(policy, env, chat_server, no_waiting):
+    """--judge writes the reference; an empty digest is counted, and the plain one is used."""
+    def reply(text, number):
+        return "<think>hm</think> turn left " if "Attempt that succeeded" in text else "  "
+    server = chat_server(reply)
+    s = settings(algo="sgcd", judge=server.url, group_size=2, max_turns=1)
+    state, episodes = step_with_wins(policy, env, s)
+    metrics = sdar.add_references(state, env, episodes, s)
+    assert metrics == {"mixed_groups": 1, "judge_failures": 1}
+    lost, won = (policy.tokenizer.decode(e.turns[0].other_ids) for e in episodes[:2])
+    assert "turn left" in lost and "hm" not in lost and "Another attempt that failed: " in won
+    texts = [body["messages"][0]["content"] for _, body in server.requests]
+    assert all(text.count("Attempt that ") == 1 for text in texts)
+
+# ---- CRAFT ---------------------------------------------------------------------------------------
+
+def credit_of(advantages, gaps, sign="paper"):
+    """Credit and x of siblings of one token each."""
+    gap = torch.tensor(gaps, dtype=F64)[:, None]
+    c = sdar.craft_credit(gap, torch.ones_like(gap, dtype=torch.bool),
+                          torch.tensor(advantages, dtype=F64), sign)[:, 0]
+    return c, c.sign() * ((1 + c.abs()) / (1 - c.abs())).log() / 5
+
+@pytest.mark.parametrize("gaps, want", [([0, 0, 0, 0], [-2, 2 / 3, 2 / 3, 2 / 3]),
+                                        ([1, 0, -1, 0.5], [-2, 1.1482, 1.0130, 1.3305])])
+def test_craft_credit_of_the_examples(gaps, want):
+    """One success among four: x, which for equal gaps is -G / (G - 1) A."""
+    c, x = credit_of([1.5, -0.5, -0.5, -0.5], gaps)
+    assert close(x, want, 1e-4)
+    if not any(gaps):
+        assert close(c, [-0.9999, 0.9311, 0.9311, 0.9311], 1e-4)
+        assert close(x, [-4 / 3 * a for a in (1.5, -0.5, -0.5, -0.5)], 1e-9)
+
+def test_craft_credit_by_its_definition():
+    """Random advantages, gaps and lengths, token by token in plain Python."""
+    g = torch.Generator().manual_seed(0)
+    gap = torch.randn(5, 7, generator=g, dtype=F64)
+    live = torch.arange(7) < torch.tensor([7, 2, 5, 5, 6])[:, None]
+    a = torch.randn(5, generator=g, dtype=F64)
+    for sign in ("paper", "loo"):
+        c = sdar.craft_credit(gap, live, a, sign)
+        for i, t in itertools.product(range(5), range(7)):
+            others = [j for j in range(5) if j != i and live[j, t]]
+            x = a[i] * gap[i, t] * (sign == "paper")
+            if int(live[:, t].sum()) >= 2 and others:
+                total = sum(math.exp(gap[j, t]) for j in others)
+                x = sum(math.exp(gap[j, t]) / total * a[j] for j in others) - a[i]
+            x = float(x) * bool(live[i, t])
+            want = math.copysign(2 / (1 + math.exp(-5 * abs(x))) - 1, x)
+            assert c[i, t].item() == pytest.approx(want, abs=1e-9), (sign, i, t)
+
+def craft_batch(seed=0, successes=(1, 4, 5), sign="paper", policy=None):
+    """(Batch after `craft`, Settings) of two groups of three rollouts."""
+    turns = mixed_turns(policy, seed)
+    for t in turns:
+        t.reward = 10.0 * (t.rollout in successes)
+        t.valid = t.number != 1                      # a malformed turn changes no credit
+    s = settings(algo="craft", craft_sign=sign)
+    sdar.assign_weights([turns], s)
+    b = sdar.batch_of(turns)
+    b.advantages = sdar.craft(b, s, types.SimpleNamespace(step=0, memory={}))
+    rows = [t.logp for t in turns]
+    b.logp = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).requires_grad_()
+    return b, s
+
+def test_craft_credit_opposes_the_advantage():
+    """Two-valued rewards: on every token with a live sibling c is 0 or has the sign of -A, for any
+    teacher. So the printed loss pushes successes down and failures up (docs/gate.md)."""
+    found = set()
+    for seed in range(40):
+        b, s = craft_batch(seed, successes=random.Random(seed).sample(range(6), 3))
+        a = sdar.grpo(b, dataclasses.replace(s, invalid_penalty=0.0))
+        for i, j in b.mask.nonzero().tolist():
+            siblings = (b.group == b.group[i]) & (b.number == b.number[i]) & b.mask[:, j]
+            if siblings.sum() >= 2:
+                c = b.extra["credit"][i, j].item()
+                assert c == 0 or c * a[i, j] < 0
+                found.add((c > 0) - (c < 0))
+    assert found == {-1, 0, 1}
+
+@pytest.mark.parametrize("sign, side", [("paper", -1), ("loo", 1)])
+def test_both_derivatives_of_craft(sign, side):
+    """By log pi: sign(c) (mu - lambda |c|) as printed, sign(c) (mu + lambda |c|) repaired, each
+    times the token's weight; at the start the printed terms nearly cancel."""
+    b, s = craft_batch(sign=sign)
+    loss = sdar.aggregate(sdar.METHODS["craft"].term(b, s), b.weights)
+    gradient = torch.autograd.grad(loss, b.logp)[0]
+    c, lam, mu = (b.extra[name] for name in ("credit", "lambda", "mu"))
+    live = b.mask & (c != 0)
+    assert live.sum() > 10 and lam[0, 0] == mu[0, 0] == 0.005 + 0.015 * 0.5
+    want = b.weights * c.sign() * (mu + side * lam * c.abs())
+    assert close(gradient[live], want[live].double(), 1e-6)
+    half = b.weights * mu * (1 - (b.ref - b.logp).exp())
+    assert close(gradient[b.mask & (c == 0)], half[b.mask & (c == 0)].detach(), 1e-6)
+    a = sdar.grpo(b, dataclasses.replace(s, invalid_penalty=0.0))
+    with_policy = gradient * -a > 0                  # its direction is that of the policy loss
+    assert with_policy[live & (a != 0)].all() == (sign == "loo")
+
+def test_siblings_with_the_same_advantage_give_no_credit():
+    """Exactly 0, whatever the weights round to: the sign of c chooses the KL term."""
+    gap = torch.randn(6, 50, generator=torch.Generator().manual_seed(0))
+    live = torch.ones_like(gap, dtype=torch.bool)
+    live[5, :40] = False
+    a = torch.tensor([0.7, 0.7, 0.7, 0.7, 0.7, -2.1])
+    c = sdar.craft_credit(gap, live, a)
+    assert c[:, :40].abs().max() == 0 and (c[:5, 40:] < 0).all() and (c[5, 40:] > 0).all()
+
+def test_craft_without_a_sibling_or_without_variance():
+    """Alone: x = A D as printed, 0 repaired. Equal rewards: c = 0, and the KL is k3."""
+    for sign, want in (("paper", 2 / (1 + math.exp(-5 * 0.6)) - 1), ("loo", 0.0)):
+        c, _ = credit_of([2.0], [0.3], sign)
+        assert close(c, [want])
+    b, s = craft_batch(successes=())
+    assert b.extra["credit"].abs().max() == 0
+    term = sdar.METHODS["craft"].term(b, s)
+    assert torch.equal(term, b.extra["mu"] * sdar.k3_kl(b.logp, b.ref))
+
+def test_craft_switched_off_is_sdar(exact):
+    """All three parts off: SDAR's loss and gradient to the last bit, also with a KL term."""
+    off = dataclasses.replace(
+        sdar.METHODS["craft"], advantages=lambda b, s, state: sdar.craft(b, s, state, p2=False),
+        term=lambda b, s: sdar.craft_term(b, s, p1=False, p2=False, p3=False))
+    for kl in (0.0, 0.1):
+        turns = mixed_turns(exact)
+        metrics, gradient = learned(exact, turns, settings(algo="craft", kl=kl, lam=0.3), off)
+        plain, sdars = learned(exact, turns, settings(algo="sdar", kl=kl, lam=0.3))
+        assert metrics["loss"] == plain["loss"] and torch.equal(gradient, sdars)
+        assert not same(learned(exact, turns, settings(algo="craft", kl=kl))[1], sdars, 1e-4)
+
+def test_craft_rate():
+    """E is 0.5 for ten steps, then a moving average of the share of tokens with |c| > 0.1; a step
+    uses what the step before left; without it both weights are 0.01."""
+    b, s = craft_batch()
+    state = types.SimpleNamespace(step=0, memory={})
+    rate = 0.5
+    for state.step in range(14):
+        sdar.craft(b, s, state)
+        assert b.log["craft_lambda"] == 0.005 + 0.015 * rate
+        assert b.log["craft_mu"] == 0.005 + 0.015 * (1 - rate)
+        share = (b.extra["credit"].abs() > 0.1)[b.mask].double().mean().item()
+        rate = rate if state.step < 10 else 0.95 * rate + 0.05 * share
+    assert state.memory == {"craft_rate": rate} and rate != 0.5 and 0 < share < 1
+    sdar.craft(b, s, state, p2=False)
+    assert b.log["craft_lambda"] == b.log["craft_mu"] == 0.01
+
+def test_craft_resumes_bit_for_bit(env, tmp_path, monkeypatch):
+    """Interrupted after the warm-up of its rate, a run ends with the same weights and rate."""
+    monkeypatch.setattr(sdar, "rollout", rollout_with_wins(sdar.rollout))
+    s = settings(algo="craft", out=str(tmp_path / "whole"), steps=13, group_size=2, groups=1,
+                 max_turns=1, max_response=6, max_prompt=400, save_every=99)
+    whole = sdar.train(s)
+    part = dataclasses.replace(s, out=str(tmp_path / "part"))
+    sdar.train(dataclasses.replace(part, steps=11))
+    resumed = sdar.train(part, resume=part.out)
+    assert whole.memory == resumed.memory and whole.memory["craft_rate"] != 0.5
+    pairs = zip(whole.policy.model.parameters(), resumed.policy.model.parameters())
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+def rollout_with_wins(plain):
+    """A rollout in which every second episode counts as a success."""
+    def rollout(*args, **options):
+        episodes = plain(*args, **options)
+        for i, e in enumerate(episodes):
+            e.reward = 10.0 * (i % 2)
+            for t in e.turns:
+                t.reward = e.reward
+        return episodes
+    return rollout
+
+# ---- UCOB ----------------------------------------------------------------------------------------
+
+def shared_episodes(rewards, observations="a", **fields):
+    """Episodes of one group, one for each reward, whose turns have these observations."""
+    rows = [(0, i, n, r, dict(observation=text, length=4, **fields))
+            for i, r in enumerate(rewards) for n, text in enumerate(observations)]
+    turns = made_turns(rows)
+    return [sdar.Episode("task", None, turns=list(own))
+            for _, own in itertools.groupby(turns, key=lambda t: t.rollout)]
+
+def pairs(policy, episodes, **options):
+    """ucob_pairs of these episodes."""
+    return sdar.ucob_pairs(types.SimpleNamespace(policy=policy), episodes, settings(), **options)
+
+@pytest.mark.parametrize("targets, found", [("code", [1, 2]), ("paper", [1])])
+def test_pairs_of_ucob(policy, targets, found):
+    """The winner's response under the target's prompt in the view that the winner did not have; the
+    teacher reads the winner's own prompt; weight, scale and number of targets."""
+    episodes = shared_episodes([10.0, 0.0, 0.0, 10.0])
+    turns = [e.turns[0] for e in episodes]
+    rows = pairs(policy, episodes, targets=targets)
+    assert len(rows) == len(found)
+    for row, i in zip(rows, found):
+        same = i % 2 == 0                            # the winner, rollout 0, saw the skill
+        assert row.prompt_ids == (turns[i].other_ids if same else turns[i].prompt_ids)
+        assert row.other_ids == turns[0].prompt_ids
+        assert row.response_ids == turns[0].response_ids
+        assert torch.equal(row.teacher_logp, turns[0].old_logp)
+        assert row.weight == 0.1 / (4 * len(found)) and set(row.extra["scale"].tolist()) == {4.0}
+
+@pytest.mark.parametrize("rewards, observations, fields", [
+    ([10.0], "a", {}), ([10.0, 10.0], "a", {}), ([0.0, 0.0, 0.0], "ab", {}),
+    ([10.0, 0.0], "a", dict(valid=False)), ([10.0, 0.0], "a", dict(response_ids=[]))],
+    ids=["lone", "equal", "all lost", "invalid", "empty"])
+def test_ucob_without_pairs(policy, rewards, observations, fields):
+    episodes = shared_episodes(rewards, observations)
+    for e in episodes:
+        for name, value in fields.items():
+            setattr(e.turns[0], name, value)
+    assert pairs(policy, episodes) == []
+
+def test_ucob_pairs_by_return_to_go(policy):
+    """In one view only the paper has no pairs; later turns of a success are worth more; the two
+    largest gaps are taken, and a gap of 0.1 weighs half."""
+    one_view = [e for e in shared_episodes([10.0, 0.0, 0.0, 0.0, 0.0])[::2]]
+    assert len(pairs(policy, one_view)) == 2 and pairs(policy, one_view, targets="paper") == []
+    success, = shared_episodes([10.0], "aaa")
+    rows = pairs(policy, [success])                  # the same state three times: 9.025, 9.5, 10
+    assert [row.prompt_ids for row in rows] == [t.other_ids for t in success.turns[:2]]
+    assert all(row.response_ids == success.turns[2].response_ids for row in rows)
+    near, = shared_episodes([10.0], "aa")
+    near.turns[1].observation = "b"
+    assert pairs(policy, [near]) == []
+
+def test_weight_of_a_small_gap(policy, monkeypatch):
+    """min(gap / 0.2, 2), nothing at 0.05 or below."""
+    for gap, want in ((0.04, None), (0.1, 0.5), (0.4, 2.0), (3.0, 2.0)):
+        value = torch.tensor([1.0, 1 - gap], dtype=F64)
+        monkeypatch.setattr(sdar, "returns_to_go", lambda b: value)
+        rows = pairs(policy, shared_episodes([10.0, 10.0]))
+        assert [row.extra["scale"][0].item() for row in rows] == pytest.approx(
+            [] if want is None else [2 * want])      # no tags: all tokens count as the action
+
+def test_action_tokens(policy):
+    """The tokens between the tags of an action, a search or an answer; without one all."""
+    for text, action in (("<think>é go</think><action>go to desk 1</action>", "go to desk 1"),
+                         ("<think>a</think><search>who is ö</search>", "who is ö"),
+                         ("<ACTION>look</ACTION>", "look"), ("<answer>x</answer>", "x")):
+        ids = policy.tokenizer(text, add_special_tokens=False)["input_ids"]
+        mask = sdar.action_tokens(policy, sdar.Turn([], ids))
+        inside = policy.tokenizer.decode([i for i, m in zip(ids, mask) if m])
+        assert action in inside and len(inside) <= len(action) + 4
+    for text in ("go to desk", "<action>go", "<action></action>", "</action><action>"):
+        ids = policy.tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert sdar.action_tokens(policy, sdar.Turn([], ids)).all()
+
+def test_top_kl_against_its_definition():
+    """Renormalised on the teacher's top words, by hand; equal policies give 0 and no gradient."""
+    g = torch.Generator().manual_seed(0)
+    p, q = (torch.log_softmax(torch.randn(4, 60, generator=g, dtype=F64), -1) for _ in "pq")
+    got = sdar.top_kl(p, q)
+    for row, x, y in zip(got, p.exp(), q.exp()):
+        kept = y.argsort(descending=True)[:32]
+        x, y = (z[kept] / z[kept].sum() for z in (x, y))
+        assert close(row, (y * (y / x).log()).sum())
+    logits = torch.randn(3, 60, generator=g, dtype=F64, requires_grad=True)
+    same_policy = torch.log_softmax(logits, -1)
+    value = sdar.top_kl(same_policy, same_policy.detach())
+    assert close(value.detach(), [0.0] * 3)
+    assert torch.autograd.grad(value.sum(), logits)[0].abs().max() < 1e-12
+    assert close(sdar.top_kl(p[:, :9], q[:, :9])[0], sdar.top_kl(p[:, :9], q[:, :9], 9)[0])
+
+def ucob_turns(policy):
+    """Mixed turns in which every view is a prompt of its own, scored by the policy."""
+    turns = mixed_turns(policy)
+    for t in turns:
+        t.old_logp = logps_of(policy, t).detach()
+    return turns
+
+def test_the_loss_of_ucob_is_gigpos_and_the_pairs(exact):
+    """Gradient and loss of a step: GiGPO's, and 0.1 sum(g w KL) over the pairs' tokens, without a
+    gradient through g, w and the teacher; micro-batches change nothing."""
+    turns = ucob_turns(exact)
+    s = settings(algo="ucob")
+    rows = pairs(exact, [sdar.Episode("", None, turns=turns)])
+    assert len(rows) >= 3
+    total = 0.0
+    for row in rows:
+        logs = []
+        for ids in (row.prompt_ids, row.other_ids):
+            read = torch.tensor([ids + row.response_ids])
+            logs.append(torch.log_softmax(
+                exact.model(input_ids=read).logits[0, len(ids) - 1:-1], -1))
+        p, q = logs[0], logs[1].detach()
+        chosen = torch.tensor(row.response_ids)[:, None]
+        gap = (q.gather(1, chosen) - p.gather(1, chosen))[:, 0].detach()
+        total = total + (torch.sigmoid(5 * gap) * row.extra["scale"] * sdar.top_kl(p, q)).sum()
+    total = 0.1 * total / sum(len(row.response_ids) for row in rows)
+    grads = torch.autograd.grad(total, list(exact.model.parameters()))
+    want = torch.cat([g.flatten() for g in grads])
+    assert want.norm() > 1e-3
+    for micro_tokens, mini_batch in ((1, 0), (90, 0), (10**6, 0), (10**6, 5)):
+        small = dataclasses.replace(s, micro_tokens=micro_tokens, mini_batch=mini_batch)
+        plain, gigpo = learned(exact, turns, dataclasses.replace(small, algo="gigpo"))
+        metrics, gradient = learned(exact, turns, small)
+        assert same(gradient - gigpo, metrics["updates"] * want, 1e-4)
+        assert metrics["loss"] - plain["loss"] == pytest.approx(total.item(), rel=1e-4)
+        assert metrics["further_rows"] == len(rows)
+        assert metrics["update_tokens"] == plain["update_tokens"]
+
+def test_ucob_without_its_pairs_is_gigpo_exactly(exact, monkeypatch):
+    """No pairs, or a coefficient of 0: loss and gradient of GiGPO to the last bit."""
+    turns = ucob_turns(exact)
+    gigpo = learned(exact, turns, settings(algo="gigpo"))
+    plain = sdar.ucob_pairs
+
+    def weightless(state, episodes, s):
+        rows = plain(state, episodes, s)
+        for row in rows:
+            row.weight = 0.0
+        return rows
+    for rows in (weightless, lambda state, episodes, s: []):
+        method = dataclasses.replace(sdar.METHODS["ucob"], rows=rows)
+        metrics, gradient = learned(exact, turns, settings(algo="ucob"), method)
+        assert metrics["loss"] == gigpo[0]["loss"] and torch.equal(gradient, gigpo[1])
+
+def test_ucob_plays_half_of_a_group_with_the_skill(policy, env):
+    """Both views of every turn are kept, and no teacher scores the turns."""
+    s = settings(algo="ucob", group_size=4, max_turns=2)
+    state = sdar.make_state(copied(policy), s)
+    episodes, phases = sdar.play_step(state, env, None, s)
+    for i, e in enumerate(episodes):
+        skill = env.skill(e.skill, True)
+        for t in e.turns:
+            own, other = map(policy.tokenizer.decode, (t.prompt_ids, t.other_ids))
+            assert (skill in own) == (i % 2 == 0) and (skill in other) == (i % 2 == 1)
+            assert t.teacher_logp is None and t.old_logp is not None
+    assert "seconds_teacher" not in phases
+
+# ---- PaW -----------------------------------------------------------------------------------------
+
+def world_turns(policy, seed=0):
+    """Mixed turns with a next observation after all but the last of each rollout, the policy's own
+    log-probabilities, entropies and one action token in each."""
+    turns = mixed_turns(policy, seed)
+    rng = random.Random(seed)
+    g = torch.Generator().manual_seed(seed)
+    for t, following in zip(turns, [*turns[1:], None]):
+        t.old_logp = logps_of(policy, t).detach()
+        t.extra["entropy"] = torch.rand(len(t.response_ids), generator=g, dtype=F64)
+        t.extra["action"] = torch.arange(len(t.response_ids)) == 0
+        if following and following.rollout == t.rollout:
+            t.after = [rng.randrange(5, 300) for _ in range(rng.randint(1, 8))]
+    return turns
+
+def world_loss(policy, turns, rho=0.2):
+    """mean_g lambda_g mean_{rows of g in S} L_row by its definition, with gradient."""
+    pool = [t for t in turns if t.after]
+    pool.sort(key=lambda t: -t.extra["entropy"][0].item())
+    chosen = pool[:math.ceil(0.75 * len(pool))]
+    total = 0.0
+    groups = sorted({t.group for t in turns})
+    for group in groups:
+        wins = [t.reward > 0 for t in turns if t.group == group and t.number == 0]
+        rows = []
+        for t in [t for t in chosen if t.group == group]:
+            seen = sdar.Turn(t.prompt_ids + t.response_ids, t.after)
+            p = logps_of(policy, seen).exp()
+            rows.append(sum(1 - x for x in p if x <= rho) / len(p))
+        if rows:
+            total = total + (1 - sum(wins) / len(wins)) * sum(rows) / len(rows) / len(groups)
+    return total
+
+def test_the_loss_of_paw_is_grpos_and_the_world_loss(exact):
+    """Loss and gradient of a step, from the definition; micro-batches change nothing, several
+    mini-batches share the same sum."""
+    turns = world_turns(exact)
+    s = settings(algo="paw")
+    for micro_tokens, mini_batch in ((1, 0), (90, 0), (10**6, 0), (10**6, 5)):
+        small = dataclasses.replace(s, micro_tokens=micro_tokens, mini_batch=mini_batch)
+        plain, grpo = learned(exact, turns, dataclasses.replace(small, algo="grpo"))
+        metrics, gradient = learned(exact, turns, small)
+        total = world_loss(exact, turns)
+        grads = torch.autograd.grad(total, list(exact.model.parameters()))
+        want = metrics["updates"] * torch.cat([g.flatten() for g in grads])
+        assert want.norm() > 1e-3 and same(gradient - grpo, want, 1e-4)
+        assert metrics["loss"] - plain["loss"] == pytest.approx(total.item(), rel=1e-5)
+        assert metrics["world_turns"] == math.ceil(0.75 * sum(bool(t.after) for t in turns))
+        assert metrics["update_tokens"] == plain["update_tokens"]
+
+@pytest.mark.parametrize("case", ["all succeed", "no next observation", "rho 0"])
+def test_paw_without_a_world_loss_is_grpo(exact, case):
+    """lambda 0, an empty S, or no surprising token: GRPO. Longer rows round otherwise, no more."""
+    turns = world_turns(exact)
+    method = sdar.METHODS["paw"]
+    if case == "rho 0":
+        method = dataclasses.replace(method, after_loss=lambda b: sdar.paw_loss(b, rho=0.0))
+    for t in turns:
+        t.reward = 10.0 if case == "all succeed" else t.reward
+        t.after = [] if case == "no next observation" else t.after
+    s = settings(algo="paw", invalid_penalty=0.5)
+    for t in turns[::3]:
+        t.valid = False
+    metrics, gradient = learned(exact, turns, s, method)
+    plain, grpo = learned(exact, turns, dataclasses.replace(s, algo="grpo"))
+    assert grpo.norm() > 1e-3 and same(gradient, grpo, 1e-12)
+    assert metrics["loss"] == pytest.approx(plain["loss"], abs=1e-12)
+    if case == "no next observation":
+        assert torch.equal(gradient, grpo) and metrics["world_turns"] == 0
+
+def test_tokens_after_a_response_leave_its_log_probabilities(exact, policy):
+    """Causal: the response's log-probabilities are those without the observation, to 1e-6."""
+    for p, tolerance in ((exact, 1e-12), (policy, 1e-5)):
+        turns = world_turns(p)
+        s = settings(algo="paw")
+        for t in turns:
+            t.advantages = torch.ones(len(t.response_ids))
+            t.extra["world"] = torch.ones(len(t.response_ids))
+        loss, b = sdar.step_loss(p, turns, s, sdar.METHODS["paw"], None)
+        for i, t in enumerate(turns):
+            n, k = len(t.response_ids), len(t.after)
+            assert close(b.logp[i, :n].detach(), logps_of(p, t).detach(), tolerance)
+            assert b.logp[i, n:].abs().max() == 0 if n < b.logp.shape[1] else True
+            if k:
+                seen = sdar.Turn(t.prompt_ids + t.response_ids, t.after)
+                assert close(b.after[i, n:n + k].detach(), logps_of(p, seen).detach(), tolerance)
+            assert b.after[i, :n].abs().max() == 0 and not b.after[i, n + k:].any()
+
+@pytest.mark.parametrize("rho", [0.2, 1.0, 5.0])
+def test_the_world_loss_tolerates_noise(rho):
+    """Its gradient is -(1/n) sum [p <= rho] p grad log p, which vanishes for impossible tokens; for
+    rho of 1 or more it is the mean absolute error of p; the indicator has no gradient."""
+    p = torch.tensor([[1.0, 1e-9, 0.1, 0.2, 0.3, 0.9]], dtype=F64)
+    after = p.log().requires_grad_()
+    turn = sdar.Turn([1], [2], after=[1] * 5)
+    b = types.SimpleNamespace(after=after, turns=[turn], extra={"world": torch.ones(1, 1)})
+    loss = sdar.paw_loss(b, rho)
+    counted = p[0, 1:] <= rho
+    assert close(loss.detach(), ((1 - p[0, 1:]) * counted).sum() / 5, 1e-9)
+    gradient = torch.autograd.grad(loss, after)[0][0, 1:]
+    assert close(gradient, -p[0, 1:] * counted / 5, 1e-9)
+
+def test_paw_reads_the_next_observations(policy, env):
+    """Every turn but the last of an episode gets the next one's observation; the entropy of the
+    whole vocabulary comes from the pass of the old policy."""
+    s = settings(algo="paw", max_turns=3, max_response=2)
+    state = sdar.make_state(copied(policy), s)
+    episodes, phases = sdar.play_step(state, env, None, s)
+    assert "seconds_old_policy" in phases
+    for e in episodes:
+        assert e.turns[-1].after == []
+        for t, following in zip(e.turns, e.turns[1:]):
+            ids = policy.tokenizer(following.observation, add_special_tokens=False)["input_ids"]
+            assert t.after == ids[:2] and len(ids) > 2
+        for t in e.turns:
+            read = torch.tensor([t.prompt_ids + t.response_ids])
+            with torch.no_grad():
+                logits = policy.model(input_ids=read).logits[0, len(t.prompt_ids) - 1:-1]
+            q = torch.log_softmax(logits, -1)
+            assert close(t.extra["entropy"], -(q.exp() * q).sum(-1), 1e-4)
+            assert torch.equal(t.extra["action"], sdar.action_tokens(policy, t))
+
+def test_paw_selects_by_the_entropy_of_the_action(exact):
+    """Three quarters of all turns of the step, the most uncertain ones; garbage in tokens that are
+    not of the action changes nothing."""
+    turns = world_turns(exact)
+    s = settings(algo="paw")
+    b = sdar.batch_of(turns)
+    sdar.paw(b, s, START)
+    chosen = {i for i in range(len(turns)) if b.extra["world"][i, 0] > 0}
+    pool = {i for i, t in enumerate(turns) if t.after}
+    least = min(turns[i].extra["entropy"][0] for i in chosen)
+    assert chosen < pool and len(chosen) == math.ceil(0.75 * len(pool))
+    assert all(turns[i].extra["entropy"][0] <= least for i in pool - chosen)
+    world = b.extra["world"]
+    for t in turns:
+        t.extra["entropy"][1:] = math.nan
+    b = sdar.batch_of(turns)
+    sdar.paw(b, s, START)
+    assert torch.equal(b.extra["world"], world)
+    lost = dataclasses.replace(b, reward=0 * b.reward, extra=dict(b.extra))
+    sdar.paw(lost, s, START)
+    assert lost.extra["world"][:, 0].sum().item() == pytest.approx(1)
+
+# ---- all of them ---------------------------------------------------------------------------------
+
+every_followup = pytest.mark.parametrize("algo", FOLLOWUPS)
+
+def prepared(policy, algo):
+    """Turns with all that the method's own preparation would have set."""
+    turns = world_turns(policy)
+    for t, other in zip(turns, referenced()):
+        n = len(t.response_ids)
+        t.extra |= {name: torch.cat([x, x])[:n] for name, x in other.extra.items()}
+        t.after = t.after if algo == "paw" else []
+    return turns
+
+@every_followup
+def test_garbage_behind_the_mask_changes_nothing(exact, monkeypatch, algo):
+    """Whatever stands in the padding, a method has the same loss and the same gradient."""
+    s = settings(algo=algo, kl=0.1)
+    metrics, gradient = learned(exact, prepared(exact, algo), s)
+    plain = sdar.batch_of
+
+    def dirty(turns, device="cpu"):
+        b = plain(turns, device)
+        garbage = torch.tensor([math.nan, math.inf, -math.inf, 1e9] * 3, dtype=F64)
+        garbage = garbage[:b.mask.shape[1]].expand(b.mask.shape)
+        for name in ("old", "teacher", "ref", "advantages"):
+            if getattr(b, name) is not None:
+                setattr(b, name, torch.where(b.mask, getattr(b, name), garbage))
+        for name in b.extra.keys() - {"action", "world"}:
+            b.extra[name] = torch.where(b.mask, b.extra[name].double(), garbage)
+        return b
+    monkeypatch.setattr(sdar, "batch_of", dirty)
+    again = learned(exact, prepared(exact, algo), s)
+    assert again[0]["loss"] == metrics["loss"] and torch.equal(again[1], gradient)
+    assert gradient.norm() > 1e-3
+
+@every_followup
+def test_micro_batches_change_no_gradient_of_a_followup(exact, algo):
+    """Tokens per micro-batch, row order and padding: same gradient, same metrics."""
+    results = []
+    for micro_tokens, seed in ((1, 0), (70, 1), (10**6, 2)):
+        s = settings(algo=algo, kl=0.1, micro_tokens=micro_tokens, seed=seed)
+        results.append(learned(exact, prepared(exact, algo), s))
+    metrics, gradient = results[0]
+    assert gradient.norm() > 1e-3
+    for other, again in results[1:]:
+        assert same(again, gradient)
+        assert other == {name: pytest.approx(value, rel=1e-5, abs=1e-7)
+                         for name, value in metrics.items()}
+
+@pytest.fixture(scope="module", params=["alfworld", "webshop", "search"])
+def world_of_followups(request):
+    """Settings, built-in tasks and a tiny policy of a benchmark."""
+    s = settings(env=request.param, env_args="", group_size=4, max_turns=3, max_response=8,
+                 mini_batch=7, max_teacher_prompt=4096)
+    environment = sdar.open_env(s)
+    return s, environment, sdar.load_policy("tiny", "cpu", sdar.tiny_texts(environment, s, 10))
+
+LOGGED = {"gigpo": "rows_in_shared_states", "atod": "gap", "triage": "share_role_R",
+          "sgcd": "mixed_groups", "craft": "craft_lambda", "ucob": "further_rows",
+          "paw": "world_turns"}
+
+@every_followup
+def test_every_followup_trains_on_every_benchmark(world_of_followups, monkeypatch, algo):
+    """Two steps of each method on each benchmark: it learns, with finite numbers and its metric."""
+    base, environment, policy = world_of_followups
+    monkeypatch.setattr(sdar, "rollout", rollout_with_wins(sdar.rollout))
+    s = dataclasses.replace(base, algo=algo, kl=0.01)
+    sdar.check_settings(s)
+    state = sdar.make_state(copied(policy), s)
+    reference = copy.deepcopy(policy.model)
+    for step in (1, 2):
+        episodes, phases = sdar.play_step(state, environment, reference, s)
+        for t in [t for e in episodes for t in e.turns]:
+            t.valid = True                           # a random policy writes no valid response
+        row = sdar.learn_step(state, episodes, phases, s)
+        assert row["step"] == step and row["grad_norm"] > 0
+        assert all(math.isfinite(v) for v in row.values() if isinstance(v, float))
+        assert LOGGED[algo] in row and json.dumps(row)
+    if algo in ("gigpo", "ucob", "paw", "sgcd") and (algo, s.env) != ("paw", "search"):
+        assert row[LOGGED[algo]] > 0                 # a random policy searches for nothing
+    pairs_ = zip(policy.model.parameters(), state.policy.model.parameters())
+    assert any(not torch.equal(a, b) for a, b in pairs_)
+
+@every_followup
+def test_every_followup_resumes_bit_for_bit(env, tmp_path, monkeypatch, algo):
+    """A run that was interrupted ends with the same weights, memory and metrics."""
+    monkeypatch.setattr(sdar, "rollout", rollout_with_wins(sdar.rollout))
+    s = settings(algo=algo, out=str(tmp_path / "whole"), group_size=2, max_turns=2, max_response=6,
+                 mini_batch=3)
+    whole = sdar.train(s)
+    part = dataclasses.replace(s, out=str(tmp_path / "part"))
+    sdar.train(dataclasses.replace(part, steps=1))
+    resumed = sdar.train(part, resume=part.out)
+    assert whole.memory == resumed.memory
+    pairs_ = zip(whole.policy.model.parameters(), resumed.policy.model.parameters())
+    assert all(torch.equal(a, b) for a, b in pairs_)
+    rows = [sdar.read_lines(tmp_path / name / "metrics.jsonl")[-1] for name in ("whole", "part")]
+    kept = [{k: v for k, v in row.items() if k == LOGGED[algo] or k in ("loss", "grad_norm")}
+            for row in rows]
+    assert kept[0] == kept[1] and len(kept[0]) == 3
+
+@pytest.mark.parametrize("algo, env_name, kl", [
+    *((a, e, 0.0) for a in ("atod", "sgcd", "craft") for e in ("alfworld", "webshop", "search")),
+    *((a, e, 0.001 if e == "search" else 0.01) for a in ("gigpo", "ucob")
+      for e in ("alfworld", "webshop", "search")),
+    ("triage", "search", 0.01), ("paw", "alfworld", 0.01)])
+def test_presets_of_the_followups(algo, env_name, kl):
+    """KL weight, penalty and the settings that have an effect."""
+    argv = ["--algo", algo, "--env", env_name, "--model", "m"]
+    s, _ = sdar.read_settings(argv)
+    assert s.kl == kl and s.invalid_penalty == (0.01 if env_name == "search" else 0.1)
+    assert (s.lr, s.clip, s.group_size, s.steps) == (1e-6, 0.2, 8, 150)
+    for flag, algos in (("--judge", "triage sgcd"), ("--teacher-model", "atod"),
+                        ("--lam", ""), ("--beta", ""), ("--gate", "")):
+        value = {"--judge": "http://x", "--gate": "entropy"}.get(flag, "7")
+        if algo in algos.split():
+            assert sdar.read_settings([*argv, flag, value])
+        else:
+            with pytest.raises(UserError, match=f"{flag} has no effect with --algo {algo}"):
+                sdar.read_settings([*argv, flag, value])
+
+# ---- published rows ------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("env_name, algos, want", [
+    ("alfworld", ["sdar", "grpo", None], []), ("alfworld", ["sgcd"], []),
+    ("alfworld", ["atod"], ["0.6B ATOD 82.8", "1.7B ATOD 80.5", "0.6B GRPO 30.5"]),
+    ("webshop", ["ucob", "sdar"], ["1.7B UCOB 79.7", "1.7B fixed bank 70.3", "3B SDAR 68.0"]),
+    ("search", ["gigpo"], ["3B GRPO+PaW 44.8", "1.7B GiGPO 41.0"]),
+    ("search", ["craft", "triage"], ["3B CRAFT 46.1", "7B TRIAGE 48.1"])])
+def test_published_rows_of_the_followups(env_name, algos, want):
+    """Only papers of methods that were run, each with its label; the figures of the papers."""
+    rows = ev.followup_rows([dict(env=env_name, algo=algo) for algo in algos])
+    assert bool(rows) == bool(want)
+    assert {" ".join(row[1:]) for row in rows} >= set(want)
+    assert all(row[0] in ev.LABELS.values() and 0 < float(row[2]) < 100 for row in rows)
+    assert not any("fixed" in row[1] for row in rows) or env_name != "search"
+
+def test_table_prints_them_below_ones_own(monkeypatch, capsys):
+    """`eval.py table`: own runs and SDAR's paper first, then the labelled rows, in their order."""
+    result = dict(env="alfworld", algo="triage", checkpoint="c", model="m", training={}, tasks="t",
+                  settings={}, finished=0, base_model="tiny")
+    monkeypatch.setattr(ev, "evaluations", lambda run, notes: [result])
+    monkeypatch.setattr(ev, "method_table", lambda results: [["method", "Avg"], ["triage", "1.0"]])
+    for markdown in ([], ["--markdown"]):
+        ev.table(["run", *markdown])
+        own, published = capsys.readouterr().out.split("Follow-ups: ")
+        assert "triage" in own and "not a ranking" in published and ev.ORIGIN in own
+        assert published.count(ev.LABELS["triage"]) == 5
+        assert published.index("79.6") < published.index("87.5") < published.index("76.8")
+    result["algo"] = "sdar"
+    ev.table(["run"])
+    assert "Follow-ups" not in capsys.readouterr().out
 
 # ======== The vocabulary head: exact values in chunks =============================================
 
@@ -2642,6 +3838,743 @@ def test_without_a_compiler_nothing_is_fused(monkeypatch, capsys):
     sdar.fuse(model)
     assert "slower: Failed to find C compiler" in capsys.readouterr().out
     assert not any("forward" in vars(module) for module in model.modules())
+
+# ======== Models, tokenizers and templates as people have them ====================================
+
+def model_settings(**changes):
+    """Settings of a run of a fraction of a second."""
+    small = dict(model="tiny", env_args="house=4", data="built-in", device="cpu", groups=2,
+                 group_size=2, max_turns=2, max_prompt=1024, max_teacher_prompt=1536, kl=0.0,
+                 max_response=8, prompt_style="brief", lr=3e-4, val_every=0, steps=1)
+    return sdar.Settings(**{**small, **changes})
+
+@pytest.fixture(scope="module")
+def sound(env, tmp_path_factory):
+    """The folder of a Qwen2 with a byte-level tokenizer of its own and a chat template."""
+    folder = tmp_path_factory.mktemp("sound")
+    model, tokenizer = sdar.build_tiny(sdar.tiny_texts(env, model_settings(), 20), 1)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+@pytest.fixture
+def folder(sound, tmp_path):
+    """A copy of it to be spoilt."""
+    return shutil.copytree(sound, tmp_path / "model")
+
+def edit(file, **changes):
+    """Change keys of a JSON file."""
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+def edit_weights(folder, change):
+    """Replace the weights by change(weights)."""
+    weights = change(load_file(folder / "model.safetensors"))
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+def with_template(folder, template):
+    """A chat template written into a model folder."""
+    (folder / "chat_template.jinja").write_text(template)
+    return folder
+
+def with_tokens(folder, template=None, **tokens):
+    """Further special tokens in a folder's tokenizer, without embeddings for them."""
+    from transformers import PreTrainedTokenizerFast
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    tokenizer.add_tokens(list(tokens), special_tokens=True)
+    tokenizer.chat_template = template or tokenizer.chat_template
+    tokenizer.save_pretrained(folder)
+
+LOOP = "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+SPOILT = {  # what is wrong: (how it is made, word of the message)
+    "renamed weights": (lambda d: edit_weights(d, lambda w: {
+        f"_orig_mod.{name}": x for name, x in w.items()}), "random"),
+    "no head": (lambda d: edit(d / "config.json", tie_word_embeddings=False), "lm_head.weight"),
+    "a layer too many": (lambda d: edit(d / "config.json", num_hidden_layers=4,
+        layer_types=["full_attention"] * 4), "random"),
+    "another width": (lambda d: edit(d / "config.json", intermediate_size=64), "random"),
+    "not a number": (lambda d: edit_weights(d, lambda w: {
+        name: x * float("nan") for name, x in w.items()}), "not numbers"),
+    "an adapter": (lambda d: (d / "adapter_config.json").write_text("{}"), "merge"),
+    "8 bit": (lambda d: edit(d / "config.json", quantization_config={
+        "quant_method": "gptq", "bits": 4}), "model"),
+    "no template": (lambda d: (d / "chat_template.jinja").unlink(), "instruction-tuned"),
+    "system first": (lambda d: with_template(
+        d, "{{ raise_exception('system first') }}"), "system first"),
+    "template cut off": (lambda d: with_template(d, LOOP + "{{ m.content }"), "unexpected"),
+    "template divides": (lambda d: with_template(d, "{{ 1 / 0 }}"), "division"),
+    "message is gone": (lambda d: with_template(
+        d, LOOP + "{% for x in m.content if x.type %}{{ x.text }}{% endfor %}{% endfor %}"),
+        "leaves out or changes"),
+    "message is escaped": (lambda d: with_template(
+        d, LOOP + "{{ m.content | e }}{% endfor %}"), "leaves out or changes"),
+    "message in capitals": (lambda d: with_template(
+        d, LOOP + "{{ m.content | upper }}{% endfor %}"), "leaves out or changes"),
+    "message cut short": (lambda d: with_template(
+        d, LOOP + "{{ m.content[:20] }}{% endfor %}"), "leaves out or changes"),
+    "token without embedding": (lambda d: with_tokens(
+        d, sdar.TINY_TEMPLATE.replace("<|im_start|>", "<|turn|>"), **{"<|turn|>": 1}),
+        "embeddings"),
+    "empty folder": (lambda d: (shutil.rmtree(d), d.mkdir()), "cannot load"),
+}
+
+@pytest.mark.parametrize("kind", SPOILT)
+def test_a_model_that_cannot_be_trained_is_refused_in_one_line(folder, kind):
+    """Before any work is done, by its name, with what to do."""
+    spoil, word = SPOILT[kind]
+    spoil(folder)
+    with pytest.raises(UserError) as refused:
+        sdar.load_policy(str(folder), "cpu")
+    assert word in str(refused.value) and len(str(refused.value).splitlines()) == 1
+
+def test_weights_that_are_left_out_are_named(folder, capsys):
+    """A config.json with too few layers trains another model than the folder's."""
+    edit(folder / "config.json", num_hidden_layers=2, layer_types=["full_attention"] * 2)
+    sdar.load_policy(str(folder), "cpu")
+    assert "left out (model.layers.2" in capsys.readouterr().out
+
+SIZES = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+             num_key_value_heads=4, max_position_embeddings=512)
+GPT = dict(n_embd=64, n_layer=2, n_head=4)
+EXPERTS = dict(n_routed_experts=4, num_experts_per_tok=1, n_group=1, topk_group=1,
+               kv_lora_rank=16, q_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8,
+               v_head_dim=16, moe_intermediate_size=32)
+FAMILIES = [  # a model type, its configuration, and a word of the refusal, "" if it is trained
+    ("llama", {}, ""), ("qwen3", dict(head_dim=16), ""), ("phi", {}, ""), ("olmo2", {}, ""),
+    ("smollm3", dict(pad_token_id=0), ""), ("gemma", dict(head_dim=16), ""),
+    ("gpt2", dict(GPT, attn_pdrop=0.3, resid_pdrop=0.3, embd_pdrop=0.3), ""),
+    ("gptj", dict(GPT, rotary_dim=8), ""), ("phi3", dict(pad_token_id=0, resid_pdrop=0.3), ""),
+    ("starcoder2", dict(attention_dropout=0.3, residual_dropout=0.3), ""),
+    ("qwen2_moe", dict(num_experts=4, moe_intermediate_size=32), ""),
+    ("mistral", dict(sliding_window=8), "remembers"), ("mamba", {}, "remembers"),
+    ("gemma2", dict(head_dim=16), "remembers"),
+    ("gpt_neo", dict(num_layers=2, attention_types=[[["global", "local"], 1]], num_heads=4),
+     "local"),
+    ("granite", dict(logits_scaling=8.0), "by its head"), ("cohere", {}, "by its head"),
+    ("bloom", GPT, "does not work"), ("falcon", dict(alibi=True), "does not work"),
+    ("mpt", dict(d_model=64, n_heads=4, n_layers=2), "does not work"),
+    ("deepseek_v2", EXPERTS, "does not work"), ("deepseek_v3", EXPERTS, "does not work"),
+    ("opt", dict(ffn_dim=64, word_embed_proj_dim=64), "does not work"),
+    ("mixtral", dict(num_local_experts=4, router_jitter_noise=0.3), "training mode")]
+
+@pytest.mark.parametrize("kind, config, word", FAMILIES, ids=[row[0] for row in FAMILIES])
+def test_a_family_generates_what_transformers_generates_or_is_refused(
+        sound, tmp_path, kind, config, word):
+    """Greedy equality for all that is trained; one line for the others."""
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(sound)
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **{"vocab_size": len(tokenizer), **SIZES, **config})
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    if word:
+        with pytest.raises(UserError, match=word):
+            sdar.load_policy(str(tmp_path), "cpu")
+        return
+    policy = sdar.load_policy(str(tmp_path), "cpu")
+    prompts = dict(enumerate(sdar.encode_chats(policy.tokenizer, ["Hello", "Go to the desk now"])))
+    want = [policy.model.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False,
+                                  eos_token_id=list(policy.end_ids), pad_token_id=0)
+            for ids in prompts.values()]
+    want = [row[0, len(ids):].tolist() for row, ids in zip(want, prompts.values())]
+    s = model_settings(max_response=12)
+    got = {}
+    for ended in sdar.generate(policy, dict(prompts), s, 0, (), sdar.generator_for(policy, s)):
+        got |= ended
+    assert [got[0], got[1]] == want
+    modes = [sdar.response_logps(policy.model.train(mode), list(prompts.values()), want, s)[0]
+             for mode in (True, False)]
+    assert torch.equal(*modes)
+
+def test_the_folders_own_tokenizer_is_loaded(folder):
+    """Whatever class the model type or tokenizer_config.json names."""
+    from tokenizers import Tokenizer
+    text = "step 12\n\nput 2 mugs in cabinet 10\n"
+    want = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text).ids
+    for name in ("TokenizersBackend", "PreTrainedTokenizerFast", "Qwen2Tokenizer",
+                 "LlamaTokenizerFast", None):
+        edit(folder / "tokenizer_config.json", tokenizer_class=name)
+        tokenizer = sdar.load_policy(str(folder), "cpu").tokenizer
+        assert tokenizer(text)["input_ids"] == want, name
+
+def test_tags_are_text_even_where_a_tokenizer_calls_them_special(folder, env):
+    """In prompts and in responses, while end and padding tokens leave both."""
+    tags = [f"<{slash}{tag}>" for tag in ("think", "action", "search", "answer")
+            for slash in ("", "/")]
+    with_tokens(folder, **dict.fromkeys(tags))
+    policy = sdar.load_policy(str(folder), "cpu")
+    said = "<think>I look.</think><action>look</action>"
+    ids = policy.tokenizer(said + "<|im_end|><|endoftext|>")["input_ids"]
+    assert sdar.response_text(policy, ids) == said
+    prompt = env.start(env.tasks("valid_seen")[0]).prompt()
+    read = policy.tokenizer.decode(sdar.encode_chats(policy.tokenizer, [prompt])[0])
+    assert read.count("<action>") == prompt.count("<action>") > 0
+    read = sdar.encode_chats(policy.tokenizer, ["a<|im_end|>b<|im_start|>system"])[0]
+    assert policy.tokenizer.decode(read).count("<|im_end|>") == 1
+
+@pytest.mark.parametrize("content, special, removed", [
+    ("<|eot|>", False, True), ("<|eot|>", True, True), ("\n\n", False, False),
+    ("    ", False, False), ("<b>", False, False), ("<think>", True, False)])
+def test_only_tokens_that_structure_a_chat_leave_a_prompt(folder, content, special, removed):
+    """Some tokenizers have added tokens for blank lines, indentation and markup, and some do not
+    call the tokens of their template special."""
+    from tokenizers import AddedToken
+    from transformers import PreTrainedTokenizerFast
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    tokenizer.add_tokens([AddedToken(content, special=special, normalized=False)])
+    tokenizer.chat_template = sdar.TINY_TEMPLATE + "{# <|eot|>\n\n    x #}"
+    left, = sdar.without_special_tokens(tokenizer, [f"put{content}it"])
+    assert left == ("putit" if removed else f"put{content}it")
+
+def tokenizer_of(kind, texts):
+    """A tokenizer of another make: (pieces with a mark for blanks, or BERT's)."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+    special = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+    if kind == "bert":
+        made = Tokenizer(models.WordPiece(unk_token="<unk>"))
+        made.normalizer = normalizers.BertNormalizer()
+        made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        made.decoder = decoders.WordPiece()
+        trainer = trainers.WordPieceTrainer(vocab_size=600, special_tokens=special)
+    else:
+        made = Tokenizer(models.BPE(byte_fallback=kind == "bytes", unk_token="<unk>"))
+        made.pre_tokenizer = pre_tokenizers.Metaspace()
+        made.decoder = decoders.Sequence([
+            decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(),
+            decoders.Strip(" ", 1, 0)])
+        fallback = [f"<0x{i:02X}>" for i in range(256)] if kind == "bytes" else []
+        trainer = trainers.BpeTrainer(vocab_size=900, special_tokens=special + fallback)
+    made.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<|im_end|>",
+                                   chat_template=sdar.TINY_TEMPLATE)
+
+@pytest.mark.parametrize("kind, word", [("bytes", ""), ("no bytes", "makes"), ("bert", "makes")])
+def test_a_tokenizer_must_give_back_messages_and_tags(env, folder, kind, word):
+    """One with byte fallback does; one that lowers, or loses letters, is refused."""
+    texts = [text.replace("'", "") for text in sdar.tiny_texts(env, model_settings(), 5)]
+    tokenizer = tokenizer_of(kind, texts)
+    policy = sdar.load_policy(str(folder), "cpu")
+    policy.model.resize_token_embeddings(len(tokenizer))
+    policy = sdar.wrap_policy(policy.model, tokenizer)
+    assert word in sdar.text_fault(policy) and bool(word) == bool(sdar.text_fault(policy))
+
+OPENS = sdar.TINY_TEMPLATE.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
+CLOSES = OPENS.replace("<think>\n", "<think>\n\n</think>\n\n")
+SAID = {"alfworld": "<action>look</action>", "webshop": "<action>click[buy now]</action>",
+        "search": "<answer>x</answer>"}
+
+@pytest.mark.parametrize("template, said, valid", [
+    (OPENS, "I see.</think>{}", True), (OPENS, "<think>I see.</think>{}", True),
+    (OPENS, "I see.{}", False), (CLOSES, "{}", True), (sdar.TINY_TEMPLATE, "I.</think>{}", False),
+    (sdar.TINY_TEMPLATE, "<think>I see.</think>{}", True)])
+@pytest.mark.parametrize("name", SAID)
+def test_what_the_prompt_has_opened_needs_only_to_be_closed(
+        folder, monkeypatch, name, template, said, valid):
+    """A template that opens the think block, in all environments (Search-QA ignores thoughts)."""
+    policy = sdar.load_policy(str(with_template(folder, template)), "cpu")
+    world = envs.open_env(name, "built-in")
+    ids = policy.tokenizer(said.format(SAID[name]), add_special_tokens=False)["input_ids"]
+
+    def answers(policy, waiting, *rest):
+        yield {key: ids for key in [*waiting] if waiting.pop(key)}
+    monkeypatch.setattr(sdar, "generate", answers)
+    s = model_settings(env=name, max_turns=1, max_prompt=4096)
+    turn, = sdar.rollout(policy, world, world.tasks(world.splits[0])[:1], s, 1.0, None)[0].turns
+    assert turn.valid == (valid or name == "search")
+    assert turn.text == said.format(SAID[name])       # as it was said
+
+@pytest.mark.parametrize("name", SAID)
+def test_experts_leave_out_the_tag_that_the_prompt_has_opened(folder, name):
+    """So that a cloned model opens the think block once."""
+    world = envs.open_env(name, "built-in")
+    s = model_settings(env=name, max_prompt=4096, max_teacher_prompt=4096)
+    task = world.tasks(world.splits[0])[0]
+    for template, opened in ((OPENS, 0), (sdar.TINY_TEMPLATE, 1)):
+        policy = sdar.load_policy(str(with_template(folder, template)), "cpu")
+        for turn in sdar.expert_turns(policy, world, task, dataclasses.replace(s, model="x"), 1):
+            text = sdar.response_text(policy, turn.response_ids)
+            assert text.count("<think>") == opened and text.count("</think>") == 1
+
+@pytest.mark.parametrize("eos, template", [
+    ("<|endoftext|>", sdar.TINY_TEMPLATE),
+    ("<|endoftext|>", LOOP + "{{ m.content }}{% if m.role == 'assistant' %}  <|im_end|>\n"
+                             "{% endif %}{% endfor %}")])
+def test_the_end_of_a_turn_ends_a_response(folder, eos, template):
+    """Where the model's own EOS is another token, as in base models."""
+    with_template(folder, template)
+    edit(folder / "generation_config.json", eos_token_id=0)
+    edit(folder / "config.json", eos_token_id=0)
+    edit(folder / "tokenizer_config.json", eos_token=eos,
+         extra_special_tokens=["<|im_start|>", "<|im_end|>"])
+    policy = sdar.load_policy(str(folder), "cpu")
+    ends = policy.tokenizer.convert_ids_to_tokens(sorted(policy.end_ids))
+    assert ends == ["<|endoftext|>", "<|im_end|>"]
+
+STYLES = {  # of well-known families: (template, think block, the token that ends a turn)
+    "zephyr": ("{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}</s>\n{% endfor %}"
+               "{% if add_generation_prompt %}<|assistant|>\n{% endif %}", "", "</s>"),
+    "mistral": ("{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+                "{% else %} {{ m.content }}</s>{% endif %}{% endfor %}", "", "</s>"),
+    "gemma": ("{% for m in messages %}<start_of_turn>{{ 'model' if m.role == 'assistant' else "
+              "m.role }}\n{{ m.content | trim }}<end_of_turn>\n{% endfor %}"
+              "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}", "",
+              "<end_of_turn>"),
+    "deepseek r1": ("{% for m in messages %}{% if m.role == 'user' %}<|User|>{{ m.content }}"
+                    "{% else %}<|Assistant|>{{ m.content.split('</think>')[-1] }}</s>{% endif %}"
+                    "{% endfor %}{% if add_generation_prompt %}<|Assistant|><think>\n{% endif %}",
+                    "opened", "</s>"),
+    "qwen3": (CLOSES.replace("\n<think>", "\n{% if not enable_thinking %}<think>").replace(
+        "</think>\n\n", "</think>\n\n{% endif %}"), "closed", "<|im_end|>"),
+    "alpaca": ("{% for m in messages %}### {{ m.role }}:\n{{ m.content }}\n\n{% endfor %}"
+               "{% if add_generation_prompt %}### assistant:\n{% endif %}", "", None)}
+
+@pytest.mark.parametrize("style", STYLES)
+def test_think_block_and_end_of_turn_of_known_templates(sound, style):
+    """Read from what the template renders."""
+    from transformers import PreTrainedTokenizerFast
+    template, think, end = STYLES[style]
+    policy = sdar.load_policy(str(sound), "cpu")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(sound)
+    tokenizer.add_tokens(["</s>", "[INST]", "[/INST]", "<start_of_turn>", "<end_of_turn>",
+                          "<|User|>", "<|Assistant|>"], special_tokens=True)
+    tokenizer.chat_template = template
+    policy.model.generation_config.eos_token_id = None
+    tokenizer.eos_token = "<|endoftext|>"
+    policy = sdar.wrap_policy(policy.model, tokenizer)
+    assert (policy.opened, policy.think_closed) == ("<think>" * (think == "opened"),
+                                                    think == "closed")
+    ends = set(tokenizer.convert_ids_to_tokens(list(policy.end_ids))) - {"<|endoftext|>"}
+    assert ends == ({end} if end else set())
+
+@pytest.mark.parametrize("date", [
+    "{{ strftime_now('%d %b %Y') }}", '{{ strftime_now( "%Y-%m-%d %H:%M" ) }}',
+    "{% if date_string is not defined %}{% if strftime_now is defined %}"
+    "{% set date_string = strftime_now('%d %b %Y') %}{% endif %}{% endif %}{{ date_string }}"])
+def test_a_template_that_prints_the_date_prints_one_fixed_date(
+        folder, monkeypatch, capsys, date):
+    """The same seed gives the same run tomorrow; one line says so."""
+    from transformers.utils import chat_template_utils
+    policy = sdar.load_policy(str(with_template(folder, date + sdar.TINY_TEMPLATE)), "cpu")
+    today = sdar.render_chat(policy.tokenizer, "x")
+
+    class Later(datetime.datetime):
+        @classmethod
+        def now(cls, *zone):
+            return cls(2030, 5, 6)
+    monkeypatch.setattr(chat_template_utils, "datetime", Later)
+    assert sdar.render_chat(policy.tokenizer, "x") == today and "2026" in today
+    sdar.check_lengths(policy, model_settings())
+    assert "always 01 Jan 2026" in capsys.readouterr().out
+
+@pytest.mark.parametrize("config, prompt, word", [
+    ({}, 512, ""), (dict(max_position_embeddings=64), 512, "note"),
+    (dict(rope_parameters=dict(rope_type="dynamic", rope_theta=1e4, factor=4.0,
+                               original_max_position_embeddings=128)), 512, "error"),
+    (dict(rope_parameters=None), 9000, "error")])
+def test_prompts_longer_than_a_model_knows(folder, capsys, config, prompt, word):
+    """A line where rotary positions go on; an error where they are learnt, or depend on a row's
+    neighbours."""
+    policy = sdar.load_policy(str(folder), "cpu")
+    policy.model.config = copy.deepcopy(policy.model.config)
+    for name, value in config.items():
+        setattr(policy.model.config, name, value)
+    s = model_settings(max_prompt=prompt, max_teacher_prompt=prompt)
+    if word == "error":
+        with pytest.raises(UserError, match="--max-prompt"):
+            sdar.check_lengths(policy, s)
+    else:
+        sdar.check_lengths(policy, s)
+    assert ("--max-prompt" in capsys.readouterr().out) == (word == "note")
+
+def test_a_save_that_fails_for_any_reason_is_one_line(sound, tmp_path, monkeypatch):
+    """transformers raises ValueError for settings it does not want to save."""
+    s = model_settings(out=str(tmp_path / "run"))
+    state = sdar.make_state(sdar.load_policy(str(sound), "cpu"), s)
+    monkeypatch.setattr(type(state.policy.model), "save_pretrained",
+                        lambda *a, **k: (_ for _ in ()).throw(ValueError("not\nserializable")))
+    with pytest.raises(OSError, match="not; make room") as error:
+        sdar.save_checkpoint(state, s)
+    assert "previous" not in str(error.value) and not sdar.checkpoints(s.out)
+
+# ======== Files, names, terminals and schedulers ==================================================
+
+FAST = ("--model tiny --data built-in --env-args house=4 --warm-start 0 --groups 1 --group-size 2 "
+        "--val-every 0 --max-turns 1 --max-response 8 --device cpu").split()
+
+def command(*words, cwd=None, **options):
+    """A started sdar.py, its output in one pipe."""
+    variables = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.Popen([sys.executable, f"{HERE}/sdar.py", *map(str, words)], cwd=cwd,
+                            env=variables, text=True, **{"stdout": subprocess.PIPE,
+                                                         "stderr": subprocess.STDOUT, **options})
+
+def refused_line(capsys, *words):
+    """The one line with which sdar.py refuses this command."""
+    with pytest.raises(SystemExit) as end:
+        sdar.main([str(word) for word in words])
+    line = capsys.readouterr().err.strip()
+    assert end.value.code == 2 and line.startswith("error: ") and "\n" not in line
+    return line
+
+@pytest.fixture
+def handlers():
+    """main() sets handlers of signals; they are put back."""
+    before = {number: signal.getsignal(number) for number in sdar.STOPS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+@pytest.fixture(scope="module")
+def run_home(tmp_path_factory):
+    """A run of one step, with a skill folder of its own, given as a relative path."""
+    home = tmp_path_factory.mktemp("home")
+    cards = {"general_skills": [{"title": "Look", "principle": "first"}],
+             "task_specific_skills": {name: [{"title": "Do", "principle": name}]
+                                      for name in envs.ALFWORLD_TYPES}}
+    (home / "skills").mkdir()
+    (home / "skills/claude_style_skills.json").write_text(json.dumps(cards))
+    run = command(*FAST, "--skills", "skills", "--steps", 1, "--out", "runs/first", cwd=home)
+    assert run.wait() == 0, run.stdout.read()
+    return home
+
+@pytest.mark.parametrize("words, hint", [
+    ("--resume runs/frist", "holds first"), ("--model runs/frist", "holds first"),
+    ("--model ./nothing", "does not exist"), ("--model x.gguf", "does not exist"),
+    ("--data no/where", "holds runs, skills"), ("--skills skils", "holds skills"),
+    ("--resume runs", "no run"), ("--resume skills/claude_style_skills.json", "no run"),
+    ("--resume runs/first/checkpoints/step-000001-rl", "--resume {home}/runs/first"),
+    ("--resume runs/first/checkpoints", "--resume {home}/runs/first"),
+    ("--out skills/claude_style_skills.json", "is a file"),
+    ("--out skills/claude_style_skills.json/run", "is a file"),
+    ("--steps 0 --warm-start 0", "eval.py"), ("--modle tiny", "did you mean --model?"),
+    ("--max-promt=4", "did you mean --max-prompt?"), ("--zzz", "--help"),
+    ("--env alfworl", "alfworld"), ("--model runs/first --data= --env webshop", "--data built-in")])
+def test_a_name_that_is_wrong_is_told_at_once(run_home, capsys, monkeypatch, handlers, words, hint):
+    """With what exists nearby, or what was meant."""
+    monkeypatch.chdir(run_home)
+    assert hint.format(home=run_home) in refused_line(capsys, *words.split())
+
+def test_paths_mean_the_same_in_every_folder(run_home, capsys, monkeypatch, tmp_path):
+    """A run started with relative paths goes on from elsewhere; ~ and variables are expanded."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(run_home))
+    monkeypatch.setenv("WHERE", str(run_home))
+    for name in ("~/runs/first", "$WHERE/runs/first", run_home / "runs/first"):
+        s, resume = sdar.read_settings(["--resume", str(name), "--steps", "1"])
+        assert s.skills == str(run_home / "skills") and resume == str(run_home / "runs/first")
+    assert sdar.read_settings(["--out", "~/x"])[0].out == f"{run_home}/x"
+    assert sdar.read_settings(["--skills", "~/skills"])[0].skills == f"{run_home}/skills"
+    s = sdar.read_settings(["--env", "search", "--env-args", "corpus=~/skills topk=2"])[0]
+    monkeypatch.setattr(envs, "open_env", lambda *a, **options: types(options))
+
+    class types:
+        builtin = True
+        def __init__(self, options):
+            self.options = options
+    assert sdar.open_env(s).options["corpus"] == f"{run_home}/skills"
+    assert s.env_args == f"corpus={run_home}/skills topk=2"
+
+def test_skills_may_move_but_not_change_within_a_run(run_home, capsys, tmp_path, handlers):
+    """The texts decide, not the folder's name."""
+    run = shutil.copytree(run_home / "runs/first", tmp_path / "run")
+    moved = shutil.copytree(run_home / "skills", tmp_path / "moved")
+    sdar.train(*sdar.read_settings(["--resume", str(run), "--steps", "2",
+                                    "--skills", str(moved)]))
+    file = moved / "claude_style_skills.json"
+    file.write_text(file.read_text().replace("first", "second"))
+    assert "other skills" in refused_line(capsys, "--resume", run, "--steps", 3)
+
+def test_a_new_run_from_a_run_takes_its_prompts_and_world(run_home, monkeypatch):
+    """Prompt style, lengths, world and learning rate, where no flag says otherwise."""
+    monkeypatch.chdir(run_home)
+    first = json.loads(Path("runs/first/config.json").read_text())
+    s = sdar.read_settings(["--model", "runs/first", "--max-turns", "7"])[0]
+    assert {name: getattr(s, name) for name in sdar.INHERITED} == {
+        name: first[name] for name in sdar.INHERITED} | {"max_turns": 7}
+    other = sdar.read_settings(["--model", "runs/first", "--env", "webshop"])[0]
+    assert (other.lr, other.env_args, other.max_turns) == (first["lr"], "", 15)
+
+def test_help_shows_the_defaults_of_the_chosen_environment_and_model(capsys):
+    """Before or after --help."""
+    for words, shown in (("--help", "0.0003)"), ("--env webshop --model x/y --help", "5120)"),
+                         ("--help --env search --model x/y", "(default: 128)")):
+        with pytest.raises(SystemExit) as end:
+            sdar.read_settings(words.split())
+        text = capsys.readouterr().out
+        assert end.value.code == 0 and shown in text and "--env" in text
+
+@pytest.mark.parametrize("words, status, shown", [
+    ("--help", 0, "download NAME"), ("downlod alfword", 2, "mean download alfworld?"),
+    ("zzz", 2, "usage"), ("", 2, "usage")])
+def test_the_command_line_of_envs_helps(capsys, words, status, shown):
+    """--help, and the closest command."""
+    assert envs.main(words.split()) == status
+    out = capsys.readouterr()
+    assert shown in (out.err if status else out.out)
+
+def test_a_run_always_ends_with_a_checkpoint(tmp_path):
+    """Also one that only clones, and one whose log no terminal reads: plain lines, no bars."""
+    run = command(*FAST, "--steps", 0, "--warm-start", 10, "--out", tmp_path / "run")
+    text = run.communicate()[0]
+    assert run.returncode == 0 and "%|" not in text and "\r" not in text
+    assert [line.split()[:2] for line in text.splitlines() if line.startswith("cloning")] == [
+        ["cloning", f"{i}/10"] for i in range(1, 11)]
+    assert sdar.checkpoints(tmp_path / "run")
+
+def wait_for(found, seconds=60):
+    """Until found() is true."""
+    end = time.time() + seconds
+    while not found():
+        assert time.time() < end
+        time.sleep(0.05)
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGHUP"])
+def test_what_a_scheduler_sends_saves_the_run(tmp_path, name):
+    """As Ctrl-C does. The last step of the log is in the checkpoint."""
+    out = tmp_path / "run"
+    run = command(*FAST, "--steps", 10**6, "--out", out)
+    wait_for(lambda: sdar.read_lines(out / "metrics.jsonl"))
+    run.send_signal(getattr(signal, name))
+    text = run.communicate(timeout=60)[0]
+    state = json.loads((sdar.checkpoints(out)[-1] / "state.json").read_text())
+    assert run.returncode == 130 and "stopped and saved" in text
+    assert state["step"] == sdar.read_lines(out / "metrics.jsonl")[-1]["step"]
+
+def test_a_lost_terminal_saves_the_run(tmp_path):
+    """Nothing can be written to it any more, not even by a progress bar."""
+    out = tmp_path / "run"
+    ours, theirs = pty.openpty()
+    run = command(*FAST, "--steps", 10**6, "--out", out, stdin=theirs, stdout=theirs,
+                  stderr=theirs, start_new_session=True,
+                  preexec_fn=lambda: __import__("fcntl").ioctl(0, 0x540E, 0))   # TIOCSCTTY
+    os.close(theirs)
+    wait_for(lambda: os.read(ours, 4096) and sdar.read_lines(out / "metrics.jsonl"))
+    os.close(ours)                                     # the kernel sends SIGHUP
+    run.wait(60)
+    assert sdar.checkpoints(out) and run.returncode == 130
+
+def test_nohup_is_respected(tmp_path):
+    """A run that ignores SIGHUP goes on."""
+    out = tmp_path / "run"
+    run = command(*FAST, "--steps", 10**6, "--out", out,
+                  preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    wait_for(lambda: sdar.read_lines(out / "metrics.jsonl"))
+    run.send_signal(signal.SIGHUP)
+    seen = len(sdar.read_lines(out / "metrics.jsonl"))
+    wait_for(lambda: len(sdar.read_lines(out / "metrics.jsonl")) > seen + 1)
+    run.kill()
+    run.wait()
+
+# ======== Question files, games, skills, analysis =================================================
+
+def questions(file, rows, tmp_path):
+    """{split: [answers]} of a question file with these rows."""
+    corpus = tmp_path / "passages.jsonl"
+    corpus.write_text('{"id": "0", "contents": "x"}\n')
+    (tmp_path / "q").mkdir(exist_ok=True)
+    path = tmp_path / "q" / file
+    path.write_text(rows if isinstance(rows, str) else "\n".join(map(json.dumps, rows)))
+    found = envs.open_env("search", str(path), corpus=str(corpus)).questions
+    return {split: [list(q.answers) for q in rows.values()]
+            for split, rows in found.items() if rows}
+
+@pytest.mark.parametrize("row, answers", [
+    (dict(answer="Lake Geneva", answer_aliases=["Lac Leman"]), ["Lake Geneva", "Lac Leman"]),
+    (dict(golden_answers="['a', 'b']"), ["a", "b"]),
+    (dict(possible_answers='["a", "b"]'), ["a", "b"]),
+    (dict(answer=True), ["yes"]), (dict(answer=False), ["no"]), (dict(answer=0), ["0"]),
+    (dict(answer=[True]), ["yes"]), (dict(answer="[sic] x"), ["[sic] x"]),
+    (dict(answer="[unclear]"), ["[unclear]"]), (dict(golden_answers=["a"], answer="b"), ["a"]),
+    (dict(answer=dict(value="a", aliases=["b"], normalized_aliases=["b"])), ["a", "b"]),
+    (dict(Answer="d"), ["d"]), (dict(golden_answers="['a' 'b']"), None), (dict(answer=None), None),
+    (dict(answer=[["a"], ["b"]]), ["a", "b"]), (dict(answer=""), None)])
+def test_answers_are_read_as_they_are_meant(tmp_path, row, answers):
+    """In the layouts in which data sets are published; refused where they cannot be told apart."""
+    if answers is None:
+        with pytest.raises(UserError, match="line 1"):
+            questions("nq_test.jsonl", [{"question": "Who?", **row}], tmp_path)
+    else:
+        got = questions("nq_test.jsonl", [{"question": "Who?", **row}], tmp_path)
+        assert got == {"test": [answers]}
+
+@pytest.mark.parametrize("file, text, word", [
+    ("test.json", '[{"question": "a?", "answer": "b"}]', ""),
+    ("test.json", '\ufeff [\n{"question": "a?",\n"answer": "b"}\n]', ""),
+    ("test.json", '{"data": [\n1]}', "one JSON object a line"),
+    ("test.jsonl", '[{"question": "a?", "answer": "b"}]', "one JSON object a line"),
+    ("test.jsonl", "PK\x03\x04", "unpacked")])
+def test_arrays_are_read_and_archives_named(tmp_path, file, text, word):
+    """A question file is read whole, or refused with what it is."""
+    if word:
+        with pytest.raises(UserError, match=word):
+            questions(file, text, tmp_path)
+    else:
+        assert questions(file, text, tmp_path) == {"test": [["b"]]}
+
+def test_a_folder_of_data_sets_is_read_whole(tmp_path):
+    """Folders name data sets, capitals do not matter, a file without a split stays out of train,
+    and what is neither questions nor passages is named."""
+    files = {"nq/test.jsonl": {"question": "a?", "answer": "b"},
+             "nq/train.jsonl": {"question": "b?", "answer": "b"},
+             "hotpotqa/dev.json": [{"question": "c?", "answer": "b"}],
+             "wiki/corpus.jsonl": {"id": 1, "title": "A", "text": "B"},
+             "notes.json": {"a": 1}, "list.json": [1], "README.md": "x", ".cache/x.jsonl": "x"}
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(json.dumps(content))
+    rows = [json.dumps({"Question": f"Who is {i}?", "Answer": "x"}) for i in range(50)]
+    (tmp_path / "bamboogle.jsonl").write_text("\n".join(rows))
+    (tmp_path / "list.json").unlink()
+    env = envs.open_env("search", str(tmp_path))
+    groups = {split: sorted({q.group for q in rows.values()})
+              for split, rows in env.questions.items()}
+    assert groups == {"train": ["NQ"], "dev": ["HotpotQA"], "test": ["Bamboogle", "NQ"]}
+    assert len(env.questions["test"]) == 51
+    assert env.source.endswith("neither questions nor passages: README.md, notes.json")
+    assert env.engine.search(["B"], 1) == [['"A"\nB']]
+
+def test_only_games_marked_as_solvable_are_played(tmp_path):
+    """As in the original; how many are left out is said."""
+    values = {"a": "true", "b": "null", "c": None, "d": "false", "e": '"yes"', "f": "true"}
+    for name, value in values.items():
+        trial = tmp_path / f"json_2.1.1/train/pick_and_place_simple-Mug-None-Desk-1/trial_{name}"
+        trial.mkdir(parents=True)
+        marked = "" if value is None else f'"solvable": {value}, '
+        text = f'{{"x": "{"y" * 20000}", "solvable": {value}}}' if name == "f" else (
+            f'{{{marked}"x": "{"y" * 20000}"}}')
+        (trial / "game.tw-pddl").write_text(text)
+    env = envs.open_env("alfworld", str(tmp_path))
+    assert [task[-1] for task in env.tasks("train")] == ["a", "f"]
+    assert "4 games of train" in env.source
+
+CARDS = {"general_skills": [{"title": "g", "principle": "p"}], "query_type_skills": {
+    name: [{"title": name, "principle": "p"}] for name in (
+        "direct_retrieval", "multi_hop_reasoning", "entity_attribute_lookup", "comparison")}}
+
+def test_skill_libraries_are_read_as_published(tmp_path):
+    """SkillRL's search cards call compare comparison; a file stands for itself."""
+    file = tmp_path / "claude_style_skills_search.json"
+    file.write_text(json.dumps(CARDS))
+    (tmp_path / "claude_style_skills.json").write_text("{}")
+    env = envs.open_env("search", "built-in", skills=str(file))
+    assert "comparison" in env.skill("compare") and "g" in env.skill("compare")
+    with pytest.raises(UserError, match="nothing.json.*holds claude_style"):
+        envs.open_env("search", "built-in", skills=str(tmp_path / "nothing.json"))
+
+@pytest.mark.parametrize("url, direct", [
+    ("http://127.0.0.1:8000/retrieve", True), ("http://localhost:8000", True),
+    ("http://[::1]:8000", True), ("http://example.org:8000", False)])
+def test_no_proxy_for_a_server_on_this_machine(monkeypatch, url, direct):
+    """http_proxy is for other machines."""
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    opened = envs.SearchServer(url)._open
+    assert (opened is not envs.urllib.request.urlopen) == direct
+    if direct:
+        assert not any(handler.proxies for handler in opened.__self__.handlers
+                       if isinstance(handler, envs.urllib.request.ProxyHandler))
+
+@pytest.mark.parametrize("text, terms", [
+    ("\u0130stanbul", ["istanbul"]), ("\u039f\u0394\u039f\u03a3", ["\u03bf\u03b4\u03bf\u03c3"]),
+    ("\u0939\u093f\u0928\u094d\u0926\u0940 x", ["\u0939\u093f\u0928\u094d\u0926\u0940", "x"]),
+    ("\u0e20\u0e32\u0e29\u0e32\u0e44\u0e17\u0e22abc",
+     ["\u0e20\u0e32\u0e29\u0e32\u0e44\u0e17\u0e22", "abc"]),
+    ("\u0f56\u0f7c\u0f51", ["\u0f56\u0f7c\u0f51"]), ("\u1781\u17d2\u1798\u17c2\u179a",
+                                                   ["\u1781\u17d2\u1798\u17c2\u179a"]),
+    ("\u1019\u103c\u1014\u103a", ["\u1019\u103c\u1014\u103a"]),
+    ("\u0e81\u0eb5\u0e9a", ["\u0e81\u0eb5\u0e9a"]), ("\u09ac\u09be\u0982", ["\u09ac\u09be\u0982"]),
+    ("\u30ab\u30bf\u30ab\u30caabc\u30c63", ["\u30ab\u30bf\u30ab\u30ca", "abc", "\u30c6", "3"]),
+    ("\uff76\uff9ex", ["\uff76\uff9e", "x"]), ("na\u00efve", ["na\u00efv"])])
+def test_words_of_all_scripts_are_lucenes(text, terms):
+    """Letters are lowered one by one; combining signs stay in the word; scripts are separated."""
+    assert [envs.analyse_word(word) for word in envs.words(text)] == terms
+
+@pytest.mark.parametrize("first, second, ratio", [
+    ("women\u2019s 8", "women's 8", 100), ("\u7ea2\u8272", "\u7ea2\u8272", 100),
+    ("caf\u00e9", "caf", 100), ("\u7ea2\u8272 8", "8", 100), ("\u00e9", "\u00e9", 0),
+    ("red", "\u7ea2\u8272", 0), ("\u0420\u0415\u0414", "\u0440\u0435\u0434", 100)])
+def test_the_shops_fuzzy_match_is_thefuzz_0_19(first, second, ratio):
+    """U+0080 to U+00FF go, all other letters stay."""
+    assert envs.token_set_ratio(first, second) == envs.token_set_ratio(second, first) == ratio
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.bool, torch.int32])
+def test_masks_of_half_precision_count_more_than_65504_tokens(dtype):
+    """Weights sum to 1 whatever the dtype of the mask."""
+    mask = torch.ones(70, 1000, dtype=dtype)
+    for owners in (None, torch.arange(70) % 7):
+        weights = sdar.token_weights(mask, owners)
+        assert weights.dtype == torch.float32 and weights.sum().item() == pytest.approx(1, abs=1e-4)
+
+def test_the_released_recipe_has_the_public_codes_entropy_bonus(sound):
+    """0.001 x the entropy at the rollout temperature, aggregated like the loss, with gradient."""
+    policy = sdar.load_policy(str(sound), "cpu")
+    turns = [sdar.Turn([*range(20, 30)], [*range(40, 40 + n)], reward=float(n), rollout=n - 3,
+                       advantages=torch.ones(n), weight=0.1) for n in (3, 5)]
+    rows = {}
+    for recipe in ("paper", "released"):
+        policy.model.zero_grad()
+        s = model_settings(algo="grpo", recipe=recipe, temperature=0.7)
+        loss, b = sdar.step_loss(policy, turns, s, sdar.METHODS["grpo"], None)
+        loss.backward()
+        grads = torch.cat([p.grad.flatten() for p in policy.model.parameters()])
+        rows[recipe] = loss.detach(), grads.clone(), b
+    logits = []
+    for t in turns:
+        ids = torch.tensor([t.prompt_ids + t.response_ids])
+        logits.append(policy.model(input_ids=ids).logits[0, len(t.prompt_ids) - 1:-1] / 0.7)
+    logp = torch.log_softmax(torch.cat(logits), -1)
+    bonus = 0.001 * 0.1 * -(logp.exp() * logp).sum()
+    policy.model.zero_grad()
+    bonus.backward()
+    grads = torch.cat([p.grad.flatten() for p in policy.model.parameters()])
+    assert torch.allclose(rows["released"][0], rows["paper"][0] - bonus.detach(), atol=1e-6)
+    assert grads.norm() > 1e-6
+    assert torch.allclose(rows["released"][1], rows["paper"][1] - grads, atol=1e-5)
+
+# ======== A pretrained model, end to end: SDAR_TEST_MODELS=DIR ====================================
+
+@pytest.mark.parametrize("name", ["SmolLM2-135M", "qwen2.5-coder-0.5b"])
+def test_a_pretrained_model_goes_the_whole_way(tmp_path, name):
+    """Two SDAR steps on two real games, a checkpoint, kill -9, a resume with the same numbers, an
+    evaluation. Minutes: only where SDAR_TEST_MODELS names a folder with GGUF files."""
+    models = os.environ.get("SDAR_TEST_MODELS")
+    found = [] if not models else [file for file in sorted(Path(models).rglob("*.gguf"))
+                                   if file.name.lower().startswith(name.lower())]
+    if not found:
+        pytest.skip(f"no {name}*.gguf in SDAR_TEST_MODELS={models}")
+    for package in ("gguf", "accelerate"):
+        pytest.importorskip(package)
+    data = Path(os.environ.get("SDAR_TEST_DATA", "missing")) / "alfworld"
+    if not data.exists():
+        pytest.skip("SDAR_TEST_DATA is not set: no real games")
+    shared = ["--model", found[0], "--data", data.resolve(), "--device", "cpu", "--groups", 2,
+              "--group-size", 2, "--max-turns", 1, "--max-response", 12, "--max-prompt", 1024,
+              "--max-teacher-prompt", 1536, "--val-every", 0, "--save-every", 1, "--lr", 1e-5]
+    whole = command(*shared, "--steps", 2, "--out", tmp_path / "whole")
+    text = whole.communicate()[0]
+    assert whole.returncode == 0, text
+    killed = command(*shared, "--steps", 2, "--out", tmp_path / "killed",
+                     stdout=subprocess.DEVNULL)
+    wait_for(lambda: sdar.checkpoints(tmp_path / "killed"), 900)
+    killed.kill()                                      # in its second step
+    killed.wait()
+    resumed = command("--resume", tmp_path / "killed")
+    text = resumed.communicate()[0]
+    assert resumed.returncode == 0, text
+    rows = [sdar.read_lines(tmp_path / run / "metrics.jsonl") for run in ("whole", "killed")]
+    times = ("seconds", "tokens_per_s", "peak_memory")
+    rows = [[{key: value for key, value in row.items() if not key.startswith(times)}
+             for row in run] for run in rows]
+    assert len(rows[0]) == 2 and rows[0] == rows[1]
+    assert rows[0][0]["grad_norm"] > 0 and 0 < rows[0][0]["gate"] < 1 and rows[0][1]["gap"]
+    last = [load_file(sdar.checkpoints(tmp_path / run)[-1] / "model.safetensors")
+            for run in ("whole", "killed")]
+    assert all(torch.equal(last[0][key], last[1][key]) for key in last[0])
+    test = subprocess.run(
+        [sys.executable, f"{HERE}/eval.py", "--model", tmp_path / "killed", "--episodes", "2",
+         "--split", "valid_seen", "--out", tmp_path / "eval.json"], text=True,
+        capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert test.returncode == 0, test.stderr
+    assert "valid_seen" in (tmp_path / "eval.json").read_text()
 
 # ======== Environments: ALFWorld, WebShop, Search-QA ==============================================
 
@@ -4708,6 +6641,617 @@ def test_chunked_log_probabilities_need_less_memory():
                              capture_output=True, check=True)
         peaks.append(float(out.stdout))
     assert peaks[1] > 8 * peaks[0]
+
+# ======== What a newcomer sees: transcripts, gates, play, own environments, config, track =========
+
+def short_settings(**changes):
+    """Settings of a run of `tiny` that takes a fraction of a second."""
+    base = dict(model="tiny", prompt_style="brief", groups=2, group_size=3, max_turns=3,
+                max_prompt=1024, max_teacher_prompt=1536, max_response=12, steps=1, lr=3e-4, kl=0.0,
+                warm_start=0, val_every=0, device="cpu", data="built-in")
+    return sdar.Settings(**{**base, **changes})
+
+# ---- transcripts and counts ----
+
+@pytest.fixture(scope="module")
+def logged(tmp_path_factory):
+    """{benchmark: folder of a run of one step}, as `python sdar.py` writes it."""
+    folders = {}
+    for name in ("alfworld", "webshop", "search"):
+        folders[name] = tmp_path_factory.mktemp(name) / "run"
+        sdar.train(short_settings(env=name, out=str(folders[name]), val_every=1, val_episodes=3))
+    return folders
+
+@pytest.mark.parametrize("name", ["alfworld", "webshop", "search"])
+def test_a_logged_episode_can_be_read_alone(logged, name):
+    """Its row has the task, what success is, the skill's text and every turn."""
+    world = envs.open_env(name, data="built-in")
+    rows = sdar.read_lines(logged[name] / "episodes.jsonl")
+    assert len(rows) == 2
+    for row in rows:
+        session = world.start(row["task_id"])
+        assert (row["task"], row["goal"]) == (session.task, session.goal)
+        assert row["skill"] == session.category
+        assert row["skill_text"] == world.skill(session.category, brief=True)
+        assert row["turns"][0]["observation"] == session.observation
+        assert row["failure"] in ("malformed", "out_of_turns", "wrong_end", "object_never_found")
+        assert isinstance(row["last_observation"], str)
+        for turn in row["turns"]:
+            assert turn["reward"] == 0.0 and math.isfinite(turn["advantage"])
+            assert {"response", "valid", "admissible"} <= turn.keys()
+
+def test_logged_tokens_have_gate_gap_and_both_log_probabilities(logged):
+    """One number a token: gap = teacher - student, gate = sigmoid(beta gap)."""
+    for row in sdar.read_lines(logged["alfworld"] / "episodes.jsonl"):
+        for turn in row["turns"]:
+            columns = [turn[name] for name in ("gate", "gap", "teacher_logp", "student_logp")]
+            assert len(turn["tokens"]) > 0
+            assert {len(turn["tokens"])} == {len(column) for column in columns}
+            for gate, gap, teacher, student in zip(*columns):
+                assert gap == pytest.approx(teacher - student, abs=2e-4)
+                assert gate == pytest.approx(1 / (1 + math.exp(-5 * gap)), abs=2e-4)
+                assert teacher < 0 and student < 0
+
+def test_without_a_teacher_the_log_has_no_gates(tmp_path):
+    """GRPO's episodes have their advantages and no tokens."""
+    sdar.train(short_settings(algo="grpo", out=str(tmp_path / "run")))
+    rows = sdar.read_lines(tmp_path / "run" / "episodes.jsonl")
+    turns = [turn for row in rows for turn in row["turns"]]
+    assert turns and not any("tokens" in turn or "gate" in turn for turn in turns)
+    assert all("advantage" in turn for turn in turns) and rows[0]["skill_text"] == ""
+
+def test_goals_tell_what_success_is():
+    """ALFWorld: the task; WebShop: instruction, attributes, options; Search-QA: golden answers."""
+    for name in ("alfworld", "webshop", "search"):
+        world = envs.open_env(name, data="built-in")
+        for task in world.tasks(world.splits[0])[::400]:
+            session = world.start(task)
+            if name == "alfworld":
+                assert session.goal == session.task
+            elif name == "webshop":
+                goal = session.engine.goal
+                for part in (session.task, *goal["attributes"], *goal["goal_options"].values()):
+                    assert part in session.goal
+            else:
+                assert session.goal == " or ".join(session.question.answers)
+                session.step("answer", session.question.answers[-1], True, [])
+                assert session.won
+
+def ended(valid=(True, True), **session):
+    """An episode that has not been won."""
+    turns = [sdar.Turn([0], valid=v, cut=not v) for v in valid]
+    session = types.SimpleNamespace(won=False, done=False, group="Pick", **session)
+    return sdar.Episode("task", session, turns=turns)
+
+def test_failures_are_told_apart():
+    """A wrong end, malformed turns, an object never within reach, or no turns left."""
+    wrong = ended()
+    wrong.session.done = True
+    assert sdar.failure(wrong) == "wrong_end"
+    assert sdar.failure(ended((False, True))) == "malformed"
+    assert sdar.failure(ended((False, True, True))) == "out_of_turns"
+    assert sdar.failure(ended(found_object=False)) == "object_never_found"
+    assert sdar.failure(ended(found_object=True)) == "out_of_turns"
+
+def test_outcomes_count_failures_types_and_cut_responses():
+    """Failures by kind, [won, all] by task type, the share of responses cut at the limit."""
+    won = ended()
+    won.session.won = True
+    other = ended((False, True, True, True), found_object=False)
+    other.session.group = "Heat"
+    found = sdar.outcomes([won, ended(), other])
+    assert found == {"failures": {"out_of_turns": 1, "object_never_found": 1},
+                     "success_by_type": {"Pick": [1, 2], "Heat": [0, 1]}, "cut": 1 / 8}
+
+@pytest.mark.parametrize("name", ["alfworld", "webshop", "search"])
+def test_the_logs_have_the_new_metrics(logged, name):
+    """Entropy, cut share, failures and success by type; they add up to the episodes."""
+    row = sdar.read_lines(logged[name] / "metrics.jsonl")[-1]
+    test = sdar.read_lines(logged[name] / "validation.jsonl")[-1]
+    assert 0 < row["entropy"] < math.log(700)
+    for m in (row, test):
+        assert sum(m["failures"].values()) == m["episodes"] - m["successes"]
+        assert sum(n for _, n in m["success_by_type"].values()) == m["episodes"]
+        assert sum(won for won, _ in m["success_by_type"].values()) == m["successes"]
+        assert 0 <= m["cut"] <= 1
+
+def test_alfworld_tells_whether_the_object_was_within_reach():
+    """Not before the expert of any task type can take the object, and ever after."""
+    world = envs.Alfworld(house=6)
+    for kind in envs.ALFWORLD_TYPES:
+        task = next(task for task in world.tasks("train") if kind in task)
+        session = world.start(task)
+        while not session.done:
+            reachable = any(f"take {word} " in command for word in session.task.strip(".").split()
+                            for command in session.commands)
+            assert session.found_object or not reachable or not session.turns
+            session.step(session.expert())
+        assert session.found_object
+        lost = world.start(task)
+        lost.step("<think></think><action>inventory</action>")
+        assert not lost.found_object
+
+def test_a_response_is_cut_only_if_nothing_ended_it(env, policy, monkeypatch):
+    """A closing tag or EOS as the last token that the limit allows is no cut."""
+    def ids(text):
+        return policy.tokenizer(text, add_special_tokens=False)["input_ids"]
+    closed = ids("<action>look</action>")
+    end = [policy.tokenizer.eos_token_id]
+    answers = [closed, ids("look look")[:2] + end, ids("look look")[:3]]
+
+    def generate(policy, waiting, *rest):
+        waiting.clear()
+        yield dict(enumerate(answers))
+    monkeypatch.setattr(sdar, "generate", generate)
+    tasks = env.tasks("train")[:3]
+    episodes = sdar.rollout(policy, env, tasks, short_settings(max_turns=1), 1.0, None)
+    assert [e.turns[0].cut for e in episodes] == [False, False, True]
+
+def test_the_logged_entropy_is_the_policys(env, policy):
+    """The mean of -log pi of sampled tokens is the mean entropy, within four standard errors."""
+    s = short_settings(max_turns=1, max_response=8, group_size=8, groups=24)
+    own = dataclasses.replace(policy, cache=None)
+    tasks = env.tasks("train")[:s.groups]
+    generator = sdar.generator_for(own, s, "test")
+    episodes = sdar.rollout(own, env, tasks, s, 1.0, generator, s.group_size)
+    turns = [turn for e in episodes for turn in e.turns]
+    responses = [t.response_ids for t in turns]
+    with torch.no_grad():
+        hidden, targets, _ = sdar.response_hidden(own.model, [t.prompt_ids for t in turns],
+                                                  responses)
+        logp, entropy = sdar.chunked_logps(own.head, hidden, targets, 1.0, True)
+    for turn in turns:
+        turn.advantages = torch.zeros(len(turn.response_ids))
+    _, b = sdar.step_loss(own, turns, s, sdar.METHODS["grpo"], None)
+    sums = sdar.token_sums(b, s, torch.zeros(()))
+    logged = float(sums["entropy"] / sums["tokens"])
+    assert logged == pytest.approx(-float(logp.mean()), abs=1e-4)
+    error = float((-logp - entropy).std()) / math.sqrt(len(logp))
+    assert error < 0.1 and abs(logged - float(entropy.mean())) < 4 * error
+
+# ---- gates as a picture ----
+
+MARKUP = ("</div><script>document.title = 'taken'</script><img src=x onerror=\"fetch('//x')\">"
+           "\u001b[2J")
+
+def gated_run(folder, **changes):
+    """A folder with one logged episode whose text is hostile markup."""
+    tokens = ["<think>", "go", MARKUP, "</think>"]
+    turn = {"observation": "a room & " + MARKUP, "response": "".join(tokens), "valid": False,
+            "admissible": True, "reward": 10.0, "advantage": -0.25, "tokens": tokens,
+            "gate": [0.0, 0.5, 1.0, 0.25], "gap": [-3.0, 0.0, 3.0, -0.22],
+            "teacher_logp": [-4.0, -1.0, -1.5, -1.22], "student_logp": [-1.0, -1.0, -4.5, -1.0]}
+    row = {"step": 4, "task_id": "train/1", "task": "put a mug " + MARKUP, "goal": "the mug",
+           "skill": "Pick", "skill_text": "Look first. " + MARKUP, "won": False,
+           "failure": "out_of_turns", "score": 0.0, "details": {}, "last_observation": "a shelf",
+           "turns": [turn, turn], **changes}
+    folder.mkdir(exist_ok=True)
+    with open(folder / "episodes.jsonl", "a", encoding="utf-8") as f:
+        f.write(json.dumps(row) + "\n")
+    return folder
+
+def shown(capsys, *argv):
+    """What a command of eval.py prints."""
+    ev.main([str(a) for a in argv])
+    return capsys.readouterr().out
+
+class Terminal(io.StringIO):
+    """A text stream that says it is a terminal."""
+
+    def isatty(self):
+        return True
+
+    def reconfigure(self, **options):
+        pass
+
+def test_gates_prints_numbers_where_there_is_no_terminal(tmp_path, capsys):
+    """Each token with its gate; task, goal, skill, reward, advantage; no terminal commands."""
+    text = shown(capsys, "gates", gated_run(tmp_path))
+    assert "go[0.50]" in text and "<think>[0.00]" in text and "\u001b" not in text
+    for part in ("not won (out of turns)", "step 4, task train/1", "Task: put a mug",
+                 "Success is: the mug", "Skill: Pick: Look first.", "turn 2: reward 10, advantage "
+                 "-0.25, malformed", "> a room & ", "> a shelf"):
+        assert part in text, part
+
+def test_gates_colours_tokens_in_a_terminal(tmp_path, capsys, monkeypatch):
+    """Red, white and green backgrounds, black on them; NO_COLOR gives numbers."""
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    gated_run(tmp_path)
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    ev.main(["gates", str(tmp_path)])
+    text = sys.stdout.getvalue()
+    assert "\u001b[48;2;230;90;80;38;5;16m<think>\u001b[0m" in text
+    assert "\u001b[48;2;255;255;255;38;5;16mgo\u001b[0m" in text
+    assert "\u001b[48;2;70;185;100;38;5;16m</div>" in text
+    assert "[0.50]" not in text and "\u001b[2J" not in text
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    monkeypatch.setenv("NO_COLOR", "1")
+    ev.main(["gates", str(tmp_path)])
+    assert "go[0.50]" in sys.stdout.getvalue() and "\u001b" not in sys.stdout.getvalue()
+
+def test_gates_shows_the_episode_that_is_asked_for(tmp_path, capsys):
+    """--episode counts lines from 1, also one without gates; the default is the last with gates."""
+    gated_run(tmp_path, step=1)
+    gated_run(tmp_path, step=2)
+    gated_run(tmp_path, step=3, turns=[{"observation": "a room", "response": "go", "valid": True}])
+    assert "step 2," in shown(capsys, "gates", tmp_path)
+    assert "step 1," in shown(capsys, "gates", tmp_path, "--episode", 1)
+    text = shown(capsys, "gates", tmp_path, "--episode", 3)
+    assert "step 3," in text and "> a room\ngo" in text
+
+@pytest.mark.parametrize("episode, hint", [("0", "choose 1 to 1"), ("2", "choose 1 to 1"),
+                                           ("one", "--episode")])
+def test_gates_refuses_an_episode_that_is_not_there(tmp_path, capsys, episode, hint):
+    """One line that says which there are."""
+    with pytest.raises(SystemExit) as stop:
+        ev.main(["gates", str(gated_run(tmp_path)), "--episode", episode])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and hint in error and error.count("\n") == 1
+
+@pytest.mark.parametrize("changes", [{"turns": [3]}, {"turns": None}, {"won": 1, "skill": 7},
+                                     {"turns": [{"gate": 1, "observation": ""}]}])
+@pytest.mark.parametrize("form", ["text", "page"])
+def test_gates_of_a_damaged_log_is_one_line(tmp_path, capsys, changes, form):
+    """Whatever a row holds instead of an episode, there is no traceback."""
+    gated_run(tmp_path, **changes)
+    page = ["--html", str(tmp_path / "page.html")] if form == "page" else []
+    with pytest.raises(SystemExit) as stop:
+        ev.main(["gates", str(tmp_path), "--episode", "1", *page])
+    assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+def test_gates_still_reads_older_logs(tmp_path, capsys):
+    """There the gates were text behind each token."""
+    turns = [{"observation": "a room", "response": "go on", "gates": "go[0.52] on[1.00]"}]
+    row = {"step": 2, "task_id": "t", "skill": "s", "won": True, "turns": turns}
+    (tmp_path / "episodes.jsonl").write_text(json.dumps(row) + "\n")
+    assert "> a room\ngo[0.52] on[1.00]" in shown(capsys, "gates", tmp_path)
+    shown(capsys, "gates", tmp_path, "--html", tmp_path / "page.html")
+    assert "gate 0.52" in (tmp_path / "page.html").read_text()
+
+def test_the_page_stands_alone_and_escapes_all_text(tmp_path, capsys):
+    """Nothing is loaded, no script is there, and markup of a model stays text."""
+    text = shown(capsys, "gates", gated_run(tmp_path), "--html", tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "written:" in text and "episode 1 of 1" in text
+    assert "<script" not in page and "<img" not in page and "\u001b" not in page
+    assert not re.search(r"(src|href)=|@import|url\(", re.sub("&lt;.*?&gt;", "", page))
+    assert page.count("&lt;script&gt;document.title = &#x27;taken&#x27;&lt;/script&gt;") == 6
+    assert "prefers-color-scheme" in page or "color-scheme: light dark" in page
+    assert 'name="viewport"' in page and "default-src 'none'" in page
+    for part in ("put a mug", "the mug", "Look first.", "reward 10, advantage -0.25, malformed",
+                 "a shelf", "gate 0.25   gap -0.220   log-probability: teacher -1.220, student "
+                 "-1.000"):
+        assert part in page, part
+
+CHROMIUM = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+            "--disable-background-networking", "--disable-component-update", "--disable-sync",
+            "--enable-logging=stderr"]
+
+def test_the_page_in_a_real_browser(tmp_path, capsys):
+    """It renders a coloured span a token, the console stays empty, and hostile text stays text."""
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no chromium on this machine: the page was not opened")
+    page = tmp_path / "page.html"
+    shown(capsys, "gates", gated_run(tmp_path), "--html", page)
+    command = [browser, *CHROMIUM, f"--user-data-dir={tmp_path / 'profile'}"]
+    done = subprocess.run([*command, "--dump-dom", page.as_uri()], capture_output=True, text=True,
+                          timeout=120)
+    body = done.stdout[done.stdout.index("<body"):]
+    assert "CONSOLE" not in done.stderr and "<title>An episode and its gates</title>" in done.stdout
+    assert body.count("<span") == 8 and "<script" not in body and "<img" not in body
+    assert body.count("&lt;/div&gt;&lt;script&gt;") == 6
+    picture = tmp_path / "page.png"
+    subprocess.run([*command, "--window-size=400,900", f"--screenshot={picture}", page.as_uri()],
+                   capture_output=True, timeout=120)
+    assert picture.stat().st_size > 10_000
+
+# ---- play by hand ----
+
+def by_hand(keys, *argv):
+    """(exit status, what is printed, errors) of `python envs.py play` with these lines typed."""
+    done = subprocess.run([sys.executable, str(HERE / "envs.py"), "play", *argv], input=keys,
+                          capture_output=True, text=True, timeout=120,
+                          env={**os.environ, "HOME": "/nonexistent"})
+    return done.returncode, done.stdout, done.stderr
+
+@pytest.mark.parametrize("name", ["alfworld", "webshop", "search"])
+def test_the_experts_moves_win_by_hand(name):
+    """`!` alone plays an episode to its end, and each move is shown."""
+    status, text, errors = by_hand("!\n" * 60, name)
+    assert status == 0 and errors == ""
+    assert "won after" in text and "score 1" in text and "success was:" in text
+    assert text.count("> <think>") == int(re.search(r"won after (\d+) turns", text)[1])
+
+@pytest.mark.parametrize("name, listed, typed, told", [
+    ("alfworld", "inventory", "inventory", "Action 1: 'inventory'"),
+    ("webshop", "search[<your query>]", "search[lamp]", "Action 1: 'search[lamp]'"),
+    ("search", "search <your query>", "search a lamp", "Step 1: <search>a lamp</search>")])
+def test_own_commands_are_played_as_the_agents(name, listed, typed, told):
+    """The agent's own prompt, `?` lists what can be typed, and Ctrl-D leaves cleanly."""
+    task = (world := envs.open_env(name, data="built-in")).tasks(world.splits[0])[3]
+    status, text, errors = by_hand(f"?\n{typed}\n", name, task)
+    assert status == 0 and errors == "" and text.endswith("left\n")
+    assert world.start(task).prompt() in text and f"task {task}" in text
+    assert f"> {listed}\n" in text or f"\n{listed}\n" in text
+    assert told in text and "cannot be played" not in text
+    tag = "search" if name == "search" else "action"
+    command = typed.removeprefix("search ")
+    assert told in by_hand(f"<{tag}>{command}</{tag}>\n", name, task)[1]       # as the agent writes
+
+def test_a_lost_episode_and_a_wrong_command_are_told():
+    """A wrong answer loses, also a search without end; what cannot be played is said."""
+    status, text, _ = by_hand("answer nobody\n", "search")
+    assert status == 0 and "lost after 1 turns, score 0" in text
+    status, text, _ = by_hand("search x\n" * 9, "search")
+    assert status == 0 and "lost after 4 turns" in text
+    status, text, _ = by_hand("fly away\n", "alfworld")
+    assert "that cannot be played now" in text and text.endswith("left\n")
+
+def test_the_expert_goes_on_after_a_look_of_ones_own():
+    """A move of one's own that changes nothing does not take a step of the expert's plan."""
+    status, text, errors = by_hand("look\n!\nlook\n" + "!\n" * 40, "alfworld")
+    assert status == 0 and errors == "" and "won after" in text
+
+@pytest.mark.parametrize("argv, hint", [((), "usage:"), (("chess",), "choose one of alfworld"),
+                                        (("alfworld", "train/9"), "train/9")])
+def test_a_mistake_in_play_is_one_line(argv, hint):
+    """It says what to type instead, exit status 2."""
+    status, text, errors = by_hand("", *argv)
+    assert status == 2 and hint in errors and errors.count("\n") == 1
+
+# ---- an environment of one's own ----
+
+def guessing_game():
+    """The Python text of the number-guessing game in docs/environments.md."""
+    page = (HERE / "docs" / "environments.md").read_text(encoding="utf-8")
+    return re.search(r"<!-- own -->\n```python\n(.*?)```", page, re.S)[1]
+
+def test_the_documented_game_trains_at_once(tmp_path, monkeypatch, capsys):
+    """At most 45 lines, trained, resumed, evaluated and tabled by the command line alone."""
+    text = guessing_game()
+    assert len(text.splitlines()) <= 45
+    (tmp_path / "guess.py").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    flags = ("--env guess.py:Guess --model tiny --max-turns 4 --warm-start 8 --groups 2 "
+             "--group-size 3 --val-every 2 --val-episodes 5 --device cpu")
+    sdar.main([*flags.split(), "--steps", "1"])
+    run = tmp_path / "runs" / "guess.py-Guess-sdar-tiny"
+    row = sdar.read_lines(run / "metrics.jsonl")[-1]
+    assert row["episodes"] == 6 and list(row["success_by_type"]) == ["guess"] and "gap" in row
+    episode = sdar.read_lines(run / "episodes.jsonl")[0]
+    assert episode["goal"].startswith("the number ") and "middle" in episode["skill_text"]
+    sdar.main(["--resume", str(run), "--steps", "2"])
+    ev.main(["--model", str(run), "--episodes", "6"])
+    ev.main(["table", str(run)])
+    text = capsys.readouterr().out
+    assert "resumed from" in text and "guess (6)" in text and ", published" not in text
+
+def test_the_documented_games_expert_and_rewards(tmp_path, monkeypatch):
+    """Its expert wins as the skill says, in five turns at most, and success is worth 1."""
+    (tmp_path / "guess.py").write_text(guessing_game())
+    world = envs.open_env(f"{tmp_path / 'guess.py'}:Guess")
+    lengths = []
+    for task in world.tasks("train"):
+        session = world.start(task)
+        while not session.done:
+            world.step([session], [session.expert()])
+        lengths.append(len(session.turns))
+        assert session.won and session.score == 1.0
+    assert max(lengths) == 5
+    s = short_settings(env=f"{tmp_path / 'guess.py'}:Guess", max_response=4)
+    policy = sdar.load_policy("tiny", "cpu", sdar.tiny_texts(world, s, 20))
+    task = world.tasks("test")[14]                    # the first guess is right
+
+    def generate(policy, waiting, *rest):
+        waiting.clear()
+        text = "<think></think><action>15</action>"
+        yield {0: policy.tokenizer(text, add_special_tokens=False)["input_ids"]}
+    monkeypatch.setattr(sdar, "generate", generate)
+    assert sdar.rollout(policy, world, [task], s, 1.0, None)[0].reward == 1.0
+
+@pytest.mark.parametrize("old, new, hint", [
+    ("    def tasks(", "    def task_list(", "lacks tasks;"),
+    ("    all_skills = skill\n", "", "lacks all_skills;"),
+    ("    def expert(", "    def clever(", "lacks a session's expert;"),
+    ("self.goal, ", "self.aim, ", "lacks a session's goal;"),
+    ('("train", "test")', '("train",)', "lacks a second split"),
+    ("class Guess:", "class Other:", "cannot load"),
+    ("import envs\n", "import no_such_module\n", "no_such_module"),
+    ("class Guess:", "class Guess", "SyntaxError")])
+def test_a_class_that_lacks_a_member_is_named(tmp_path, monkeypatch, capsys, old, new, hint):
+    """One line before training, and no run folder is left."""
+    assert old in guessing_game()
+    (tmp_path / "guess.py").write_text(guessing_game().replace(old, new, 1))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        sdar.main(["--env", "guess.py:Guess", "--model", "tiny"])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and hint in error and error.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+
+@pytest.mark.parametrize("flags, hint", [
+    ("--env nothing.py:Guess", "cannot load nothing.py:Guess"),
+    ("--env guess.py", "--env guess.py"),
+    ("--env guess.py:Guess --env-args size=3", "no option 'size'"),
+    ("--env guess.py:Guess --data somewhere", "no option 'data'")])
+def test_own_environments_that_cannot_be_opened(tmp_path, monkeypatch, capsys, flags, hint):
+    """A missing file, no class, an option or data that the class does not take."""
+    (tmp_path / "guess.py").write_text(guessing_game())
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        sdar.main([*flags.split(), "--model", "tiny"])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and hint in error and error.count("\n") == 1
+
+def test_an_own_class_gets_the_options_that_it_takes(tmp_path):
+    """data, seed, skills and its own, as the benchmarks' classes do."""
+    text = guessing_game().replace("    def tasks(", """\
+    def __init__(self, data=None, seed=0, size=1):
+        self.given = data, seed, size
+
+    def tasks(""", 1)
+    (tmp_path / "sized.py").write_text(text)
+    name = f"{tmp_path / 'sized.py'}:Guess"
+    assert envs.open_env(name, data="x", seed=5, size=7).given == ("x", 5, 7)
+    assert envs.open_env(name).given == (None, 233, 1)
+
+def test_the_benchmarks_have_what_an_own_class_must_have():
+    """The check that own classes go through finds nothing to say about the three benchmarks."""
+    for name in ("alfworld", "webshop", "search"):
+        assert envs._lacking(envs.open_env(name, data="built-in")) == []
+        assert all(word in envs.__doc__ for word in ("goal", "think_closed", "all_skills"))
+
+# ---- --config and versions ----
+
+def config_file(folder, *flags):
+    """The config.json of a run that was told these flags."""
+    s, _ = sdar.read_settings([*"--env alfworld --model tiny".split(), *flags])
+    path = folder / "config.json"
+    saved = dataclasses.asdict(s) | {"versions": {"code": "abc"}}
+    path.write_text(json.dumps(saved))
+    return str(path), s
+
+def test_config_repeats_a_run_exactly(tmp_path):
+    """All settings are the run's, but the folder."""
+    path, before = config_file(tmp_path, *"--algo rlsd --lr 0.01 --seed 7 --out x --groups 5 "
+                               "--env-args house=7".split())
+    s, resume = sdar.read_settings(["--config", path])
+    assert resume is None and dataclasses.replace(s, out="x") == before
+    assert s.out == "runs/alfworld-rlsd-tiny"
+
+def test_config_takes_changes_from_flags(tmp_path):
+    """Seeds and methods: a method's own presets come with it, what was told stays."""
+    path, before = config_file(tmp_path, "--groups", "5", "--lr", "0.01", "--out", "x")
+    s, _ = sdar.read_settings(["--config", path, "--seed", "8", "--out", "y"])
+    assert s == dataclasses.replace(before, seed=8, out="y")
+    other, _ = sdar.read_settings(["--config", path, "--algo", "rlsd"])
+    assert (other.lam, other.groups, other.lr, other.algo) == (0.5, 5, 0.01, "rlsd")
+    told, _ = sdar.read_settings(["--config", path, "--algo", "rlsd", "--lam", "0.2"])
+    assert told.lam == 0.2
+
+def test_config_drops_what_another_method_cannot_use(tmp_path):
+    """--beta of SDAR is left out for GRPO; asked for by a flag, it is refused as ever."""
+    path, before = config_file(tmp_path, "--beta", "3", "--gate-baseline", "--out", "x")
+    s, _ = sdar.read_settings(["--config", path, "--algo", "grpo"])
+    assert (s.algo, s.beta, s.gate_baseline) == ("grpo", 5.0, False)
+    assert sdar.read_settings(["--config", path, "--out", "x"])[0] == before
+    with pytest.raises(UserError, match="--beta has no effect"):
+        sdar.read_settings(["--config", path, "--algo", "grpo", "--beta", "2"])
+
+@pytest.mark.parametrize("content, hint", [
+    (None, "cannot be read"), ("{", "damaged"), ("[1]", "damaged or another"),
+    ({"from_the_future": 1}, "another version"), ({"algo": "magic"}, "--algo"),
+    ({"env": 5}, "--env"), ({"model": [1]}, "--model"), ({"lr": "fast"}, "--lr")])
+def test_a_config_that_cannot_be_used_is_one_line(tmp_path, capsys, content, hint):
+    """No file, a damaged one, another version's, a value that cannot be."""
+    path, _ = config_file(tmp_path)
+    if content is None:
+        os.remove(path)
+    else:
+        text = content if isinstance(content, str) else json.dumps(
+            json.loads(Path(path).read_text()) | content)
+        Path(path).write_text(text)
+    with pytest.raises(SystemExit) as stop:
+        sdar.main(["--config", path])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and hint in error and error.count("\n") == 1
+
+def test_config_json_says_the_versions(logged):
+    """Code, torch and transformers, under one key that --resume and --config ignore."""
+    folder = logged["search"]
+    saved = json.loads((folder / "config.json").read_text())
+    assert saved["versions"].keys() == {"code", "torch", "transformers"}
+    assert saved["versions"]["torch"] == torch.__version__
+    if (HERE / ".git").exists() and shutil.which("git"):
+        assert re.fullmatch("[0-9a-f]{40}(-dirty)?", saved["versions"]["code"])
+    again, _ = sdar.read_settings(["--resume", str(folder), "--steps", "5"])
+    assert again.steps == 5 and not hasattr(again, "versions")
+
+def test_without_git_there_is_no_commit(monkeypatch):
+    """A machine without git, or code outside a checkout, says null."""
+    monkeypatch.setenv("PATH", "/nonexistent")
+    assert sdar.versions()["code"] is None
+    monkeypatch.undo()
+    monkeypatch.setattr(sdar, "__file__", "/sdar.py")
+    assert sdar.versions()["code"] is None
+
+def test_config_and_resume_exclude_each_other(logged, tmp_path):
+    """A run that goes on keeps its own settings."""
+    path, _ = config_file(tmp_path)
+    with pytest.raises(UserError, match="--config cannot change within a run"):
+        sdar.read_settings(["--resume", str(logged["search"]), "--config", path])
+
+# ---- --track ----
+
+WANDB = """
+import json
+def init(**given):
+    class Run:
+        def log(self, numbers, step):
+            with open(given["dir"] + "/seen.jsonl", "a") as f:
+                f.write(json.dumps([given["project"], given["config"]["algo"], step, numbers]))
+                f.write("\\n")
+    return Run()
+"""
+
+def test_track_wandb_gets_the_numbers_of_the_log(tmp_path, monkeypatch):
+    """Metrics and validations, types and failures as numbers, the cloning's steps first."""
+    (tmp_path / "wandb.py").write_text(WANDB)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    out = tmp_path / "run"
+    sdar.train(short_settings(track="wandb", out=str(out), warm_start=2, val_every=1, val_episodes=2))
+    rows = [json.loads(line) for line in (out / "seen.jsonl").read_text().splitlines()]
+    assert {(project, algo) for project, algo, _, _ in rows} == {("sdar", "sdar")}
+    assert [step for _, _, step, _ in rows] == [1, 2, 2, 3, 3]
+    numbers = rows[3][3]
+    logged = sdar.read_lines(out / "metrics.jsonl")[-1]
+    assert numbers["metrics/gap"] == logged["gap"]
+    assert all(isinstance(value, (int, float)) for value in numbers.values())
+    for name, (won, n) in logged["success_by_type"].items():
+        assert numbers[f"metrics/{name}"] == won / n
+    for name, count in logged["failures"].items():
+        assert numbers[f"metrics/{name}"] == count
+    assert "validation/success" in rows[4][3]
+
+def test_track_tensorboard_writes_event_files(tmp_path):
+    """The numbers of the log can be read back from the run's folder."""
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed: nothing to write with")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    out = tmp_path / "run"
+    sdar.train(short_settings(track="tensorboard", out=str(out), steps=2))
+    events = EventAccumulator(str(out))
+    events.Reload()
+    logged = [row["gap"] for row in sdar.read_lines(out / "metrics.jsonl")]
+    assert [x.step for x in events.Scalars("metrics/gap")] == [1, 2]
+    assert [x.value for x in events.Scalars("metrics/gap")] == pytest.approx(logged)
+
+@pytest.mark.parametrize("name", ["wandb", "tensorboard"])
+def test_track_without_its_package_is_one_line(tmp_path, monkeypatch, capsys, name):
+    """It is said before training, with the command that installs it."""
+    monkeypatch.setattr(sdar.importlib.util, "find_spec", lambda name: None)
+    out = tmp_path / "run"
+    with pytest.raises(SystemExit) as stop:
+        sdar.main(["--model", "tiny", "--track", name, "--out", str(out)])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and f"pip install {name}" in error and error.count("\n") == 1
+    assert not out.exists()
+
+def test_track_that_does_not_start_is_one_line(tmp_path, monkeypatch, capsys):
+    """No login, say: one line before training; --resume with --track none goes on without it."""
+    (tmp_path / "wandb.py").write_text("def init(**given):\n    raise RuntimeError('no login')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    out = tmp_path / "run"
+    flags = "--model tiny --warm-start 1 --steps 0 --val-every 0 --device cpu --track wandb"
+    with pytest.raises(SystemExit) as stop:
+        sdar.main([*flags.split(), "--out", str(out)])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "--track wandb does not start: no login" in error
+    assert not (out / "metrics.jsonl").exists()
+    sdar.main(["--resume", str(out), "--track", "none"])
+    assert len(sdar.read_lines(out / "metrics.jsonl")) == 1
 
 # ======== README and docs: what they promise ======================================================
 
