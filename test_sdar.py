@@ -798,8 +798,9 @@ def test_only_the_student_learns(exact, row):
 
 @pytest.mark.parametrize("row", [row for row in [*ROWS.values(), *VARIANTS]
                                  if "lam" in sdar.method_of(settings(**row)).uses], ids=str)
-def test_lambda_0_is_grpo(exact, row):
+def test_lambda_0_is_grpo(exact, row, monkeypatch):
     """Switched off, a method is GRPO to the last bit, and OPSD, without policy loss, nothing."""
+    monkeypatch.setattr(sdar, "ENTROPY_BONUS", 0.0)  # it has a test of its own
     turns = random_turns(exact)
     s = settings(lam=0.0, **row)
     off = learned(exact, turns, s)[1]
@@ -809,8 +810,9 @@ def test_lambda_0_is_grpo(exact, row):
     assert torch.equal(off, 0 * grpo if s.algo == "opsd" else grpo)
 
 @pytest.mark.parametrize("kl", [0.0, 0.3])
-def test_methods_are_what_they_are(exact, kl):
+def test_methods_are_what_they_are(exact, kl, monkeypatch):
     """The loss of each method, the paper's and the public code's, is the sum of its parts."""
+    monkeypatch.setattr(sdar, "ENTROPY_BONUS", 0.0)  # it has a test of its own
     def gated(b):
         return sdar.sdar_tokens(b.logp, b.teacher, 5.0)
 
@@ -3204,7 +3206,8 @@ def test_a_small_gpu_changes_no_number(policy, env):
     small, moved, more = two_updates(policy, env, dataclasses.replace(s, small_gpu=True))
     for a, b in zip(plain, small, strict=True):
         for name, value in a.items():
-            assert b[name] == pytest.approx(value, rel=1e-3, abs=1e-5), name
+            close_to = value if type(value) is dict else pytest.approx(value, rel=1e-3, abs=1e-5)
+            assert b[name] == close_to, name
     start = torch.cat([p.detach().flatten() for p in policy.model.parameters()])
     assert (moved - weights).norm() < 0.01 * (weights - start).norm()
     assert more == passes + sum(row["updates"] for row in plain)      # each one recomputed
@@ -3770,10 +3773,10 @@ def forward_and_gradient(model):
 @pytest.mark.parametrize("kind, options, hint", [
     ("qwen2", {}, ""), ("qwen3", {}, ""), ("llama", {}, ""), ("llama", {"mlp_bias": True}, ""),
     ("mistral", {"sliding_window": None}, ""),
-    ("mistral", {"sliding_window": 16}, "does not attend to all.*Qwen2.5"),
-    ("gemma2", {"final_logit_softcapping": 0.5}, "does not attend to all|caps its logits"),
-    ("granite", {"logits_scaling": 5.0}, "scales or caps its logits"),
-    ("cohere", {"logit_scale": 0.05}, "scales or caps its logits")])
+    ("mistral", {"sliding_window": 16}, "generation here does not know.*Qwen2.5"),
+    ("gemma2", {"final_logit_softcapping": 0.5}, "generation here does not know"),
+    ("granite", {"logits_scaling": 5.0}, "other log-probabilities"),
+    ("cohere", {"logit_scale": 0.05}, "other log-probabilities")])
 def test_models_that_generation_would_get_wrong_are_refused(policy, tmp_path, kind, options, hint):
     """A sliding window or scaled logits would go wrong without a word; the common families load."""
     folder = save_model(tmp_path, policy, kind, **options)
@@ -4744,7 +4747,7 @@ OPTION_MISTAKES = [
     ("chess", {}, "choose one of alfworld, webshop, search"),
     ("alfworld", {"topk": 3}, "has no option 'topk'; it takes detours, house, task_types"),
     ("alfworld", {"data": "/no/such/folder"}, "does not exist"),
-    ("alfworld", {"skills": "/no/such/folder"}, "has neither skill_mapping.json nor"),
+    ("alfworld", {"skills": "/no/such/folder"}, "does not exist"),
     ("alfworld", {"house": 3}, "whole number from 4 to 12"),
     ("alfworld", {"house": 6.0}, "must be a whole"),
     ("alfworld", {"detours": 2.0}, "must be a whole"),
@@ -5599,7 +5602,7 @@ def test_equal_ids_are_different_questions(tmp_path):
 @pytest.mark.parametrize("row", [
     '{not json', '["a list"]', {"question": "no answer?"}, {"answer": "x"},
     {"question": "Who?", "answers": {"text": ["Ann"], "answer_start": [3]}},  # as SQuAD's
-    {"question": "Who?", "answers": [None]}, {"question": "Who?", "answers": [["Ann"]]}])
+    {"question": "Who?", "answers": [None]}])
 def test_unusable_questions_name_file_and_line(tmp_path, row):
     """Broken JSON, a row without question or answers, and answers that are no texts."""
     with pytest.raises(UserError, match=r"test\.jsonl, line 2\b"):
@@ -5741,8 +5744,8 @@ def test_an_answer_that_only_drips_is_given_up(monkeypatch):
             self.left -= 1
             return b" " * (self.left > 0)
 
-    monkeypatch.setattr(envs.urllib.request, "urlopen", lambda *a, **k: Dripping())
     engine = envs.SearchServer("http://127.0.0.1:1", timeout=0.2, retries=0)
+    monkeypatch.setattr(engine, "_open", lambda *a, **k: Dripping())
     with pytest.raises(UserError, match="takes too long"):
         engine.search(["q"], 1)
 
@@ -6441,7 +6444,8 @@ def test_damaged_model_folders_are_refused(evaluated_run, tmp_path, capsys, file
     if kept is not None:
         (folder / file).write_bytes(data[:int(kept * len(data))])
     error = refused(capsys, "--model", folder, "--env-args", "house=4", "--device", "cpu")
-    assert "cannot load" in error or (file == "state.json" and "damaged" in error)
+    assert "cannot load" in error or (file == "state.json" and "damaged" in error) or (
+        file == "tokenizer.json" and "has a tokenizer that" in error)
 
 @pytest.mark.parametrize("text", ["[]", "{}", "0", '{"settings": 3}'])
 def test_a_state_that_is_none_is_refused(evaluated_run, tmp_path, capsys, text):
@@ -7074,7 +7078,7 @@ def test_a_class_that_lacks_a_member_is_named(tmp_path, monkeypatch, capsys, old
     ("--env nothing.py:Guess", "cannot load nothing.py:Guess"),
     ("--env guess.py", "--env guess.py"),
     ("--env guess.py:Guess --env-args size=3", "no option 'size'"),
-    ("--env guess.py:Guess --data somewhere", "no option 'data'")])
+    ("--env guess.py:Guess --data .", "no option 'data'")])
 def test_own_environments_that_cannot_be_opened(tmp_path, monkeypatch, capsys, flags, hint):
     """A missing file, no class, an option or data that the class does not take."""
     (tmp_path / "guess.py").write_text(guessing_game())
@@ -7140,7 +7144,7 @@ def test_config_drops_what_another_method_cannot_use(tmp_path):
         sdar.read_settings(["--config", path, "--algo", "grpo", "--beta", "2"])
 
 @pytest.mark.parametrize("content, hint", [
-    (None, "cannot be read"), ("{", "damaged"), ("[1]", "damaged or another"),
+    (None, "does not exist"), ("{", "damaged"), ("[1]", "damaged or another"),
     ({"from_the_future": 1}, "another version"), ({"algo": "magic"}, "--algo"),
     ({"env": 5}, "--env"), ({"model": [1]}, "--model"), ({"lr": "fast"}, "--lr")])
 def test_a_config_that_cannot_be_used_is_one_line(tmp_path, capsys, content, hint):
@@ -7732,8 +7736,8 @@ MISTAKES = [  # (program, arguments, what its one line must contain)
     ("sdar", "--algo magic", "--algo"),
     ("sdar", "--device cuda:77", "--device cuda:77"),
     ("sdar", "--device meta", "--device meta"),
-    ("sdar", "--model no/such-model-anywhere", "no/such-model-anywhere"),
-    ("sdar", "--model {tmp}/file", "file"),
+    ("sdar", "--model no/such-model-anywhere --data built-in", "no/such-model-anywhere"),
+    ("sdar", "--model {tmp}/file --data built-in", "file"),
     ("sdar", "--model {tmp}/none.gguf", "none.gguf"),
     ("sdar", "--data /no/such/folder", "/no/such/folder"),
     ("sdar", "--skills /no/such/skills", "/no/such/skills"),
@@ -7753,7 +7757,7 @@ MISTAKES = [  # (program, arguments, what its one line must contain)
     ("sdar", "--beta 3 --algo grpo", "--beta has no effect with --algo grpo"),
     ("sdar", "--beta 3 --algo grpo+opsd --recipe released", "--beta has no effect"),
     ("sdar", "--retrieval ucb --algo grpo", "--retrieval has no effect"),
-    ("sdar", "--resume /no/such/run", "/no/such/run holds no run"),
+    ("sdar", "--resume /no/such/run", "/no/such/run, which does not exist"),
     ("sdar", "--resume {run} --beta 3", "--beta cannot change within a run"),
     ("sdar", "--resume {run} --out elsewhere", "--out cannot change"),
     ("sdar", "--resume {run} --steps -1", "--steps"),
@@ -7782,7 +7786,8 @@ def test_only_these_settings_may_change_with_resume(finished, monkeypatch):
     """Memory, speed, length and validation of a run; nothing that its past steps depend on."""
     monkeypatch.setitem(sdar.METHODS, "remembering", remembering())
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)    # tensorboard's package
-    values = {"data": "x", "device": "cuda", "val_split": "x", "track": "tensorboard"}
+    values = {"data": ".", "skills": ".", "device": "cuda", "val_split": "x",
+              "track": "tensorboard", "model": "tiny"}
     for f in dataclasses.fields(sdar.Settings):
         argv = ["--resume", str(finished), sdar.flag(f.name)]
         if not isinstance(f.default, bool):
@@ -7795,7 +7800,8 @@ def test_only_these_settings_may_change_with_resume(finished, monkeypatch):
                 sdar.read_settings(argv)
     assert set(sdar.MAY_CHANGE) == {
         "data", "device", "max_prompt", "max_teacher_prompt", "micro_tokens", "rollout_rows",
-        "save_every", "small_gpu", "steps", "track", "val_episodes", "val_every", "val_split"}
+        "save_every", "skills", "small_gpu", "steps", "track", "val_episodes", "val_every",
+        "val_split"}
 
 def test_env_args_are_numbers_where_they_look_like_them(monkeypatch):
     """They become arguments of the environment's class; without data, s.data says built-in."""
@@ -7817,7 +7823,7 @@ def test_help_explains_every_setting(capsys):
     flat = " ".join(text.split())
     for f in dataclasses.fields(sdar.Settings):
         assert sdar.flag(f.name) + " " in text and f.metadata["help"][:40] in flat
-    assert "one GRPO group each (default: 16)" in flat
+    assert "one GRPO group each (default: 4)" in flat          # of `tiny`, the default model
     assert "(default: False)" not in text and "(default: )" not in text
 
 # ======== Against the originals: recordings and real data (SDAR_TEST_DATA) ========================
