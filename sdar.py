@@ -1336,8 +1336,7 @@ class State:
     cursor: int = 0                    # training tasks drawn so far
     bandit: dict = field(default_factory=dict)    # {category: {skill: [n, successes]}}
     memory: dict = field(default_factory=dict)    # what a method remembers between steps
-    tasks: str = ""                    # hash of the training tasks
-    skills: str = ""                   # hash of the skills' texts
+    began: dict = field(default_factory=dict)     # hashes of the training tasks and the skills
 
     masters = property(lambda self: self.optimizer.param_groups[0]["params"])
 
@@ -1567,7 +1566,7 @@ def log_step(state, episodes, m, s):
     print(f"{line}  grad {m['grad_norm']:.2f}  {m['seconds']:.1f} s ({phases})", flush=True)
 
 # ======== 19. Files: logs and checkpoints =========================================================
-RESUMED = ("step", "warm_step", "cursor", "bandit", "memory", "tasks", "skills")    # of State
+RESUMED = ("step", "warm_step", "cursor", "bandit", "memory", "began")    # of State
 KEEP = 2                                                                  # checkpoints
 
 def first_line(error):
@@ -1697,30 +1696,28 @@ def start_or_resume(s, env, resume):
     """The State of a new run, its folder made, or of a resumed one."""
     if s.val_every:
         envs.panel(env, s.val_split or env.splits[1], s.val_episodes)    # fails now, not later
-    tasks = envs.panel_hash(env.tasks(env.splits[0]))
+    began = {"training tasks": envs.panel_hash(env.tasks(env.splits[0])),
+             "skills": envs.panel_hash([env.all_skills()])}
     print(env.source, flush=True)
     out = Path(s.out)
-    skills = envs.panel_hash([env.all_skills()])
     if resume is None and (out / "config.json").exists():
         raise UserError(f"{out} holds a run: continue it with --resume {out}, or change --out")
     if resume and checkpoints(out):
         state = load_checkpoint(checkpoints(out)[-1], s)
-        if state.tasks != tasks:
-            raise UserError(f"{out} began with other training tasks; give its data with --data")
-        if state.skills != skills:
-            raise UserError(f"{out} began with other skills; give those with --skills, or start a "
-                            "new run with --out")
+        for what in began:
+            if state.began[what] != began[what]:
+                raise UserError(f"{out} began with other {what}; give those with "
+                                f"{'--skills' if what == 'skills' else '--data'}")
         print(f"resumed from {checkpoints(out)[-1]}", flush=True)
     else:                                              # a run that was killed early starts again
         texts = tiny_texts(env, s) if s.model == "tiny" else ()
         policy = load_policy(s.model, s.device, texts, s.seed)
         state = make_state(policy, s, 0.98 if s.warm_start else 0.999)   # faster beta2 for cloning
-        state.tasks = tasks
-        state.skills = skills
+        state.began = began
+    check_lengths(state.policy, s)
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / "config.json", json.dumps(asdict(s), indent=1))
     cut_logs(state, s)
-    check_lengths(state.policy, s)
     model = state.policy.model
     size = f"{model.num_parameters() / 1e6:.2f}M parameters, {model.dtype}, {model.device}"
     print(f"{s.model}: {size}; {s.algo}, {s.groups} x {s.group_size} episodes a step; log in {out}",
@@ -1732,12 +1729,12 @@ def reference_policy(state, s):
     if not s.kl and "reference" not in method_of(s).needs:
         return None
     folder = Path(s.out) / "reference"
-    if state.step == 0:
-        state.policy.model.save_pretrained(folder)
-        state.policy.tokenizer.save_pretrained(folder)
     try:
+        if state.step == 0:
+            state.policy.model.save_pretrained(folder)
+            state.policy.tokenizer.save_pretrained(folder)
         return load_policy(str(folder), s.device).model.requires_grad_(False)
-    except UserError as error:
+    except (UserError, OSError, ValueError) as error:
         raise UserError(f"the run cannot go on without its reference policy: {error}") from None
 
 def validate(state, env, s):
