@@ -1183,6 +1183,9 @@ def read_model(name, dtype):
     if lost := sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]])):
         raise UserError(f"{name!r} lacks weights that would be random ({lost[0]}; {len(lost)} in "
                         "all); take the folder of a whole causal language model")
+    if unused := sorted(report["unexpected_keys"]):
+        print(f"note: {name!r} holds weights that its config.json does not mention, which are left "
+              f"out ({unused[0]}; {len(unused)} in all)", flush=True)
     if file:                            # dequantised: an ordinary model, which may be saved
         model.hf_quantizer = None
         del model.config.quantization_config
@@ -1255,7 +1258,8 @@ def model_fault(policy):
     kv = policy.cache = KeyValues(2, max(map(len, prompts)) + 4, policy.device)
     kv.slot[:] = to_device([len(prompt) for prompt in prompts], policy.device)
     decoded = [prefill(policy, prompts, [0, 1], Settings())]                            # (2, V)
-    for kv.token[:] in tokens.T[:3]:
+    for token in tokens.T[:3]:
+        kv.token[:] = token
         decoded.append(decode_step(policy, kv, 2, kv.length))
         kv.slot += 1
     policy.cache = None
@@ -1273,7 +1277,7 @@ def model_fault(policy):
 def check_lengths(policy, s):
     """UserError, or a line for rotary positions, if a prompt with its response can be too long."""
     rope = getattr(policy.model.config, "rope_parameters", None) or {}
-    known = getattr(policy.model.config, "max_position_embeddings", math.inf)
+    known = getattr(policy.model.config, "max_position_embeddings", None) or math.inf
     if moving := rope.get("rope_type") in ("dynamic", "longrope"):    # with a batch's longest row
         known = rope.get("original_max_position_embeddings", known)
     need = max(s.max_prompt, s.max_teacher_prompt) + s.max_response
