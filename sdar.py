@@ -1141,6 +1141,9 @@ def load_policy(name, device="auto", texts=(), seed=233):
                     setattr(holder, key, 0.0)
     for p in model.parameters():        # not model.to(dtype): that rounds the rotary frequencies
         p.data = p.data.to(dtype)
+    small = device.type == "cpu" and model.num_parameters() < 1e7
+    if small and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)        # more threads gain little, and on a busy machine they spin
     model = model.to(device).eval()
     try:
         policy = wrap_policy(model, tokenizer)
