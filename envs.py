@@ -2208,11 +2208,17 @@ def main(argv=None):
     fetch = {"alfworld": download_alfworld, "webshop": download_webshop,
              "webshop-full": partial(download_webshop, full=True)}
     try:
+        if {"-h", "--help"} & set(argv):
+            print(__doc__)
+            return 0
         if argv[:1] == ["play"] and len(argv) in (2, 3):
             return play(*argv[1:]) or 0
         if len(argv) not in (2, 3) or argv[0] != "download" or argv[1] not in fetch:
+            known = ["download", "play", *fetch]
+            close = [difflib.get_close_matches(word, known, 1) for word in argv]
+            meant = f"; did you mean {' '.join(sum(close, []))}?" * any(close)
             raise UserError(f"usage: python envs.py download {'|'.join(fetch)} [DIR], or "
-                            "python envs.py play alfworld|webshop|search [TASK]")
+                            f"python envs.py play alfworld|webshop|search [TASK]{meant}")
         name = argv[1].removesuffix("-full")
         default = os.environ.get(name.upper() + "_DATA") or f"~/.cache/{name}"
         fetch[argv[1]](Path(os.path.expanduser(os.path.expandvars((argv + [default])[2]))))

@@ -1753,6 +1753,9 @@ def read_model(name, dtype):
     if lost := sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]])):
         raise UserError(f"{name!r} lacks weights that would be random ({lost[0]}; {len(lost)} in "
                         "all); take the folder of a whole causal language model")
+    if unused := sorted(report["unexpected_keys"]):
+        print(f"note: {name!r} holds weights that its config.json does not mention, which are left "
+              f"out ({unused[0]}; {len(unused)} in all)", flush=True)
     if file:                            # dequantised: an ordinary model, which may be saved
         model.hf_quantizer = None
         del model.config.quantization_config
@@ -1825,7 +1828,8 @@ def model_fault(policy):
     kv = policy.cache = KeyValues(2, max(map(len, prompts)) + 4, policy.device)
     kv.slot[:] = to_device([len(prompt) for prompt in prompts], policy.device)
     decoded = [prefill(policy, prompts, [0, 1], Settings())]                            # (2, V)
-    for kv.token[:] in tokens.T[:3]:
+    for token in tokens.T[:3]:
+        kv.token[:] = token
         decoded.append(decode_step(policy, kv, 2, kv.length))
         kv.slot += 1
     policy.cache = None
@@ -1843,7 +1847,7 @@ def model_fault(policy):
 def check_lengths(policy, s):
     """UserError, or a line for rotary positions, if a prompt with its response can be too long."""
     rope = getattr(policy.model.config, "rope_parameters", None) or {}
-    known = getattr(policy.model.config, "max_position_embeddings", math.inf)
+    known = getattr(policy.model.config, "max_position_embeddings", None) or math.inf
     if moving := rope.get("rope_type") in ("dynamic", "longrope"):    # with a batch's longest row
         known = rope.get("original_max_position_embeddings", known)
     need = max(s.max_prompt, s.max_teacher_prompt) + s.max_response
@@ -1907,8 +1911,7 @@ class State:
     bandit: dict = field(default_factory=dict)    # {category: {skill: [n, successes]}}
     memory: dict = field(default_factory=dict)    # what a method remembers between steps
     teacher: torch.nn.Module = None    # frozen, of --teacher-model
-    tasks: str = ""                    # hash of the training tasks
-    skills: str = ""                   # hash of the skills' texts
+    began: dict = field(default_factory=dict)     # hashes of the training tasks and the skills
 
     masters = property(lambda self: self.optimizer.param_groups[0]["params"])
 
@@ -2167,7 +2170,7 @@ def log_step(state, episodes, m, s):
     print(f"{line}  grad {m['grad_norm']:.2f}  {m['seconds']:.1f} s ({phases})", flush=True)
 
 # ======== 19. Files: logs and checkpoints =========================================================
-RESUMED = ("step", "warm_step", "cursor", "bandit", "memory", "tasks", "skills")    # of State
+RESUMED = ("step", "warm_step", "cursor", "bandit", "memory", "began")    # of State
 KEEP = 2                                                                  # checkpoints
 
 def versions():
@@ -2341,33 +2344,31 @@ def start_or_resume(s, env, resume):
     """The State of a new run, its folder made, or of a resumed one."""
     if s.val_every:
         envs.panel(env, s.val_split or env.splits[1], s.val_episodes)    # fails now, not later
-    tasks = envs.panel_hash(env.tasks(env.splits[0]))
+    began = {"training tasks": envs.panel_hash(env.tasks(env.splits[0])),
+             "skills": envs.panel_hash([env.all_skills()])}
     print(env.source, flush=True)
     out = Path(s.out)
-    skills = envs.panel_hash([env.all_skills()])
     if resume is None and (out / "config.json").exists():
         raise UserError(f"{out} holds a run: continue it with --resume {out}, or change --out")
     if resume and checkpoints(out):
         state = load_checkpoint(checkpoints(out)[-1], s)
-        if state.tasks != tasks:
-            raise UserError(f"{out} began with other training tasks; give its data with --data")
-        if state.skills != skills:
-            raise UserError(f"{out} began with other skills; give those with --skills, or start a "
-                            "new run with --out")
+        for what in began:
+            if state.began[what] != began[what]:
+                raise UserError(f"{out} began with other {what}; give those with "
+                                f"{'--skills' if what == 'skills' else '--data'}")
         print(f"resumed from {checkpoints(out)[-1]}", flush=True)
     else:                                              # a run that was killed early starts again
         texts = tiny_texts(env, s) if s.model == "tiny" else ()
         policy = load_policy(s.model, s.device, texts, s.seed)
         state = make_state(policy, s, 0.98 if s.warm_start else 0.999)   # faster beta2 for cloning
-        state.tasks = tasks
-        state.skills = skills
+        state.began = began
     state.teacher = load_teacher(state.policy, s)
+    check_lengths(state.policy, s)
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / "config.json", json.dumps(asdict(s) | {"versions": versions()}, indent=1))
     if s.track != "none":
         tracker(s.track, s.out)
     cut_logs(state, s)
-    check_lengths(state.policy, s)
     model = state.policy.model
     size = f"{model.num_parameters() / 1e6:.2f}M parameters, {model.dtype}, {model.device}"
     print(f"{s.model}: {size}; {s.algo}, {s.groups} x {s.group_size} episodes a step; log in {out}",
@@ -2379,12 +2380,12 @@ def reference_policy(state, s):
     if not s.kl and "reference" not in method_of(s).needs:
         return None
     folder = Path(s.out) / "reference"
-    if state.step == 0:
-        state.policy.model.save_pretrained(folder)
-        state.policy.tokenizer.save_pretrained(folder)
     try:
+        if state.step == 0:
+            state.policy.model.save_pretrained(folder)
+            state.policy.tokenizer.save_pretrained(folder)
         return load_policy(str(folder), s.device).model.requires_grad_(False)
-    except UserError as error:
+    except (UserError, OSError, ValueError) as error:
         raise UserError(f"the run cannot go on without its reference policy: {error}") from None
 
 def validate(state, env, s):

@@ -807,7 +807,10 @@ def test_lambda_0_is_grpo(exact, row, monkeypatch):
     on = learned(exact, turns, dataclasses.replace(s, lam=0.3))[1]
     grpo = learned(exact, turns, s, sdar.METHODS["grpo"])[1]
     assert grpo.norm() > 1e-3 and not same(on, off, 1e-3)
-    assert torch.equal(off, 0 * grpo if s.algo == "opsd" else grpo)
+    no_policy_loss = sdar.Method(advantages=sdar.METHODS["opsd"].advantages)
+    nothing = learned(exact, turns, s, no_policy_loss)[1]     # but for the released entropy bonus
+    assert torch.equal(off, nothing if s.algo == "opsd" else grpo)
+    assert (nothing.norm() > 0) == (s.recipe == "released")
 
 @pytest.mark.parametrize("kl", [0.0, 0.3])
 def test_methods_are_what_they_are(exact, kl, monkeypatch):
@@ -834,6 +837,8 @@ def test_methods_are_what_they_are(exact, kl, monkeypatch):
         a = sdar.rlsd_advantages(a, b.old, b.teacher, 0.1) if s.algo == "rlsd" else a
         policy_loss = sdar.grpo_tokens(b.logp, b.old, a)
         want = policy_loss + 0.1 * term(b) + kl * sdar.k3_kl(b.logp, b.ref)
+        if s.recipe == "released":
+            want = want - 0.001 * b.entropy
         want = sdar.aggregate(want, b.weights)
         assert close(loss.detach(), want.detach(), 1e-6), name
         gradients = [torch.autograd.grad(x, b.logp, retain_graph=True)[0] for x in (loss, want)]
@@ -5654,7 +5659,7 @@ def test_parquet_is_read_as_search_r1_prepares_it(tmp_path):
              "reward_model": {"ground_truth": {"target": ["x"]}, "style": "rule"},
              "extra_info": {"index": 0, "split": "test"}}]
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "test.parquet")
-    splits, _ = envs.load_questions(tmp_path / "test.parquet")
+    splits, *_ = envs.load_questions(tmp_path / "test.parquet")
     assert [tuple(q[:4]) for q in splits["test"].values()] == [("NQ/test_0", "Q?", ("x",), "NQ")]
 
 @pytest.mark.parametrize("name", ["plain.jsonl", "packed.jsonl.gz"])
