@@ -798,9 +798,8 @@ def test_only_the_student_learns(exact, row):
 
 @pytest.mark.parametrize("row", [row for row in [*ROWS.values(), *VARIANTS]
                                  if "lam" in sdar.method_of(settings(**row)).uses], ids=str)
-def test_lambda_0_is_grpo(exact, row, monkeypatch):
+def test_lambda_0_is_grpo(exact, row):
     """Switched off, a method is GRPO to the last bit, and OPSD, without policy loss, nothing."""
-    monkeypatch.setattr(sdar, "ENTROPY_BONUS", 0.0)  # it has a test of its own
     turns = random_turns(exact)
     s = settings(lam=0.0, **row)
     off = learned(exact, turns, s)[1]
@@ -813,9 +812,8 @@ def test_lambda_0_is_grpo(exact, row, monkeypatch):
     assert (nothing.norm() > 0) == (s.recipe == "released")
 
 @pytest.mark.parametrize("kl", [0.0, 0.3])
-def test_methods_are_what_they_are(exact, kl, monkeypatch):
+def test_methods_are_what_they_are(exact, kl):
     """The loss of each method, the paper's and the public code's, is the sum of its parts."""
-    monkeypatch.setattr(sdar, "ENTROPY_BONUS", 0.0)  # it has a test of its own
     def gated(b):
         return sdar.sdar_tokens(b.logp, b.teacher, 5.0)
 
@@ -7210,7 +7208,8 @@ def test_track_wandb_gets_the_numbers_of_the_log(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
     out = tmp_path / "run"
-    sdar.train(short_settings(track="wandb", out=str(out), warm_start=2, val_every=1, val_episodes=2))
+    s = short_settings(track="wandb", out=str(out), warm_start=2, val_every=1, val_episodes=2)
+    sdar.train(s)
     rows = [json.loads(line) for line in (out / "seen.jsonl").read_text().splitlines()]
     assert {(project, algo) for project, algo, _, _ in rows} == {("sdar", "sdar")}
     assert [step for _, _, step, _ in rows] == [1, 2, 2, 3, 3]
@@ -7265,7 +7264,7 @@ def test_track_that_does_not_start_is_one_line(tmp_path, monkeypatch, capsys):
 # ======== README and docs: what they promise ======================================================
 
 PAGES = ("README.md", "docs/adapters.md", "docs/environments.md", "docs/fidelity.md",
-         "docs/gate.md", "docs/results.md", "docs/speed.md")
+         "docs/gate.md", "docs/methods.md", "docs/results.md", "docs/speed.md")
 OTHER_TOOLS = {  # flags of other programs that the pages name
     "--num_processes", "--multi_gpu", "--cpu", "--sdar_loss_coef",
     "--sdar_gate_beta"}
