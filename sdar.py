@@ -764,7 +764,7 @@ def atod_weights(old, teacher, mask, rollout):
             low, high = torch.aminmax(mean[rows]) if rows.any() else (0.0, 0.0)
             scaled = (mean[rows] - low) / (high - low) if high - low >= 1e-8 else 0.5
             product[rows] *= 1 - scaled
-    return (1 - product) * (count > 0)
+    return 1 - product
 
 ROLE_VALUES = {"D": 1.0, "E": 0.5, "N": -0.1, "R": -0.5}    # decisive, exploration, no progress,
                                                             # regression; "": no role, 0
