@@ -294,21 +294,15 @@ def rollout(policy, env, tasks, s, temperature, generator, group_size=1, skills=
             env.step([episodes[i].session for i in ended], [policy.opened + x for x in texts],
                      think_closed=policy.think_closed)
             for (i, ids), text in zip(ended.items(), texts):
-                e = episodes[i]
                 closed = ids[-1] in policy.end_ids or any(tag in text for tag in env.stop)
-                e.turns[-1] = replace(e.turns[-1], response_ids=ids, text=text,
-                                      action=e.session.action, valid=e.session.valid,
-                                      admissible=e.session.admissible, cut=not closed)
+                complete_turn(episodes[i], ids, text, closed)
             live = [i for i in ended if not episodes[i].session.done
                     and len(episodes[i].turns) < s.max_turns]
             bar.update(sum(1 if i in live else s.max_turns + 1 - len(episodes[i].turns)
                            for i in ended))
             if live:
                 ask(live)                              # generate takes these next
-    for e in episodes:                                 # one cut off at the limit has not won
-        e.reward = SUCCESS_REWARD.get(s.env, 1.0) * bool(e.session.won)
-        for turn in e.turns:
-            turn.reward = e.reward
+    set_rewards(episodes, s)
     return episodes
 
 # ======== 4. Scoring: log-probabilities of responses under a prompt ===============================
@@ -1238,6 +1232,19 @@ def fitting(policy, session, s, skill, ids):
     name = "--max-teacher-prompt" if skill else "--max-prompt"
     raise UserError(f"a prompt of {len(ids)} tokens cannot be shortened to {budget}; raise {name}")
 
+def complete_turn(episode, ids, text, closed):
+    """Fill in the episode's last turn, which the session has just played."""
+    x = episode.session
+    episode.turns[-1] = replace(episode.turns[-1], response_ids=ids, text=text, action=x.action,
+                                valid=x.valid, admissible=x.admissible, cut=not closed)
+
+def set_rewards(episodes, s):
+    """Set the reward of the episodes and their turns; one cut off at the turn limit has not won."""
+    for e in episodes:
+        e.reward = SUCCESS_REWARD.get(s.env, 1.0) * bool(e.session.won)
+        for turn in e.turns:
+            turn.reward = e.reward
+
 def seed_for(s, *where):
     """The seed of one random stream of the run, e.g. seed_for(s, "rollout", step)."""
     return int.from_bytes(hashlib.sha256(repr((s.seed, *where)).encode()).digest()[:7], "big")
@@ -1724,9 +1731,7 @@ def load_policy(name, device="auto", texts=(), seed=233):
 def read_model(name, dtype):
     """(model, tokenizer) from a folder, a GGUF file or the hub; UserError if that fails, or if the
     model would start with random or quantised weights."""
-    from tokenizers import Tokenizer
-    from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
-    from transformers.utils import cached_file
+    from transformers import AutoModelForCausalLM
     path = Path(name)
     folder = path.parent if path.suffix == ".gguf" else last_checkpoint(path) or name
     file = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
@@ -1734,15 +1739,7 @@ def read_model(name, dtype):
         raise UserError(f"{name!r} is an adapter; merge it into its base model (peft's "
                         "merge_and_unload), save that, and give its folder")
     try:
-        if Path(folder, "state.json").is_file():        # ours: no tokenizer without its settings
-            Path(folder, "tokenizer_config.json").read_text("utf-8")
-        tokenizer = AutoTokenizer.from_pretrained(folder, **file)
-        own = None if file else cached_file(folder, "tokenizer.json",
-                                            _raise_exceptions_for_missing_entries=False)
-        sample = "step 12\n\n It's 3,400 \u00c9 <action>go\tto X2</action>\r\n"
-        ids = tokenizer(sample, add_special_tokens=False)["input_ids"]
-        if own and ids != Tokenizer.from_file(own).encode(sample, add_special_tokens=False).ids:
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)   # not the model type's
+        tokenizer = read_tokenizer(folder, file)
         model, report = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **file)
     except Exception as error:          # a folder or file can be wrong in any way
@@ -1763,6 +1760,23 @@ def read_model(name, dtype):
     if hasattr(model.config, "quantization_config") or not floating:
         raise UserError(f"{name!r} is quantised and cannot be trained; take the original weights")
     return model, tokenizer
+
+def read_tokenizer(folder, file):
+    """The tokenizer of a folder, GGUF file or hub model. AutoTokenizer may take the model type's
+    own instead of the one in tokenizer.json, and so give other ids."""
+    from tokenizers import Tokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers.utils import cached_file
+    if Path(folder, "state.json").is_file():            # ours: no tokenizer without its settings
+        Path(folder, "tokenizer_config.json").read_text("utf-8")
+    tokenizer = AutoTokenizer.from_pretrained(folder, **file)
+    own = None if file else cached_file(folder, "tokenizer.json",
+                                        _raise_exceptions_for_missing_entries=False)
+    sample = "step 12\n\n It's 3,400 \u00c9 <action>go\tto X2</action>\r\n"
+    ids = tokenizer(sample, add_special_tokens=False)["input_ids"]
+    if own and ids != Tokenizer.from_file(own).encode(sample, add_special_tokens=False).ids:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)   # not the model type's
+    return tokenizer
 
 def wrap_policy(model, tokenizer):
     """A Policy of a loaded model and tokenizer."""
@@ -1813,15 +1827,7 @@ def model_fault(policy):
     if not all(p.requires_grad for p in model.parameters()):
         return "has frozen weights, perhaps of an adapter, which has to be merged first"
     prompts = encode_chats(policy.tokenizer, ["Hello", "Look at the desk, then at the shelf."])
-    logits, answers = [], []
-    for prompt in prompts:
-        ids = to_device([prompt], policy.device)                                        # (1, L)
-        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4,
-                             min_new_tokens=4, do_sample=False, num_beams=1,
-                             output_logits=True, return_dict_in_generate=True)
-        logits.append(torch.cat(out.logits))                                            # (4, V)
-        answers.append(out.sequences[0, -4:].tolist())
-    logits = torch.stack(logits)                                                     # (2, 4, V)
+    logits, answers = continuations(model, prompts)                                  # (2, 4, V)
     if logits.isnan().any():
         return "computes logits that are not numbers"
     tokens = to_device(answers, policy.device)                                          # (2, 4)
@@ -1843,6 +1849,20 @@ def model_fault(policy):
     limit = (3e-3 if model.dtype == torch.float32 else 0.3) * logits.float().std()
     wrong = [way for way, x in ways.items() if not (x - logps(logits)).norm() <= limit]
     return f"computes other log-probabilities {wrong[-1]}" if wrong else ""
+
+def continuations(model, prompts, count=4):
+    """Logits (B, count, V) and token ids with which transformers' generate continues the prompts,
+    greedily and one by one."""
+    logits = []
+    answers = []
+    for prompt in prompts:
+        ids = to_device([prompt], model.device)                                         # (1, L)
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count,
+                             min_new_tokens=count, do_sample=False, num_beams=1,
+                             output_logits=True, return_dict_in_generate=True)
+        logits.append(torch.cat(out.logits))                                            # (count, V)
+        answers.append(out.sequences[0, -count:].tolist())
+    return torch.stack(logits), answers
 
 def check_lengths(policy, s):
     """UserError, or a line for rotary positions, if a prompt with its response can be too long."""
