@@ -294,16 +294,14 @@ def rollout(policy, env, tasks, s, temperature, generator, group_size=1, skills=
             env.step([episodes[i].session for i in ended], [policy.opened + x for x in texts],
                      think_closed=policy.think_closed)
             for (i, ids), text in zip(ended.items(), texts):
-                closed = ids[-1] in policy.end_ids or any(tag in text for tag in env.stop)
-                complete_turn(episodes[i], ids, text, closed)
+                complete_turn(episodes[i], ids, text, policy.end_ids, env.stop)
             live = [i for i in ended if not episodes[i].session.done
                     and len(episodes[i].turns) < s.max_turns]
             bar.update(sum(1 if i in live else s.max_turns + 1 - len(episodes[i].turns)
                            for i in ended))
             if live:
                 ask(live)                              # generate takes these next
-    set_rewards(episodes, s)
-    return episodes
+    return with_rewards(episodes, s)
 
 # ======== 4. Scoring: log-probabilities of responses under a prompt ===============================
 @torch.no_grad()
@@ -1232,18 +1230,20 @@ def fitting(policy, session, s, skill, ids):
     name = "--max-teacher-prompt" if skill else "--max-prompt"
     raise UserError(f"a prompt of {len(ids)} tokens cannot be shortened to {budget}; raise {name}")
 
-def complete_turn(episode, ids, text, closed):
+def complete_turn(episode, ids, text, end_ids, stop):
     """Fill in the episode's last turn, which the session has just played."""
     x = episode.session
+    closed = ids[-1] in end_ids or any(tag in text for tag in stop)
     episode.turns[-1] = replace(episode.turns[-1], response_ids=ids, text=text, action=x.action,
                                 valid=x.valid, admissible=x.admissible, cut=not closed)
 
-def set_rewards(episodes, s):
-    """Set the reward of the episodes and their turns; one cut off at the turn limit has not won."""
+def with_rewards(episodes, s):
+    """The episodes, their rewards and their turns' set; one cut off at the limit has not won."""
     for e in episodes:
         e.reward = SUCCESS_REWARD.get(s.env, 1.0) * bool(e.session.won)
         for turn in e.turns:
             turn.reward = e.reward
+    return episodes
 
 def seed_for(s, *where):
     """The seed of one random stream of the run, e.g. seed_for(s, "rollout", step)."""
