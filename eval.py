@@ -17,14 +17,17 @@ intervals. An interrupted evaluation, started again, continues after the last 1,
 import argparse
 import contextlib
 import copy
+import csv
 import json
 import math
 import os
 import re
+import shlex
 import statistics
 import sys
 import time
 import timeit
+from collections import Counter
 from dataclasses import replace
 from functools import partial
 from html import escape
@@ -81,8 +84,12 @@ NOTE = "Intervals: of one run, Wilson's over its episodes; of several, Student's
 INTERVALS = """\
 Intervals: Newcombe's method 10 (score: Student's t; Avg of Search-QA: joined over data sets); p:
 McNemar's exact test. How much training runs differ by seed is in neither."""
+PAIRED = """\
+Differences of success in points, the mean over seeds with Student's 95 % interval; p: exact sign
+test, two-sided. Where the interval holds 0, the runs do not tell which one is better."""
 KEPT = """skills data env_args prompt_style history max_turns max_prompt max_teacher_prompt
     max_response rollout_rows""".split()              # settings that come from the checkpoint
+OF_GATES = ("algo", "beta", "temperature")            # so do these, for --save-episodes
 OF_NO_WEIGHT = """seed out data device track micro_tokens rollout_rows small_gpu save_every
     val_every val_episodes val_split""".split()       # settings that do not change the training
 CHUNK = 1024  # episodes played together: bounds the memory of a panel of 50,000 questions
@@ -107,7 +114,7 @@ def macro(parts):
     return mean, (mean - below, mean + above)
 
 def mcnemar_exact(b, c):
-    """Two-sided p of McNemar's exact test: under no difference b is Binomial(b + c, 1/2)."""
+    """Two-sided p of McNemar's exact test, also of the sign test: b is Binomial(b + c, 1/2)."""
     tail = 0
     term = 1                                          # b + c over k
     for k in range(min(b, c) + 1):
@@ -153,7 +160,8 @@ def summarize(env_name, rows):
         out.append({"group": name, "n": n, "successes": won, "success": won / n,
                     "success_95": sdar.wilson(won, n), "score": score,
                     "score_95": (max(low, 0.0), min(high, 1.0)), "turns": turns / n, "f1": f1 / n,
-                    "valid": valid / turns, "admissible": admissible / turns})
+                    "valid": valid / turns, "admissible": admissible / turns,
+                    "failures": Counter(r["failure"] for r in part if r.get("failure"))})
     *parts, average = out
     if env_name == "search":
         rates = [(g["success"], g["success_95"]) for g in parts]
@@ -213,6 +221,8 @@ def read_flags(argv):
         "(the paper's starred rows): those in DIR, or the training's, or the built-in ones")
     add("--temperature", type=float, metavar="T", help="0: greedy (default: the paper's)")
     add("--out", metavar="FILE", help="JSON to write (default: in the folder of the model)")
+    add("--save-episodes", nargs="?", type=int, const=10**9, default=0, metavar="N", help="keep N "
+        "episodes (default: all) beside the JSON, to be read with python eval.py gates")
     flags, rest = p.parse_known_args(argv)
     explicit = vars(sdar.make_parser().parse_args(rest))
     for name in sorted(set(explicit).difference(shared)):
@@ -226,7 +236,7 @@ def read_flags(argv):
     name = flags.env or saved.get("env", sdar.Settings.env)
     s, _ = sdar.read_settings(["--env", name, "--model", flags.model])
     if saved.get("env") == name:
-        explicit = {key: saved[key] for key in KEPT if key in saved} | explicit
+        explicit = {key: saved[key] for key in (*KEPT, *OF_GATES) if key in saved} | explicit
     explicit["skills"] = "" if flags.skills is None else flags.skills or explicit.get("skills", "")
     if flags.temperature is not None:
         explicit["val_temperature"] = flags.temperature
@@ -234,31 +244,45 @@ def read_flags(argv):
     sdar.check_settings(s)
     return flags, s, folder, state
 
-def play(policy, env, ids, s, with_skills, unfinished, key):
-    """Every task once; one row per episode, in the order of `ids`. The file `unfinished` keeps what
-    has been played, so that the same evaluation (`key`, a text) continues after an interruption."""
+def play(policy, env, ids, s, with_skills, keep, unfinished, key):
+    """Every task once; one row per episode, in the order of `ids`, the first `keep` with the whole
+    episode. The file `unfinished` keeps what has been played, so that the same evaluation (`key`, a
+    text) continues after an interruption."""
     rows = []
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):   # no file, or not whole
         saved = json.loads(unfinished.read_text(encoding="utf-8"))
         rows = saved["rows"] if saved["key"] == key else []
         print(f"the first {len(rows)} tasks were played before an interruption" if rows else
               f"{unfinished} is of other settings, weights or skills: not used", flush=True)
+    taught = keep > 0 and not with_skills and "teacher" in sdar.method_of(s).needs
     for start in range(len(rows), len(ids), CHUNK):
         part = ids[start:start + CHUNK]
-        names = [env.start(i).category for i in part] if with_skills else []
+        names = [env.start(i).category for i in part] if with_skills or taught else []
         skills = [(name, env.skill(name, s.prompt_style == "brief")) for name in names]
         generator = sdar.generator_for(policy, s, "evaluation", start)
-        label = f"tasks {start + 1}-{start + len(part)} of {len(ids)}"
-        for e in sdar.rollout(policy, env, part, s, s.val_temperature, generator, skills=skills,
-                              acts="skilled", label=label):
-            x = e.session
-            rows.append({
-                "id": e.task_id, "task": x.task, "group": x.group, "won": bool(x.won),
-                "score": float(x.score), "done": x.done, "f1": float(x.details.get("f1", 0.0)),
-                "turns": len(e.turns), "valid": sum(t.valid for t in e.turns),
-                "admissible": sum(t.admissible for t in e.turns)})
+        episodes = sdar.rollout(
+            policy, env, part, s, s.val_temperature, generator, skills=skills, both=taught,
+            acts="skilled" if with_skills else "plain",
+            label=f"tasks {start + 1}-{start + len(part)} of {len(ids)}")
+        kept = episodes[:max(0, keep - start)]
+        if taught:                                    # gates, as the training would log them
+            turns = [t for e in kept for t in e.turns]
+            sdar.score_turns(policy.model, turns, "prompt_ids", "logp", s, "student")
+            sdar.score_turns(policy.model, turns, "other_ids", "teacher_logp", s, "teacher")
+        rows += map(result_row, episodes)
+        for row, e in zip(rows[start:], kept):
+            row["episode"] = sdar.episode_text(policy, e, 0, s)
         sdar.write_text(unfinished, json.dumps({"key": key, "rows": rows}, allow_nan=False))
     return rows
+
+def result_row(e):
+    """What an evaluation keeps of an episode."""
+    x = e.session
+    return {"id": e.task_id, "task": x.task, "group": x.group, "won": bool(x.won),
+            "score": float(x.score), "done": x.done, "f1": float(x.details.get("f1", 0.0)),
+            "turns": len(e.turns), "valid": sum(t.valid for t in e.turns),
+            "admissible": sum(t.admissible for t in e.turns),
+            "failure": "" if x.won else sdar.failure(e)}
 
 def evaluate(argv):
     """python eval.py --model ...: play the panel, write the JSON, print the table."""
@@ -267,6 +291,7 @@ def evaluate(argv):
     split = flags.split or ("test" if "test" in env.splits else env.splits[1])
     ids, digest = envs.panel(env, split, flags.episodes)
     whole = len(env.tasks(split))
+    panel = f"{split}, {'all' if len(ids) == whole else f'{len(ids)} of'} {whole} tasks"
     skills = None if flags.skills is None else s.skills or "built-in"
     name = f"eval-{Path(s.env).name.replace(':', '-')}-{split}" + "-skills" * bool(skills)
     name += f"-{len(ids)}" * (len(ids) < whole)
@@ -275,30 +300,40 @@ def evaluate(argv):
     if out.is_dir() or not os.access(out.parent, os.W_OK):    # said now, not after hours of playing
         raise UserError(f"cannot write {out}; choose another --out")
     policy = sdar.load_policy(s.model, s.device, sdar.tiny_texts(env, s), s.seed)
-    panel = f"{split}, {'all' if len(ids) == whole else f'{len(ids)} of'} {whole} tasks"
     print(f"{env.source}\n{s.model}: {policy.model.num_parameters() / 1e6:.1f}M parameters, "
           f"temperature {s.val_temperature:g}, seed {s.seed}, {skills or 'no'} skills in the prompt"
           f"\npanel {panel}, hash {digest}", flush=True)
-    training = state["settings"]
-    model = {"model": s.model, "checkpoint": str(folder or ""), "algo": training.get("algo"),
-             "base_model": training.get("model", s.model), "training": training,
-             "step": state.get("step"), "steps": training.get("steps")}
-    header = {"format": FORMAT, "env": s.env, "source": env.source, "builtin": env.builtin,
-              "split": split, "panel": {"name": panel, "hash": digest}, "skills": skills, **model,
-              "settings": {key: getattr(s, key) for key in (*KEPT, "seed", "val_temperature")},
-              "torch": torch.__version__, "transformers": version("transformers")}
+    header = header_of(s, env, split, {"name": panel, "hash": digest}, skills, folder, state)
     refuse_another(out, header)
     began = time.time()
     weights = sorted(folder.glob("*.safetensors")) if folder else []
     files = [(path.stat().st_size, path.stat().st_mtime) for path in weights]
-    key = json.dumps([comparable(header), model, torch.__version__, env.all_skills(), files])
-    rows = play(policy, env, ids, s, bool(skills), Path(f"{out}.unfinished"), key)
+    key = json.dumps([comparable(header), s.model, state, torch.__version__, env.all_skills(),
+                      files, flags.save_episodes])
+    unfinished = Path(f"{out}.unfinished")
+    rows = play(policy, env, ids, s, bool(skills), flags.save_episodes, unfinished, key)
+    episodes = [r.pop("episode") | {"step": header["step"] or 0} for r in rows if "episode" in r]
     result = {**header, "device": str(policy.device), "seconds": time.time() - began,
               "finished": time.time(), "summary": summarize(s.env, rows), "results": rows}
     sdar.write_text(out, json.dumps(result, indent=1, allow_nan=False))
-    os.remove(f"{out}.unfinished")
     print_summary(result)
     print(f"written: {out} ({result['seconds']:.0f} s)")
+    if episodes:
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in episodes]
+        sdar.write_text(out.with_suffix(".episodes.jsonl"), "".join(lines))
+        print(f"read its episodes: python eval.py gates {out.with_suffix('.episodes.jsonl')}")
+    os.remove(unfinished)
+
+def header_of(s, env, split, panel, skills, folder, state):
+    """What an evaluation's JSON says before its results."""
+    training = state["settings"]
+    return {"format": FORMAT, "env": s.env, "source": env.source, "builtin": env.builtin,
+            "split": split, "panel": panel, "skills": skills, "model": s.model,
+            "checkpoint": str(folder or ""), "algo": training.get("algo"), "training": training,
+            "base_model": training.get("model", s.model), "step": state.get("step"),
+            "steps": training.get("steps"), "torch": torch.__version__,
+            "settings": {key: getattr(s, key) for key in (*KEPT, "seed", "val_temperature")},
+            "transformers": version("transformers")}
 
 def comparable(result):
     """What evaluations of the same weights may differ in, as text, without what changes no result:
@@ -332,7 +367,10 @@ def print_summary(result):
                      percent(g["valid"]), percent(g["admissible"]),
                      *(row.get(g["group"], "-") for row in paper)])
     print(render(rows))
-    print(ORIGIN if paper else "Built-in tasks: nothing published compares with them.")
+    if counts := result["summary"][-1]["failures"].most_common():
+        kinds = ", ".join(f"{kind.replace('_', ' ')} {n}" for kind, n in counts)
+        print(f"Not won: {kinds}")
+    print(ORIGIN if paper else "Nothing published compares with these tasks.")
 
 # ======== Reading evaluations: compare, table, gates, plot ========================================
 
@@ -406,7 +444,12 @@ def table(argv):
     p = parser_for("table", "RUN ... [--markdown]", "The paper's Table 1 from evaluations.")
     p.add_argument("runs", nargs="+", metavar="RUN", help="run folder, or JSON of an evaluation")
     p.add_argument("--markdown", action="store_true", help="Markdown instead of text")
+    p.add_argument("--paired", nargs="?", const="", metavar="BASELINE", help="differences of runs "
+                   "with the same seed, from the validation after the last step (default: to GRPO)")
+    p.add_argument("--csv", metavar="FILE", help="with --paired: write the runs, a line each")
     flags = p.parse_args(argv)
+    if flags.csv or flags.paired is not None:
+        return study(flags)
     newest = {}
     notes = []
     for run in flags.runs:
@@ -419,8 +462,9 @@ def table(argv):
                 notes.append(f"{run}: evaluated more than once in the same settings, newest shown")
     for tasks, base in sorted({(r["tasks"], r["base_model"]) for r in newest.values()}):
         results = [r for r in newest.values() if (r["tasks"], r["base_model"]) == (tasks, base)]
+        notes_below = f"{ORIGIN}\n{NOTE}" if results[0]["env"] in COLUMNS else NOTE
         print(f"{tasks}, model {base}\n\n{render(method_table(results), flags.markdown)}\n\n"
-              f"{ORIGIN}\n{NOTE}\n")
+              f"{notes_below}\n")
         if rows := followup_rows(results):
             rows = [["published by", "model and method", "percent"], *rows]
             print(f"Follow-ups: other code, prompts and metrics, not a ranking, not confirmed by "
@@ -503,23 +547,128 @@ def cell(results, column):
     mean, limits = mean_interval([g[kind] for g in found])
     return percent(mean, found[0][f"{kind}_95"] if len(found) == 1 else limits)
 
+# ======== A study: runs paired by seed ============================================================
+
+STUDY = {"seed": int, "method": str, "setting": str, "successes": int, "episodes": int,
+         "seconds": float}                            # the columns of its CSV, a line a run
+
+def study_rows(paths, notes):
+    """The rows of STUDY in run folders and CSV files; `notes` gets a line on what is missing."""
+    rows = []
+    for path in map(Path, paths):
+        try:
+            if path.suffix != ".csv":
+                rows += run_row(path, notes)
+                continue
+            with open(path, encoding="utf-8", newline="") as f:
+                rows += [{name: kind(row[name]) for name, kind in STUDY.items()}
+                         for row in csv.DictReader(f)]
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise UserError(f"{path} is damaged; give run folders, or a CSV with the columns "
+                            f"{','.join(STUDY)}") from None
+    if not rows:
+        raise UserError("there is no finished run to pair: " + ("; ".join(notes) or paths[0]))
+    return rows
+
+def run_row(run, notes):
+    """[the run's row]; [] if it is not finished. It counts the validation after the last step and
+    the seconds of RL's steps. setting: the flags that repeat it, with --algo and --seed."""
+    saved = sdar.read_json(run / "config.json", f"{run} holds no run (no config.json)")
+    last = (sdar.read_lines(run / "validation.jsonl") or [{}])[-1]
+    if last.get("step") != saved["steps"]:
+        notes.append(f"{run}: left out, because it has no validation after its last step")
+        return []
+    words = []
+    for name, usual in vars(sdar.preset({x: saved[x] for x in ("env", "model", "algo")})).items():
+        value = saved.get(name, usual)                # a setting may be newer than the run
+        told = value != usual or name in ("env", "model")
+        matters = name.startswith("val_") or name not in (*OF_NO_WEIGHT, "algo")
+        start = name == "model" and sdar.is_path(name, value)    # the warm start of this seed
+        if told and matters and not start:
+            words += [sdar.flag(name), *[str(value)] * (value is not True)]
+    seconds = sum(row.get("seconds", 0) for row in sdar.read_lines(run / "metrics.jsonl"))
+    return [{"seed": saved["seed"], "method": saved["algo"], "setting": shlex.join(words),
+             "successes": last["successes"], "episodes": last["episodes"],
+             "seconds": round(seconds, 1), "run": run}]
+
+def paired_arms(rows, baseline, notes):
+    """[(arm, its baseline, differences of success, pairs of rows)], paired by seed. An arm is a
+    method and those of its flags that not all runs have. Its baseline is the one that is named,
+    else GRPO, best with the same flags, else the first arm."""
+    flags = [re.split(" (?=--)", row["setting"]) for row in rows]
+    common = set.intersection(*map(set, flags))
+    arms = {}
+    for row, own in zip(rows, flags):
+        name = " ".join([row["method"], *(flag for flag in own if flag not in common)])
+        if arms.setdefault(name, {}).setdefault(row["seed"], row) is not row:
+            raise UserError(f"{name} has seed {row['seed']} twice; leave one of them out")
+    if baseline and baseline not in arms:
+        raise UserError(f"there is no {baseline}; --paired takes one of: {', '.join(arms)}")
+    found = []
+    for name, own in arms.items():
+        grpo = [arm for arm in arms if arm.split()[0] == "grpo"]
+        grpo.sort(key=lambda arm: arm.split()[1:] != name.split()[1:])
+        base = baseline or [*grpo, *arms][0]
+        pairs = [(row, arms[base][seed]) for seed, row in own.items() if seed in arms[base]]
+        values = [a["successes"] / a["episodes"] - b["successes"] / b["episodes"] for a, b in pairs]
+        if name != base and pairs:
+            found.append((name, base, values, pairs))
+        if len(pairs) < len(own):
+            notes.append(f"{name}: no partner in {base} for {len(own) - len(pairs)} of its seeds")
+    return found
+
+def study(flags):
+    """Print the paired differences of a study; --csv keeps its runs."""
+    notes = []
+    rows = study_rows(flags.runs, notes)
+    if flags.csv:
+        with open(flags.csv, "w", encoding="utf-8", newline="") as f:
+            writer = csv.DictWriter(f, STUDY, extrasaction="ignore", lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+    cells = [["", "against", "pairs", "difference [95 %]", "higher", "lower", "sign test p"]]
+    found = paired_arms(rows, flags.paired, notes)
+    for name, base, values, pairs in found:
+        higher = sum(x > 0 for x in values)
+        lower = sum(x < 0 for x in values)
+        mean, limits = mean_interval(values)
+        cells.append([name, base, len(values), percent(mean, limits if len(values) > 1 else None, "+"),
+                      higher, lower, f"{mcnemar_exact(higher, lower):.3g}"])
+    hours = sum(row["seconds"] for row in rows) / 3600
+    print(f"{render(cells, flags.markdown)}\n\n{len(rows)} runs, {hours:.1f} hours of RL.\n{PAIRED}")
+    for name, base, _, pairs in found:
+        if len(pairs) == 1 and all("run" in row for row in pairs[0]):
+            game_by_game(name, base, *pairs[0])
+    for note in notes:
+        print(note)
+
+def game_by_game(name, base, ours, theirs):
+    """Print, of one pair of runs, the comparison of their checkpoints on each common panel."""
+    for a in evaluations(theirs["run"], []):
+        for b in evaluations(ours["run"], []):
+            if (a["tasks"], a["skills"]) == (b["tasks"], b["skills"]):
+                print(f"\none pair, game by game; A: {base}, B: {name}; {a['tasks']}\n"
+                      f"{render(paired_rows(a, b))}\n{INTERVALS}")
+
 def gates(argv):
     """python eval.py gates RUN: a logged episode with each token's gap gate, as text or a page."""
     p = parser_for("gates", "RUN [--episode N] [--html FILE]", "Show a logged episode; a token "
                    "whose gate is closed (0) is red, one whose gate is open (1) is green.")
-    p.add_argument("run", metavar="RUN", help="run folder of a method with a teacher")
-    p.add_argument("--episode", type=int, metavar="N", help="line of RUN/episodes.jsonl, from 1 "
-                   "(default: the last episode that has gates)")
+    p.add_argument("run", metavar="RUN", help="run folder, or file of --save-episodes")
+    p.add_argument("--episode", type=int, metavar="N", help="line of that file or of the run's "
+                   "episodes.jsonl, from 1 (default: the last episode, if possible with gates)")
     p.add_argument("--html", metavar="FILE", help="write a page to open in a browser")
     flags = p.parse_args(argv)
-    path = Path(flags.run) / "episodes.jsonl"
+    path = Path(flags.run)
+    path = path if path.is_file() else path / "episodes.jsonl"
     rows = sdar.read_lines(path)
+    if not rows:
+        raise UserError(f"{path} holds no episodes; gates takes a run folder or a file of "
+                        "python eval.py --save-episodes")
     try:
         gated = [n for n, row in enumerate(rows, 1)
                  if any(key in turn for turn in row["turns"] for key in ("gate", "gates"))]
-        if not gated:
-            raise UserError(f"{path} holds no gates; give a run whose method has a teacher")
-        number = gated[-1] if flags.episode is None else flags.episode
+        number = (gated or [len(rows)])[-1] if flags.episode is None else flags.episode
         if not 1 <= number <= len(rows):
             raise UserError(f"{path} has no episode {number}; choose 1 to {len(rows)}")
         shown = episode_page(rows[number - 1]) if flags.html else episode_lines(rows[number - 1])
@@ -627,17 +776,49 @@ def episode_page(row):
                       bool(last), "</body></html>"])
 
 def plot(argv):
-    """python eval.py plot RUN ...: validation success and mean gap over the steps of RL."""
+    """python eval.py plot RUN ...: learning curves, or the paired differences of a study."""
     p = parser_for("plot", "RUN ...", "Draw learning curves, a column for each benchmark.")
-    p.add_argument("runs", nargs="+", metavar="RUN", help="run folder")
+    p.add_argument("runs", nargs="+", metavar="RUN", help="run folder, with --paired also a CSV")
+    p.add_argument("--paired", nargs="?", const="", metavar="BASELINE", help="draw the differences "
+                   "that table --paired prints")
     p.add_argument("--out", default="curves.png", metavar="FILE", help="picture (%(default)s)")
     flags = p.parse_args(argv)
     try:
         from matplotlib.figure import Figure          # without pyplot: no window, no global state
     except ImportError:
         raise UserError("plot needs matplotlib: pip install matplotlib") from None
+    if flags.paired is None:
+        figure = plot_curves(Figure, flags.runs)
+    else:
+        found = paired_arms(study_rows(flags.runs, []), flags.paired, [])
+        figure = plot_forest(Figure, found)
+    try:
+        figure.savefig(flags.out, dpi=120)
+    except ValueError as error:                       # a format that matplotlib does not write
+        raise UserError(f"cannot write {flags.out}: {sdar.first_line(error)}") from None
+    print(f"written: {flags.out}")
+
+def plot_forest(Figure, found):
+    """Each arm's mean difference with its interval, and its pairs as dots."""
+    figure = Figure(figsize=(8, 1.5 + 0.4 * len(found)), layout="constrained")
+    axes = figure.subplots()
+    axes.axvline(0, color="0.6", linewidth=1)
+    for y, (_, _, values, _) in enumerate(found):
+        mean, limits = mean_interval(values)
+        axes.plot([100 * x for x in values], [y] * len(values), ".", color="C0", alpha=0.35)
+        axes.plot(100 * mean, y, "D", color="C0")
+        if len(values) > 1:
+            axes.plot([100 * x for x in limits], [y, y], color="C0", linewidth=2)
+    labels = [f"{name} against {base} ({len(values)})" for name, base, values, _ in found]
+    axes.set_yticks(range(len(found)), labels)
+    axes.invert_yaxis()
+    axes.set_xlabel("difference of success, points (dots: pairs; bars: 95 % over seeds)")
+    return figure
+
+def plot_curves(Figure, runs):
+    """Success and gap over the steps, a column for each benchmark."""
     columns = {}
-    for run in map(Path, flags.runs):
+    for run in map(Path, runs):
         config = sdar.read_json(run / "config.json", f"{run} holds no run (no config.json)")
         columns.setdefault(config.get("env"), []).append(run)
     figure = Figure(figsize=(1 + 4 * len(columns), 6), layout="constrained")
@@ -648,11 +829,7 @@ def plot(argv):
         above.set(title=env, ylabel="validation success, %", ylim=(0, 100))
         above.legend()
         below.set(xlabel="step", ylabel="mean gap, nats per token")
-    try:
-        figure.savefig(flags.out, dpi=120)
-    except ValueError as error:                       # a format that matplotlib does not write
-        raise UserError(f"cannot write {flags.out}: {sdar.first_line(error)}") from None
-    print(f"written: {flags.out}")
+    return figure
 
 def plot_run(run, above, below):
     """Draw one run on two of matplotlib's axes."""
