@@ -22,7 +22,6 @@ import json
 import math
 import os
 import re
-import shlex
 import statistics
 import sys
 import time
@@ -85,8 +84,9 @@ INTERVALS = """\
 Intervals: Newcombe's method 10 (score: Student's t; Avg of Search-QA: joined over data sets); p:
 McNemar's exact test. How much training runs differ by seed is in neither."""
 PAIRED = """\
-Differences of success in points, the mean over seeds with Student's 95 % interval; p: exact sign
-test, two-sided. Where the interval holds 0, the runs do not tell which one is better."""
+Differences of success in points: the mean over seeds with Student's 95 % interval; p: exact sign
+test, two-sided. Where the interval holds 0, the runs do not tell which one is better. Of one pair
+python eval.py compare tells, game by game, whether its two checkpoints differ (McNemar)."""
 KEPT = """skills data env_args prompt_style history max_turns max_prompt max_teacher_prompt
     max_response rollout_rows""".split()              # settings that come from the checkpoint
 OF_GATES = ("algo", "beta", "temperature")            # so do these, for --save-episodes
@@ -129,16 +129,18 @@ def paired_difference(a, b):
     n = len(a)
     if len(b) != n or n == 0:
         raise ValueError("paired_difference needs two equally long lists that are not empty")
-    na = sum(map(bool, a))
-    nb = sum(map(bool, b))
-    both = sum(bool(x and y) for x, y in zip(a, b))
-    covariance = both * (n - na - nb + both) - (na - both) * (nb - both)
+    na = sum(a)
+    nb = sum(b)
+    both = sum(x and y for x, y in zip(a, b))
+    covariance = n * both - na * nb
     if covariance > 0:
         covariance = max(covariance - n / 2, 0)       # the method's continuity correction
     margins = na * (n - na) * nb * (n - nb)
     phi = covariance / math.sqrt(margins) if margins else 0.0
+
     def joined(x, y):
         return math.sqrt(max(0.0, x * x - 2 * phi * x * y + y * y))
+
     low_a, high_a = sdar.wilson(na, n)
     low_b, high_b = sdar.wilson(nb, n)
     difference = (nb - na) / n
@@ -188,9 +190,9 @@ def render(rows, markdown=False):
 
 def percent(value, limits=None, sign=""):
     """A rate in percent, with its interval if there are limits; sign "+": a difference of rates.
-    Equal limits are not shown: equal values do not tell how far others may lie."""
+    Limits of one value or of equal ones are not shown: they do not tell how far others may lie."""
     text = f"{100 * value:{sign}.1f}"
-    if limits is None or not limits[0] < limits[1]:
+    if limits is None or not -math.inf < limits[0] < limits[1]:
         return text
     low, high = limits if sign else (max(limits[0], 0), min(limits[1], 1))
     digits = 1 if sign else 0
@@ -272,7 +274,7 @@ def play(policy, env, ids, s, with_skills, keep, unfinished, key):
         rows += map(result_row, episodes)
         for row, e in zip(rows[start:], kept):
             row["episode"] = sdar.episode_text(policy, e, 0, s)
-        sdar.write_text(unfinished, json.dumps({"key": key, "rows": rows}, allow_nan=False))
+        sdar.write_text(unfinished, json.dumps({"key": key, "rows": rows}))
     return rows
 
 def result_row(e):
@@ -293,18 +295,20 @@ def evaluate(argv):
     whole = len(env.tasks(split))
     panel = f"{split}, {'all' if len(ids) == whole else f'{len(ids)} of'} {whole} tasks"
     skills = None if flags.skills is None else s.skills or "built-in"
-    name = f"eval-{Path(s.env).name.replace(':', '-')}-{split}" + "-skills" * bool(skills)
-    name += f"-{len(ids)}" * (len(ids) < whole)
-    name = f"{s.model}/{name}" if folder else f"{name}-{Path(s.model).name}"
-    out = Path(flags.out or f"{name}.json")
-    if out.is_dir() or not os.access(out.parent, os.W_OK):    # said now, not after hours of playing
-        raise UserError(f"cannot write {out}; choose another --out")
+    training = state["settings"]
+    header = {
+        "format": FORMAT, "env": s.env, "source": env.source, "builtin": env.builtin,
+        "split": split, "panel": {"name": panel, "hash": digest}, "skills": skills,
+        "model": s.model, "base_model": training.get("model", s.model), "training": training,
+        "checkpoint": str(folder or ""), "algo": training.get("algo"), "step": state.get("step"),
+        "steps": training.get("steps"), "torch": torch.__version__,
+        "transformers": version("transformers"),
+        "settings": {key: getattr(s, key) for key in (*KEPT, "seed", "val_temperature")}}
+    out = output_file(flags.out, header, folder, f"-{len(ids)}" * (len(ids) < whole))
     policy = sdar.load_policy(s.model, s.device, sdar.tiny_texts(env, s), s.seed)
     print(f"{env.source}\n{s.model}: {policy.model.num_parameters() / 1e6:.1f}M parameters, "
           f"temperature {s.val_temperature:g}, seed {s.seed}, {skills or 'no'} skills in the prompt"
           f"\npanel {panel}, hash {digest}", flush=True)
-    header = header_of(s, env, split, {"name": panel, "hash": digest}, skills, folder, state)
-    refuse_another(out, header)
     began = time.time()
     weights = sorted(folder.glob("*.safetensors")) if folder else []
     files = [(path.stat().st_size, path.stat().st_mtime) for path in weights]
@@ -312,35 +316,30 @@ def evaluate(argv):
                       files, flags.save_episodes])
     unfinished = Path(f"{out}.unfinished")
     rows = play(policy, env, ids, s, bool(skills), flags.save_episodes, unfinished, key)
-    episodes = [r.pop("episode") | {"step": header["step"] or 0} for r in rows if "episode" in r]
+    step = {"step": header["step"] or 0}
+    episodes = [json.dumps(row.pop("episode") | step) + "\n" for row in rows if "episode" in row]
     result = {**header, "device": str(policy.device), "seconds": time.time() - began,
               "finished": time.time(), "summary": summarize(s.env, rows), "results": rows}
     sdar.write_text(out, json.dumps(result, indent=1, allow_nan=False))
     print_summary(result)
     print(f"written: {out} ({result['seconds']:.0f} s)")
     if episodes:
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in episodes]
-        sdar.write_text(out.with_suffix(".episodes.jsonl"), "".join(lines))
-        print(f"read its episodes: python eval.py gates {out.with_suffix('.episodes.jsonl')}")
+        kept = out.with_suffix(".episodes.jsonl")
+        sdar.write_text(kept, "".join(episodes))
+        print(f"written: {kept}; see an episode with: python eval.py gates {kept}")
     os.remove(unfinished)
 
-def header_of(s, env, split, panel, skills, folder, state):
-    """What an evaluation's JSON says before its results."""
-    training = state["settings"]
-    return {"format": FORMAT, "env": s.env, "source": env.source, "builtin": env.builtin,
-            "split": split, "panel": panel, "skills": skills, "model": s.model,
-            "checkpoint": str(folder or ""), "algo": training.get("algo"), "training": training,
-            "base_model": training.get("model", s.model), "step": state.get("step"),
-            "steps": training.get("steps"), "torch": torch.__version__,
-            "settings": {key: getattr(s, key) for key in (*KEPT, "seed", "val_temperature")},
-            "transformers": version("transformers")}
-
-def comparable(result):
-    """What evaluations of the same weights may differ in, as text, without what changes no result:
-    the number of rows decoded together and the address of a search server."""
-    values = result["settings"] | {"panel": result["panel"], "skills": result["skills"]}
-    values["rollout_rows"] = ""
-    return {key: re.sub(r"https?://\S+", "", str(value)) for key, value in values.items()}
+def output_file(given, header, folder, part):
+    """The JSON to write. UserError, before hours of playing, if it cannot be written or holds an
+    evaluation of the same weights in other settings."""
+    name = f"eval-{Path(header['env']).name.replace(':', '-')}-{header['split']}"
+    name += "-skills" * bool(header["skills"]) + part
+    name = f"{header['model']}/{name}" if folder else f"{name}-{Path(header['model']).name}"
+    out = Path(given or f"{name}.json")
+    if out.is_dir() or not os.access(out.parent, os.W_OK):
+        raise UserError(f"cannot write {out}; choose another --out")
+    refuse_another(out, header)
+    return out
 
 def refuse_another(out, header):
     """UserError if `out` holds an evaluation of the same weights in other settings."""
@@ -348,10 +347,16 @@ def refuse_another(out, header):
         old = json.loads(out.read_text(encoding="utf-8"))
         before = comparable(old)
         differing = [key for key, value in comparable(header).items() if before[key] != value]
-        same = all(old[key] == header[key] for key in ("format", "model", "checkpoint", "step"))
-        if differing and same:
+        if differing and all(old[x] == header[x] for x in "format model checkpoint step".split()):
             raise UserError(f"{out} holds an evaluation of this model with other "
                             f"{differing[0].removeprefix('val_')}; choose another --out")
+
+def comparable(result):
+    """What evaluations of the same weights may differ in, as text, without what changes no result:
+    the number of rows decoded together and the address of a search server."""
+    values = result["settings"] | {"panel": result["panel"], "skills": result["skills"]}
+    values["rollout_rows"] = ""
+    return {key: re.sub(r"https?://\S+", "", str(value)) for key, value in values.items()}
 
 def print_summary(result):
     """One evaluation as a table; for real tasks with the paper's rows, for orientation."""
@@ -494,11 +499,10 @@ def told_apart(name, results):
     used = []
     for r in results:
         built_in = r["training"].get("data") == "built-in"    # other data may have moved since
-        used.append({"training's data": "built-in" if built_in else "other"})
-        for key in r["training"].keys() - set(OF_NO_WEIGHT):
-            used[-1][f"training's {key}" if key in KEPT else key] = str(r["training"][key])
-        for key in r["settings"].keys() - set(OF_NO_WEIGHT):
-            used[-1][key] = str(r["settings"][key])
+        own = {f"training's {key}" if key in KEPT else key: str(value)
+               for key, value in r["training"].items() if key not in OF_NO_WEIGHT}
+        own |= {key: str(value) for key, value in r["settings"].items() if key not in OF_NO_WEIGHT}
+        used.append(own | {"training's data": "built-in" if built_in else "other"})
     names = sorted(set().union(*used))
     differing = [key for key in names if len({own.get(key) for own in used}) > 1]
     rows = {}
@@ -552,125 +556,99 @@ def cell(results, column):
 STUDY = {"seed": int, "method": str, "setting": str, "successes": int, "episodes": int,
          "seconds": float}                            # the columns of its CSV, a line a run
 
-def study_rows(paths, notes):
-    """The rows of STUDY in run folders and CSV files; `notes` gets a line on what is missing."""
+def study_rows(paths):
+    """The rows of STUDY in run folders and CSV files."""
     rows = []
     for path in map(Path, paths):
+        if path.suffix != ".csv":
+            rows += run_row(path)
+            continue
         try:
-            if path.suffix != ".csv":
-                rows += run_row(path, notes)
-                continue
             with open(path, encoding="utf-8", newline="") as f:
                 rows += [{name: kind(row[name]) for name, kind in STUDY.items()}
                          for row in csv.DictReader(f)]
-        except (KeyError, TypeError, ValueError, AttributeError):
-            raise UserError(f"{path} is damaged; give run folders, or a CSV with the columns "
-                            f"{','.join(STUDY)}") from None
-    if not rows:
-        raise UserError("there is no finished run to pair: " + ("; ".join(notes) or paths[0]))
+        except (KeyError, TypeError, ValueError):
+            raise UserError(f"{path} needs the columns {','.join(STUDY)}") from None
     return rows
 
-def run_row(run, notes):
-    """[the run's row]; [] if it is not finished. It counts the validation after the last step and
-    the seconds of RL's steps. setting: the flags that repeat it, with --algo and --seed."""
-    saved = sdar.read_json(run / "config.json", f"{run} holds no run (no config.json)")
+def run_row(run):
+    """[a run's row of STUDY], [] if it is not finished. It takes the validation after the last step
+    and the seconds of RL's steps; setting: what the run had been told."""
+    told = sdar.told_settings(run / "config.json")
+    s = sdar.Settings(**sdar.read_config(run / "config.json", ""))
     last = (sdar.read_lines(run / "validation.jsonl") or [{}])[-1]
-    if last.get("step") != saved["steps"]:
-        notes.append(f"{run}: left out, because it has no validation after its last step")
+    if last.get("step") != s.steps:
+        print(f"{run} is left out, because it has no validation after its last step")
         return []
-    words = []
-    for name, usual in vars(sdar.preset({x: saved[x] for x in ("env", "model", "algo")})).items():
-        value = saved.get(name, usual)                # a setting may be newer than the run
-        told = value != usual or name in ("env", "model")
-        matters = name.startswith("val_") or name not in (*OF_NO_WEIGHT, "algo")
-        start = name == "model" and sdar.is_path(name, value)    # the warm start of this seed
-        if told and matters and not start:
-            words += [sdar.flag(name), *[str(value)] * (value is not True)]
+    if sdar.is_path("model", s.model):                # the warm start of this seed
+        del told["model"]
+    setting = [f"{name} {value}" for name, value in sorted(told.items())
+               if name.startswith("val_") or name not in (*OF_NO_WEIGHT, "algo")]
     seconds = sum(row.get("seconds", 0) for row in sdar.read_lines(run / "metrics.jsonl"))
-    return [{"seed": saved["seed"], "method": saved["algo"], "setting": shlex.join(words),
-             "successes": last["successes"], "episodes": last["episodes"],
-             "seconds": round(seconds, 1), "run": run}]
+    return [dict(zip(STUDY, (s.seed, s.algo, ", ".join(setting), last["successes"],
+                             last["episodes"], round(seconds, 1))))]
 
-def paired_arms(rows, baseline, notes):
-    """[(arm, its baseline, differences of success, pairs of rows)], paired by seed. An arm is a
-    method and those of its flags that not all runs have. Its baseline is the one that is named,
-    else GRPO, best with the same flags, else the first arm."""
-    flags = [re.split(" (?=--)", row["setting"]) for row in rows]
-    common = set.intersection(*map(set, flags))
+def paired_arms(rows, baseline):
+    """[(arm, its baseline, differences of success of the runs with the same seed)]. An arm is a
+    method and what of its setting not all runs share. Its baseline is the one that is named, else
+    GRPO, best in the same setting, else the first arm."""
+    settings = [row["setting"].split(", ") for row in rows]
+    shared = set(settings[0]).intersection(*settings) if rows else ()
     arms = {}
-    for row, own in zip(rows, flags):
-        name = " ".join([row["method"], *(flag for flag in own if flag not in common)])
-        if arms.setdefault(name, {}).setdefault(row["seed"], row) is not row:
+    for row, setting in zip(rows, settings):
+        name = ", ".join([row["method"], *(part for part in setting if part not in shared)])
+        if row["seed"] in arms.setdefault(name, {}):
             raise UserError(f"{name} has seed {row['seed']} twice; leave one of them out")
+        arms[name][row["seed"]] = row["successes"] / row["episodes"]
     if baseline and baseline not in arms:
-        raise UserError(f"there is no {baseline}; --paired takes one of: {', '.join(arms)}")
+        raise UserError(f"there is no {baseline}; --paired takes one of: {'; '.join(arms)}")
     found = []
     for name, own in arms.items():
-        grpo = [arm for arm in arms if arm.split()[0] == "grpo"]
-        grpo.sort(key=lambda arm: arm.split()[1:] != name.split()[1:])
+        same = ", ".join(["grpo", *name.split(", ")[1:]])
+        grpo = [arm for arm in (same, *arms) if arm in arms and arm.split(", ")[0] == "grpo"]
         base = baseline or [*grpo, *arms][0]
-        pairs = [(row, arms[base][seed]) for seed, row in own.items() if seed in arms[base]]
-        values = [a["successes"] / a["episodes"] - b["successes"] / b["episodes"] for a, b in pairs]
-        if name != base and pairs:
-            found.append((name, base, values, pairs))
-        if len(pairs) < len(own):
-            notes.append(f"{name}: no partner in {base} for {len(own) - len(pairs)} of its seeds")
+        differences = [rate - arms[base][seed] for seed, rate in own.items() if seed in arms[base]]
+        if len(differences) < len(own):
+            print(f"{name}: no partner in {base} for {len(own) - len(differences)} of its seeds")
+        if name != base and differences:
+            found.append((name, base, differences))
     return found
 
 def study(flags):
     """Print the paired differences of a study; --csv keeps its runs."""
-    notes = []
-    rows = study_rows(flags.runs, notes)
+    rows = study_rows(flags.runs)
     if flags.csv:
         with open(flags.csv, "w", encoding="utf-8", newline="") as f:
-            writer = csv.DictWriter(f, STUDY, extrasaction="ignore", lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+            csv.writer(f, lineterminator="\n").writerows([STUDY, *(row.values() for row in rows)])
     cells = [["", "against", "pairs", "difference [95 %]", "higher", "lower", "sign test p"]]
-    found = paired_arms(rows, flags.paired, notes)
-    for name, base, values, pairs in found:
-        higher = sum(x > 0 for x in values)
-        lower = sum(x < 0 for x in values)
-        mean, limits = mean_interval(values)
-        cells.append([name, base, len(values), percent(mean, limits if len(values) > 1 else None, "+"),
-                      higher, lower, f"{mcnemar_exact(higher, lower):.3g}"])
+    for name, base, differences in paired_arms(rows, flags.paired):
+        higher = sum(x > 0 for x in differences)
+        lower = sum(x < 0 for x in differences)
+        mean, limits = mean_interval(differences)
+        cells.append([name, base, len(differences), percent(mean, limits, "+"), higher, lower,
+                      f"{mcnemar_exact(higher, lower):.3g}"])
     hours = sum(row["seconds"] for row in rows) / 3600
-    print(f"{render(cells, flags.markdown)}\n\n{len(rows)} runs, {hours:.1f} hours of RL.\n{PAIRED}")
-    for name, base, _, pairs in found:
-        if len(pairs) == 1 and all("run" in row for row in pairs[0]):
-            game_by_game(name, base, *pairs[0])
-    for note in notes:
-        print(note)
-
-def game_by_game(name, base, ours, theirs):
-    """Print, of one pair of runs, the comparison of their checkpoints on each common panel."""
-    for a in evaluations(theirs["run"], []):
-        for b in evaluations(ours["run"], []):
-            if (a["tasks"], a["skills"]) == (b["tasks"], b["skills"]):
-                print(f"\none pair, game by game; A: {base}, B: {name}; {a['tasks']}\n"
-                      f"{render(paired_rows(a, b))}\n{INTERVALS}")
+    print(f"{render(cells, flags.markdown)}\n\n{len(rows)} runs, {hours:.1f} h of RL.\n{PAIRED}")
 
 def gates(argv):
     """python eval.py gates RUN: a logged episode with each token's gap gate, as text or a page."""
     p = parser_for("gates", "RUN [--episode N] [--html FILE]", "Show a logged episode; a token "
                    "whose gate is closed (0) is red, one whose gate is open (1) is green.")
     p.add_argument("run", metavar="RUN", help="run folder, or file of --save-episodes")
-    p.add_argument("--episode", type=int, metavar="N", help="line of that file or of the run's "
-                   "episodes.jsonl, from 1 (default: the last episode, if possible with gates)")
+    p.add_argument("--episode", type=int, metavar="N", help="line of that file, from 1 (default: "
+                   "the last episode, if possible one with gates)")
     p.add_argument("--html", metavar="FILE", help="write a page to open in a browser")
     flags = p.parse_args(argv)
     path = Path(flags.run)
-    path = path if path.is_file() else path / "episodes.jsonl"
+    path = path / "episodes.jsonl" if path.is_dir() else path
     rows = sdar.read_lines(path)
-    if not rows:
-        raise UserError(f"{path} holds no episodes; gates takes a run folder or a file of "
-                        "python eval.py --save-episodes")
     try:
         gated = [n for n, row in enumerate(rows, 1)
                  if any(key in turn for turn in row["turns"] for key in ("gate", "gates"))]
-        number = (gated or [len(rows)])[-1] if flags.episode is None else flags.episode
+        number = flags.episode if flags.episode is not None else (gated or [len(rows)])[-1]
         if not 1 <= number <= len(rows):
-            raise UserError(f"{path} has no episode {number}; choose 1 to {len(rows)}")
+            choice = f"choose 1 to {len(rows)}" if rows else "give a run to gates"
+            raise UserError(f"{path} has no episode {number or ''}; {choice}")
         shown = episode_page(rows[number - 1]) if flags.html else episode_lines(rows[number - 1])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({sdar.first_line(error)}); train again") from None
@@ -695,43 +673,40 @@ def tokens_of(turn):
              f"log-probability: teacher {teacher:.3f}, student {student:.3f}")
             for token, gate, gap, teacher, student in zip(*(turn[name] for name in names))]
 
-def episode_facts(row):
-    """[(name, text)] of what an episode is, for its head."""
+def episode_parts(row):
+    """[(kind, content)] of an episode in the order of reading: "fact", "turn" and "seen" are texts,
+    "said" is the list of a response's tokens."""
     kind = str(row.get("failure") or "").replace("_", " ")
     outcome = "won" if row["won"] else "not won" + f" ({kind})" * bool(kind)
     skill = ": ".join(filter(None, (row["skill"], row.get("skill_text"))))
-    facts = [("Outcome", f"{outcome}, step {row['step']}, task {row['task_id']}"),
-             ("Task", row.get("task")), ("Success is", row.get("goal")), ("Skill", skill)]
-    return [(name, printable(text)) for name, text in facts if text]
-
-def turn_facts(turn):
-    """Reward, advantage and form of a turn in a line."""
-    numbers = [f"{name} {turn[name]:g}" for name in ("reward", "advantage") if name in turn]
-    faults = [text for key, text in (("valid", "malformed"), ("admissible", "not admissible"))
-              if not turn.get(key, True)]
-    return ", ".join(numbers + faults)
+    facts = {"Outcome": f"{outcome}, step {row['step']}, task {row['task_id']}",
+             "Task": row.get("task"), "Success is": row.get("goal"), "Skill": skill}
+    parts = [("fact", f"{name}: {printable(text)}") for name, text in facts.items() if text]
+    for number, turn in enumerate(row["turns"], 1):
+        notes = [f"{name} {turn[name]:g}" for name in ("reward", "advantage") if name in turn]
+        notes += [text for key, text in (("valid", "malformed"), ("admissible", "not admissible"))
+                  if not turn.get(key, True)]
+        parts += [("turn", f"turn {number}" + ": " * bool(notes) + ", ".join(notes)),
+                  ("seen", printable(turn["observation"])), ("said", tokens_of(turn))]
+    if last := printable(row.get("last_observation", "")):
+        parts += [("turn", "after the last turn"), ("seen", last)]
+    return parts
 
 def episode_lines(row):
     """An episode for the terminal: coloured tokens where it has colour, else each gate's number."""
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
 
-    def shown(token, gate):
+    def shown(token, gate, _):
         if gate is None or not colour:
             return token if gate is None else f"{token}[{gate:.2f}]"
-        fade = [round(255 - (255 - c) * abs(2 * gate - 1)) for c in (
-            (230, 90, 80) if gate < 0.5 else (70, 185, 100))]
-        start = "\033[48;2;{};{};{};38;5;16m".format(*fade)
+        end = (230, 90, 80) if gate < 0.5 else (70, 185, 100)
+        red, green, blue = (round(255 - (255 - c) * abs(2 * gate - 1)) for c in end)
+        start = f"\033[48;2;{red};{green};{blue};38;5;16m"
         return start + token.replace("\n", f"\033[0m\n{start}") + "\033[0m"
 
-    lines = [f"{name}: {text}" for name, text in episode_facts(row)]
-    for number, turn in enumerate(row["turns"], 1):
-        facts = turn_facts(turn)
-        response = "".join(shown(token, gate) for token, gate, _ in tokens_of(turn))
-        lines.append(f"\nturn {number}" + f": {facts}" * bool(facts))
-        lines.append(f"> {printable(turn['observation'])}\n{response}")
-    if row.get("last_observation"):
-        lines.append("\n> " + printable(row["last_observation"]))
-    return "\n".join(lines)
+    before = {"turn": "\n", "seen": "> "}
+    return "\n".join("".join(shown(*token) for token in content) if kind == "said" else
+                     before.get(kind, "") + content for kind, content in episode_parts(row))
 
 PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
@@ -739,19 +714,19 @@ PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8">
 <title>An episode and its gates</title><style>
 :root { color-scheme: light dark }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 46rem; margin: auto;
-       padding: 1rem 1rem 6rem; overflow-wrap: anywhere }
-dt, small { opacity: .7 } dd { margin: 0 0 .5rem } dd, .seen, .said { white-space: pre-wrap }
-h2 { font-size: 1rem; margin: 1.6rem 0 .3rem } .seen { margin: .3rem 0; opacity: .85 }
+       padding: 1rem 1rem 6rem; overflow-wrap: anywhere; white-space: pre-wrap }
+.fact, .seen { margin: .3rem 0 } .turn { font-weight: bold; margin: 1.4rem 0 .3rem }
 .said { font: 15px/1.8 ui-monospace, monospace; padding: .4rem .7rem; border-radius: .4rem;
         border: 1px solid #8886 }
 .said span { border-radius: .2rem } .said span:focus { outline: 2px solid }
 .said span:hover::after, .said span:focus::after { content: attr(data-numbers); position: fixed;
         left: 0; right: 0; bottom: 0; z-index: 1; padding: .8rem 1rem; background: #223;
         color: #fff }
-.bar { height: .6rem; border-radius: .3rem; background:
-       linear-gradient(90deg, rgb(220 50 40/.65), transparent, rgb(30 160 70/.65)) }
-.ends { display: flex; justify-content: space-between }
-</style></head><body>"""
+.bar { display: flex; justify-content: space-between; padding: 0 .4rem; border-radius: .3rem;
+       background: linear-gradient(90deg, rgb(220 50 40/.65), transparent, rgb(30 160 70/.65)) }
+</style></head><body><h1>An episode and its gates</h1>"""
+LEGEND = """<div class="bar"><small>gate 0</small><small>0.5</small><small>gate 1</small></div>\
+<small>Point at a token, or tap it, to see its numbers.</small>"""
 
 def episode_page(row):
     """An episode as one HTML page without scripts. All of its text is escaped."""
@@ -762,18 +737,13 @@ def episode_page(row):
         return (f'<span tabindex="0" data-numbers="{escape(numbers)}" '
                 f'style="background:rgb({colour})">{escape(token)}</span>')
 
-    head = "".join(f"<dt>{name}</dt><dd>{escape(text)}</dd>" for name, text in episode_facts(row))
-    parts = [PAGE, f"<h1>An episode and its gates</h1><dl>{head}</dl>", '<div class="bar"></div>'
-             '<div class="ends"><small>gate 0</small><small>0.5</small><small>gate 1</small></div>'
-             "<small>Point at a token, or tap it, to see its numbers.</small>"]
-    for number, turn in enumerate(row["turns"], 1):
-        response = "".join(shown(*token) for token in tokens_of(turn))
-        parts.append(f"<h2>Turn {number} <small>{escape(turn_facts(turn))}</small></h2>"
-                     f'<div class="seen">{escape(printable(turn["observation"]))}</div>'
-                     f'<div class="said">{response}</div>')
-    last = escape(printable(row.get("last_observation", "")))
-    return "\n".join([*parts, f'<h2>After the last turn</h2><div class="seen">{last}</div>' *
-                      bool(last), "</body></html>"])
+    lines = []
+    for kind, content in episode_parts(row):
+        said = kind == "said"
+        text = "".join(shown(*token) for token in content) if said else escape(content)
+        lines.append(f'<div class="{kind}">{text}</div>')
+    legend = LEGEND * any("<span" in line for line in lines)
+    return "".join([PAGE, legend, *lines, "</body></html>"])
 
 def plot(argv):
     """python eval.py plot RUN ...: learning curves, or the paired differences of a study."""
@@ -790,29 +760,27 @@ def plot(argv):
     if flags.paired is None:
         figure = plot_curves(Figure, flags.runs)
     else:
-        found = paired_arms(study_rows(flags.runs, []), flags.paired, [])
-        figure = plot_forest(Figure, found)
+        figure = plot_forest(Figure, paired_arms(study_rows(flags.runs), flags.paired))
     try:
         figure.savefig(flags.out, dpi=120)
     except ValueError as error:                       # a format that matplotlib does not write
         raise UserError(f"cannot write {flags.out}: {sdar.first_line(error)}") from None
     print(f"written: {flags.out}")
 
-def plot_forest(Figure, found):
-    """Each arm's mean difference with its interval, and its pairs as dots."""
-    figure = Figure(figsize=(8, 1.5 + 0.4 * len(found)), layout="constrained")
+def plot_forest(Figure, arms):
+    """A row for each arm: its pairs as dots, their mean and its interval."""
+    figure = Figure(figsize=(8, 1.5 + 0.4 * len(arms)), layout="constrained")
     axes = figure.subplots()
     axes.axvline(0, color="0.6", linewidth=1)
-    for y, (_, _, values, _) in enumerate(found):
-        mean, limits = mean_interval(values)
-        axes.plot([100 * x for x in values], [y] * len(values), ".", color="C0", alpha=0.35)
-        axes.plot(100 * mean, y, "D", color="C0")
-        if len(values) > 1:
-            axes.plot([100 * x for x in limits], [y, y], color="C0", linewidth=2)
-    labels = [f"{name} against {base} ({len(values)})" for name, base, values, _ in found]
-    axes.set_yticks(range(len(found)), labels)
-    axes.invert_yaxis()
-    axes.set_xlabel("difference of success, points (dots: pairs; bars: 95 % over seeds)")
+    for y, (_, _, differences) in enumerate(arms):
+        mean, limits = mean_interval(differences)
+        axes.plot([100 * x for x in differences], [y] * len(differences), "C0.", alpha=0.4)
+        axes.plot([100 * x for x in limits], [y, y], "C0")
+        axes.plot(100 * mean, y, "C0D")
+    axes.set_yticks(range(len(arms)), [f"{name} against {base}, {len(differences)} pairs"
+                                       for name, base, differences in arms])
+    axes.set_ylim(len(arms) - 0.5, -0.5)
+    axes.set_xlabel("difference of success, points; dots: pairs, bar: 95 % over seeds")
     return figure
 
 def plot_curves(Figure, runs):
