@@ -560,32 +560,38 @@ def study_rows(paths):
     """The rows of STUDY in run folders and CSV files."""
     rows = []
     for path in map(Path, paths):
-        if path.suffix != ".csv":
-            rows += run_row(path)
-            continue
         try:
+            if path.suffix != ".csv":
+                rows += run_row(path)
+                continue
             with open(path, encoding="utf-8", newline="") as f:
                 rows += [{name: kind(row[name]) for name, kind in STUDY.items()}
                          for row in csv.DictReader(f)]
+            if any(row["episodes"] < 1 for row in rows):
+                raise ValueError
         except (KeyError, TypeError, ValueError):
-            raise UserError(f"{path} needs the columns {','.join(STUDY)}") from None
+            raise UserError(f"{path} is damaged, or neither a run nor a CSV with the columns "
+                            f"{','.join(STUDY)}") from None
     return rows
 
 def run_row(run):
     """[a run's row of STUDY], [] if it is not finished. It takes the validation after the last step
-    and the seconds of RL's steps; setting: what the run had been told."""
-    told = sdar.told_settings(run / "config.json")
-    s = sdar.Settings(**sdar.read_config(run / "config.json", ""))
+    and the seconds of RL's steps; setting: the panel and what the run had been told."""
+    saved = sdar.read_json(run / "config.json", f"{run} holds no run (no config.json)")
     last = (sdar.read_lines(run / "validation.jsonl") or [{}])[-1]
-    if last.get("step") != s.steps:
+    if last.get("step") != saved["steps"]:
         print(f"{run} is left out, because it has no validation after its last step")
         return []
-    if sdar.is_path("model", s.model):                # the warm start of this seed
+    told = {"env": saved["env"], "model": saved["model"], "panel": last["panel"]}
+    if sdar.is_path("model", saved["model"]):         # the warm start of this seed
         del told["model"]
-    setting = [f"{name} {value}" for name, value in sorted(told.items())
-               if name.startswith("val_") or name not in (*OF_NO_WEIGHT, "algo")]
+    plain = sdar.preset({name: saved[name] for name in ("env", "algo", "model")})
+    for name, usual in vars(plain).items():
+        if name not in OF_NO_WEIGHT and saved.get(name, usual) != usual:
+            told[name] = saved[name]
     seconds = sum(row.get("seconds", 0) for row in sdar.read_lines(run / "metrics.jsonl"))
-    return [dict(zip(STUDY, (s.seed, s.algo, ", ".join(setting), last["successes"],
+    setting = ", ".join(f"{name} {value}" for name, value in told.items())
+    return [dict(zip(STUDY, (saved["seed"], saved["algo"], setting, last["successes"],
                              last["episodes"], round(seconds, 1))))]
 
 def paired_arms(rows, baseline):
