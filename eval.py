@@ -30,7 +30,6 @@ from collections import Counter
 from dataclasses import replace
 from functools import partial
 from html import escape
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -252,7 +251,7 @@ def play(policy, env, ids, s, with_skills, keep, unfinished, key):
     text) continues after an interruption."""
     rows = []
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):   # no file, or not whole
-        saved = json.loads(unfinished.read_text(encoding="utf-8"))
+        saved = json.loads(Path(unfinished).read_text(encoding="utf-8"))
         rows = saved["rows"] if saved["key"] == key else []
         print(f"the first {len(rows)} tasks were played before an interruption" if rows else
               f"{unfinished} is of other settings, weights or skills: not used", flush=True)
@@ -301,8 +300,7 @@ def evaluate(argv):
         "split": split, "panel": {"name": panel, "hash": digest}, "skills": skills,
         "model": s.model, "base_model": training.get("model", s.model), "training": training,
         "checkpoint": str(folder or ""), "algo": training.get("algo"), "step": state.get("step"),
-        "steps": training.get("steps"), "torch": torch.__version__,
-        "transformers": version("transformers"),
+        "steps": training.get("steps"), **sdar.versions(),
         "settings": {key: getattr(s, key) for key in (*KEPT, "seed", "val_temperature")}}
     out = output_file(flags.out, header, folder, f"-{len(ids)}" * (len(ids) < whole))
     policy = sdar.load_policy(s.model, s.device, sdar.tiny_texts(env, s), s.seed)
@@ -314,20 +312,19 @@ def evaluate(argv):
     files = [(path.stat().st_size, path.stat().st_mtime) for path in weights]
     key = json.dumps([comparable(header), s.model, state, torch.__version__, env.all_skills(),
                       files, flags.save_episodes])
-    unfinished = Path(f"{out}.unfinished")
-    rows = play(policy, env, ids, s, bool(skills), flags.save_episodes, unfinished, key)
+    rows = play(policy, env, ids, s, bool(skills), flags.save_episodes, f"{out}.unfinished", key)
     step = {"step": header["step"] or 0}
     episodes = [json.dumps(row.pop("episode") | step) + "\n" for row in rows if "episode" in row]
     result = {**header, "device": str(policy.device), "seconds": time.time() - began,
               "finished": time.time(), "summary": summarize(s.env, rows), "results": rows}
     sdar.write_text(out, json.dumps(result, indent=1, allow_nan=False))
-    print_summary(result)
-    print(f"written: {out} ({result['seconds']:.0f} s)")
+    kept = out.with_suffix(".episodes.jsonl")
     if episodes:
-        kept = out.with_suffix(".episodes.jsonl")
         sdar.write_text(kept, "".join(episodes))
-        print(f"written: {kept}; see an episode with: python eval.py gates {kept}")
-    os.remove(unfinished)
+    os.remove(f"{out}.unfinished")
+    print_summary(result)
+    print(f"written: {out} ({result['seconds']:.0f} s)" 
+          + f"; its episodes: python eval.py gates {kept}" * bool(episodes))
 
 def output_file(given, header, folder, part):
     """The JSON to write. UserError, before hours of playing, if it cannot be written or holds an
@@ -790,7 +787,8 @@ def plot_forest(Figure, arms):
     return figure
 
 def plot_curves(Figure, runs):
-    """Success and gap over the steps, a column for each benchmark."""
+    """Validation success with its intervals, and mean gap, over the steps of RL; a column for each
+    benchmark."""
     columns = {}
     for run in map(Path, runs):
         config = sdar.read_json(run / "config.json", f"{run} holds no run (no config.json)")
@@ -799,24 +797,21 @@ def plot_curves(Figure, runs):
     axes = figure.subplots(2, len(columns), squeeze=False)
     for (env, runs), (above, below) in zip(columns.items(), axes.T):
         for run in runs:
-            plot_run(run, above, below)
+            tests = sdar.read_lines(run / "validation.jsonl")
+            gaps = [row for row in sdar.read_lines(run / "metrics.jsonl") if "gap" in row]
+            if not tests:
+                raise UserError(f"{run} has no validation in its log; leave it out")
+            steps = [row["step"] for row in tests]
+            rates = [[100 * p for p in (row["success"], *row["success_95"])] for row in tests]
+            mean, low, high = zip(*rates)
+            line, = above.plot(steps, mean, label=run.name)
+            color = line.get_color()
+            above.fill_between(steps, low, high, color=color, alpha=0.15)
+            below.plot([row["step"] for row in gaps], [row["gap"] for row in gaps], color=color)
         above.set(title=env, ylabel="validation success, %", ylim=(0, 100))
         above.legend()
         below.set(xlabel="step", ylabel="mean gap, nats per token")
     return figure
-
-def plot_run(run, above, below):
-    """Draw one run on two of matplotlib's axes."""
-    tests = [row for row in sdar.read_lines(run / "validation.jsonl") if "success_95" in row]
-    gaps = [row for row in sdar.read_lines(run / "metrics.jsonl") if "gap" in row]
-    if not tests:
-        raise UserError(f"{run} has no validation in its log; leave it out")
-    rates = [[100 * p for p in (row["success"], *row["success_95"])] for row in tests]
-    mean, low, high = zip(*rates)
-    steps = [row["step"] for row in tests]
-    line, = above.plot(steps, mean, label=run.name)
-    above.fill_between(steps, low, high, color=line.get_color(), alpha=0.15)
-    below.plot([row["step"] for row in gaps], [row["gap"] for row in gaps], color=line.get_color())
 
 # ======== Speed: one training step, then its parts beside the plain way ===========================
 

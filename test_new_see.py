@@ -6,11 +6,9 @@ import re
 
 import pytest
 
-import envs
 import eval as ev
 import sdar
-from test_sdar import (HERE, evaluated, evaluated_run, guessing_game, page, printed, refused,
-                       short_settings)
+from test_sdar import HERE, evaluated, evaluated_run, page, printed, refused
 
 # ---- Evaluation, after `test_an_interrupted_evaluation_continues` ----
 
