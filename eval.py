@@ -3,7 +3,7 @@
     python eval.py --model RUN                    # last checkpoint on its benchmark's test split
     python eval.py --env alfworld --model Qwen/Qwen2.5-1.5B-Instruct --split valid_unseen --skills
     python eval.py compare A.json B.json          # two policies on the same tasks
-    python eval.py table RUN ... [--markdown]     # the paper's Table 1, published rows beside yours
+    python eval.py table RUN ... [--paired]       # the paper's Table 1; or methods paired by seed
     python eval.py gates RUN [--html FILE]        # a logged episode with the gate of each token
     python eval.py plot RUN ... [--out FILE]      # learning curves as a picture (needs matplotlib)
     python eval.py bench [flags of sdar.py]       # speed beside the plain way of doing the same
@@ -323,7 +323,7 @@ def evaluate(argv):
         sdar.write_text(kept, "".join(episodes))
     os.remove(f"{out}.unfinished")
     print_summary(result)
-    print(f"written: {out} ({result['seconds']:.0f} s)" 
+    print(f"written: {out} ({result['seconds']:.0f} s)"
           + f"; its episodes: python eval.py gates {kept}" * bool(episodes))
 
 def output_file(given, header, folder, part):
@@ -443,8 +443,10 @@ def method_name(result):
 
 def table(argv):
     """python eval.py table RUN ...: one table per panel and base model."""
-    p = parser_for("table", "RUN ... [--markdown]", "The paper's Table 1 from evaluations.")
-    p.add_argument("runs", nargs="+", metavar="RUN", help="run folder, or JSON of an evaluation")
+    p = parser_for("table", "RUN ... [--paired]", "The paper's Table 1 from evaluations, or "
+                   "differences between methods.")
+    p.add_argument("runs", nargs="+", metavar="RUN", help="run folder, or JSON of an evaluation; "
+                   "with --paired run folder, or CSV of runs")
     p.add_argument("--markdown", action="store_true", help="Markdown instead of text")
     p.add_argument("--paired", nargs="?", const="", metavar="BASELINE", help="differences of runs "
                    "with the same seed, from the validation after the last step (default: to GRPO)")
