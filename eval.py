@@ -452,7 +452,7 @@ def table(argv):
                    "with the same seed, from the validation after the last step (default: to GRPO)")
     p.add_argument("--csv", metavar="FILE", help="with --paired: write the runs, a line each")
     flags = p.parse_args(argv)
-    if flags.csv or flags.paired is not None:
+    if flags.csv or flags.paired is not None or flags.runs[0].endswith(".csv"):
         return study(flags)
     newest = {}
     notes = []
@@ -762,10 +762,10 @@ def plot(argv):
         from matplotlib.figure import Figure          # without pyplot: no window, no global state
     except ImportError:
         raise UserError("plot needs matplotlib: pip install matplotlib") from None
-    if flags.paired is None:
-        figure = plot_curves(Figure, flags.runs)
-    else:
+    if flags.paired is not None or flags.runs[0].endswith(".csv"):
         figure = plot_forest(Figure, paired_arms(study_rows(flags.runs), flags.paired))
+    else:
+        figure = plot_curves(Figure, flags.runs)
     try:
         figure.savefig(flags.out, dpi=120)
     except ValueError as error:                       # a format that matplotlib does not write

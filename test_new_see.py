@@ -153,15 +153,15 @@ def test_run_folders_become_lines_of_a_study(tmp_path, capsys):
     lines = (tmp_path / "study.csv").read_text().splitlines()
     assert lines[0] == STUDY.splitlines()[0] and len(lines) == 4
     assert lines[3] == '1,sdar,"env alfworld, panel abc, lam 0.1, steps 3",8,10,7.5'
-    again = printed(capsys, "table", tmp_path / "study.csv", "--paired")
+    again = printed(capsys, "table", tmp_path / "study.csv")
     assert again == text.split("last step\n")[1]
     assert "config.json" in refused(capsys, "table", tmp_path, "--paired")
 
-def test_plot_draws_the_pairs(tmp_path, capsys, monkeypatch):
-    """`plot --paired` writes a picture of what `table --paired` prints."""
+def test_plot_draws_the_pairs(tmp_path, capsys):
+    """Of a CSV of runs, or with --paired, `plot` shows what `table` prints."""
     pytest.importorskip("matplotlib")
     out = tmp_path / "x.png"
-    printed(capsys, "plot", study_file(tmp_path), "--paired", "--out", out)
+    printed(capsys, "plot", study_file(tmp_path), "--out", out)
     assert out.read_bytes().startswith(b"\x89PNG")
 
 # ---- README ----
