@@ -598,7 +598,7 @@ def paired_arms(rows, baseline):
     method and what of its setting not all runs share. Its baseline is the one that is named, else
     GRPO, best in the same setting, else the first arm."""
     settings = [row["setting"].split(", ") for row in rows]
-    shared = set(settings[0]).intersection(*settings) if rows else ()
+    shared = {"", *set.intersection(*map(set, settings))} if rows else ()
     arms = {}
     for row, setting in zip(rows, settings):
         name = ", ".join([row["method"], *(part for part in setting if part not in shared)])

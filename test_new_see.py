@@ -115,6 +115,8 @@ def test_runs_are_paired_with_the_baseline_that_is_named(tmp_path, capsys):
     assert rows["sdar, lam 0.1"][:3] == ["sdar", "1", "-12.0"]
     study_file(tmp_path, STUDY.replace("grpo", "rlsd"))
     assert rows_of(printed(capsys, "table", path, "--paired"))["sdar"][0] == "rlsd"
+    study_file(tmp_path, re.sub('"env alfworld, steps 9"', "", STUDY))
+    assert rows_of(printed(capsys, "table", path))["sdar"][0] == "grpo"
     longer = STUDY.replace("steps 9", "steps 20").partition("\n")[2]
     study_file(tmp_path, STUDY + longer)
     rows = rows_of(printed(capsys, "table", path, "--paired"))
