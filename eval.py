@@ -595,8 +595,8 @@ def run_row(run):
 
 def paired_arms(rows, baseline):
     """[(arm, its baseline, differences of success of the runs with the same seed)]. An arm is a
-    method and what of its setting not all runs share. Its baseline is the one that is named, else
-    GRPO, best in the same setting, else the first arm."""
+    method and what of its setting not all runs share. Its baseline is the arm that is named, else
+    that of GRPO with most in common, else the first."""
     settings = [row["setting"].split(", ") for row in rows]
     shared = {"", *set.intersection(*map(set, settings))} if rows else ()
     arms = {}
@@ -607,11 +607,11 @@ def paired_arms(rows, baseline):
         arms[name][row["seed"]] = row["successes"] / row["episodes"]
     if baseline and baseline not in arms:
         raise UserError(f"there is no {baseline}; --paired takes one of: {'; '.join(arms)}")
+    grpo = [arm for arm in arms if arm.split(", ")[0] == "grpo"] or list(arms)[:1]
     found = []
     for name, own in arms.items():
-        same = ", ".join(["grpo", *name.split(", ")[1:]])
-        grpo = [arm for arm in (same, *arms) if arm in arms and arm.split(", ")[0] == "grpo"]
-        base = baseline or [*grpo, *arms][0]
+        parts = set(name.split(", "))
+        base = baseline or max(grpo, key=lambda arm: len(parts.intersection(arm.split(", "))))
         differences = [rate - arms[base][seed] for seed, rate in own.items() if seed in arms[base]]
         if len(differences) < len(own):
             print(f"{name}: no partner in {base} for {len(own) - len(differences)} of its seeds")
@@ -647,13 +647,14 @@ def gates(argv):
     path = Path(flags.run)
     path = path / "episodes.jsonl" if path.is_dir() else path
     rows = sdar.read_lines(path)
+    if not rows:
+        raise UserError(f"{path} holds no episodes; give gates a run, or what --save-episodes kept")
     try:
         gated = [n for n, row in enumerate(rows, 1)
                  if any(key in turn for turn in row["turns"] for key in ("gate", "gates"))]
         number = flags.episode if flags.episode is not None else (gated or [len(rows)])[-1]
         if not 1 <= number <= len(rows):
-            choice = f"choose 1 to {len(rows)}" if rows else "give a run to gates"
-            raise UserError(f"{path} has no episode {number or ''}; {choice}")
+            raise UserError(f"{path} has no episode {number}; choose 1 to {len(rows)}")
         shown = episode_page(rows[number - 1]) if flags.html else episode_lines(rows[number - 1])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({sdar.first_line(error)}); train again") from None

@@ -108,7 +108,7 @@ def test_runs_are_paired_by_seed(tmp_path, capsys):
     assert "8 runs, 4.0 h" in text
 
 def test_runs_are_paired_with_the_baseline_that_is_named(tmp_path, capsys):
-    """Without a name it is GRPO in the same setting, without GRPO the first row."""
+    """Without a name it is the row of GRPO with most in common, without GRPO the first row."""
     path = study_file(tmp_path)
     rows = rows_of(printed(capsys, "table", path, "--paired", "sdar"))
     assert rows["grpo"][:3] == ["sdar", "3", "-8.0 [-17.9, +1.9]"]
@@ -120,7 +120,8 @@ def test_runs_are_paired_with_the_baseline_that_is_named(tmp_path, capsys):
     longer = STUDY.replace("steps 9", "steps 20").partition("\n")[2]
     study_file(tmp_path, STUDY + longer)
     rows = rows_of(printed(capsys, "table", path, "--paired"))
-    assert rows["sdar, steps 20"][0] == "grpo, steps 20" and rows["sdar, steps 9"][2][0] == "+"
+    assert rows["sdar, lam 0.1, steps 20"][0] == rows["sdar, steps 20"][0] == "grpo, steps 20"
+    assert rows["sdar, steps 9"][:3] == ["grpo, steps 9", "3", "+8.0 [-1.9, +17.9]"]
 
 @pytest.mark.parametrize("old, new, hint", [
     ("1,sdar", "2,sdar", "sdar has seed 2 twice"), ("44,100", "44,many", "damaged"),
