@@ -274,7 +274,6 @@ def rollout(policy, env, tasks, s, temperature, generator, group_size=1, skills=
     skilled = [acts == "skilled" or (acts == "half" and i % 2 == 0) for i in range(len(tasks))]
     waiting = {}                                       # {episode: prompt ids}, emptied by generate
     logps = {}                                         # {episode: of its response}
-    exact = policy.model.dtype == torch.float32 and policy.device.type == "cpu"
 
     def view(live, own):                               # the agent's own prompts, or the other ones
         texts = [skills[i][1] if skilled[i] == own else "" for i in live]
@@ -291,14 +290,12 @@ def rollout(policy, env, tasks, s, temperature, generator, group_size=1, skills=
 
     ask(range(len(tasks)))
     with progress(total=len(tasks) * s.max_turns, desc=label, unit="turn") as bar:
-        for ended in generate(policy, waiting, s, temperature, env.stop, generator, logps=logps):
+        for ended in generate(policy, waiting, s, temperature, env.stop, generator, None, logps):
             texts = [response_text(policy, ids) for ids in ended.values()]
             env.step([episodes[i].session for i in ended], [policy.opened + x for x in texts],
                      think_closed=policy.think_closed)
             for (i, ids), text in zip(ended.items(), texts):
-                complete_turn(episodes[i], ids, text, policy.end_ids, env.stop)
-                if exact:                              # decoding computes what scoring would
-                    episodes[i].turns[-1].old_logp = torch.tensor(logps.pop(i))
+                complete_turn(episodes[i], ids, logps.get(i), text, policy.end_ids, env.stop)
             live = [i for i in ended if not episodes[i].session.done
                     and len(episodes[i].turns) < s.max_turns]
             bar.update(sum(1 if i in live else s.max_turns + 1 - len(episodes[i].turns)
@@ -1235,12 +1232,13 @@ def fitting(policy, session, s, skill, ids):
     name = "--max-teacher-prompt" if skill else "--max-prompt"
     raise UserError(f"a prompt of {len(ids)} tokens cannot be shortened to {budget}; raise {name}")
 
-def complete_turn(episode, ids, text, end_ids, stop):
+def complete_turn(episode, ids, logps, text, end_ids, stop):
     """Fill in the episode's last turn, which the session has just played."""
     x = episode.session
     closed = ids[-1] in end_ids or any(tag in text for tag in stop)
     episode.turns[-1] = replace(episode.turns[-1], response_ids=ids, text=text, action=x.action,
-                                valid=x.valid, admissible=x.admissible, cut=not closed)
+                                valid=x.valid, admissible=x.admissible, cut=not closed,
+                                old_logp=None if logps is None else torch.tensor(logps))
 
 def with_rewards(episodes, s):
     """The episodes, their rewards and their turns' set; one cut off at the limit has not won."""
@@ -1321,10 +1319,13 @@ def generate(policy, waiting, s, temperature, stop, generator, limits=None, logp
     """Generator over the responses to waiting, {key: prompt ids}, which it empties: yields {key:
     response ids} of those that have ended. The caller may put further prompts into `waiting` before
     it asks for more, so an episode need not wait for the others' turns. A response ends with EOS,
-    a closing tag of `stop`, or at limits[key] tokens (default: s.max_response). logps: a dict that
-    gets the tokens' log-probabilities, {key: list}."""
+    a closing tag of `stop`, or at limits[key] tokens (default: s.max_response). On a CPU in fp32
+    decoding computes what scoring would: the dict logps gets {key: the tokens' log-probabilities}.
+    """
     look = STEPS_PER_LOOK.get(policy.device.type, 1)
     refill = REFILL_AT.get(policy.device.type, 1)
+    exact = logps is not None and policy.device.type == "cpu" and temperature == s.temperature
+    exact = exact and policy.model.dtype == torch.float32
     rows = []
     done = {}
     while True:
@@ -1348,7 +1349,7 @@ def generate(policy, waiting, s, temperature, stop, generator, limits=None, logp
         for row, *drawn in [*zip(batch, *(x.tolist() for x in drawn)), *fresh]:
             if not row.ended and extend(policy, row, *drawn, stop):
                 done[row.prompt] = row.ids
-                if logps is not None:
+                if exact:
                     logps[row.prompt] = row.logps
         if not rows:
             return
