@@ -373,11 +373,13 @@ class AlfworldSession:
         if brief:  # playable but not listed: look, inventory, examine; what is held is told
             hidden = ("go to", "examine", "look", "inventory")
             can = [x for x in commands if not x.startswith(hidden)]
-            can.append("go to " + ", ".join(x[6:] for x in commands if x.startswith("go to ")))
-            did = " | ".join(f"{_terse(text)} > {action}" for _, text, action in past)
+            places = " ".join(x[6:] for x in commands if x.startswith("go to "))
+            did = " > ".join(action for _, _, action in past)
             rows = (("Task", self.task.rstrip(".")), ("Skill", skill), ("Have", self.engine.held),
-                    ("Last", did), (f"Step {count + 1}", _terse(seen)), ("Actions", "; ".join(can)))
-            return "".join(f"{name}: {text}\n" for name, text in rows if text)
+                    ("Did", did), (f"Step {count + 1}", _terse(seen)),
+                    ("Actions", "; ".join(can)),
+                    ("Go to", places))
+            return "\n".join(f"{name}: {text}" for name, text in rows if text)
         now = f"You are now at step {count + 1} and y" if count else "Y"
         if past:
             turns = "\n".join(QUOTED_TURN.format(*turn) for turn in past)
@@ -446,7 +448,7 @@ def _terse(text):
     for pattern, short in (
             (r"^You (arrive at|open the) .*?\. (?=The|On)", ""), (r"^(You (?!are)).*", "done"),
             (r"^(On|In) the (.*?), you see", r"\2:"), (r"^The (.*?) is (open\. In it, you see)", r"\1:"),
-            (r"^The (.*?) is closed\.$", r"\1 closed"), (r"\b(and )?a (?=\w+ \d)", ""), (r"\.$", "")):
+            (r"^The (.*?) is closed\.$", r"\1 closed"), (r",? (and )?a (?=\w+ \d)", " "), (r"\.$", "")):
         text = re.sub(pattern, short, text)
     return text
 
@@ -909,8 +911,8 @@ def _play_script(game, most, rng):
 
 def _thought(act):
     verb, rest = act.split(" ", 1)
-    return {"go": f"I carry it {rest}", "open": f"{rest} is closed; open it", "take": f"here it is; {act}",
-            "use": f"here is {rest}; turn it on"}.get(verb, f"I am there; {act}")
+    return {"go": f"I carry it {rest}", "open": f"{rest} is closed; open it", "take": "here it is",
+            "use": f"here is {rest}; turn it on"}.get(verb, "I am there")
 
 def _searches(game, sought, last, visited, count, rng):
     """[(thought, command)]: `count` visits to places without the `sought` kind, likely ones first; `last`."""
@@ -928,7 +930,7 @@ def _searches(game, sought, last, visited, count, rng):
         name = command.removeprefix("go to ")
         acts += [(thought.format(name), command), ("", "open " + name)]
         visited.add(place)
-        thought = f"no {sought} here; look in {{}} next"
+        thought = f"no {sought} here; look in {{}}"
     return acts + [(thought.format(last.removeprefix("go to ")), last)]
 
 # ======== WebShop =================================================================================

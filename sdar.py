@@ -273,6 +273,7 @@ def rollout(policy, env, tasks, s, temperature, generator, group_size=1, skills=
                 for task, (name, text) in zip(tasks, skills)]
     skilled = [acts == "skilled" or (acts == "half" and i % 2 == 0) for i in range(len(tasks))]
     waiting = {}                                       # {episode: prompt ids}, emptied by generate
+    logps = {}                                         # {episode: of its response}
 
     def view(live, own):                               # the agent's own prompts, or the other ones
         texts = [skills[i][1] if skilled[i] == own else "" for i in live]
@@ -289,12 +290,12 @@ def rollout(policy, env, tasks, s, temperature, generator, group_size=1, skills=
 
     ask(range(len(tasks)))
     with progress(total=len(tasks) * s.max_turns, desc=label, unit="turn") as bar:
-        for ended in generate(policy, waiting, s, temperature, env.stop, generator):  # {i: ids}
+        for ended in generate(policy, waiting, s, temperature, env.stop, generator, None, logps):
             texts = [response_text(policy, ids) for ids in ended.values()]
             env.step([episodes[i].session for i in ended], [policy.opened + x for x in texts],
                      think_closed=policy.think_closed)
             for (i, ids), text in zip(ended.items(), texts):
-                complete_turn(episodes[i], ids, text, policy.end_ids, env.stop)
+                complete_turn(episodes[i], ids, logps.get(i), text, policy.end_ids, env.stop)
             live = [i for i in ended if not episodes[i].session.done
                     and len(episodes[i].turns) < s.max_turns]
             bar.update(sum(1 if i in live else s.max_turns + 1 - len(episodes[i].turns)
@@ -587,7 +588,8 @@ def play_step(state, env, reference, s):
     if reference is not None:
         score_turns(reference, turns, "prompt_ids", "ref_logp", s, "reference")
         lap("reference", turns)
-    if "old" in method.needs or s.gate_baseline or 0 < s.mini_batch < len(turns):
+    rescored = turns[0].old_logp is None or "uncertainty" in method.needs
+    if rescored and ("old" in method.needs or s.gate_baseline or 0 < s.mini_batch < len(turns)):
         # with a single mini-batch step_loss takes the current policy as the old one
         score_turns(policy.model, turns, "prompt_ids", "old_logp", s, "old policy",
                     "uncertainty" in method.needs)
@@ -1230,12 +1232,13 @@ def fitting(policy, session, s, skill, ids):
     name = "--max-teacher-prompt" if skill else "--max-prompt"
     raise UserError(f"a prompt of {len(ids)} tokens cannot be shortened to {budget}; raise {name}")
 
-def complete_turn(episode, ids, text, end_ids, stop):
+def complete_turn(episode, ids, logps, text, end_ids, stop):
     """Fill in the episode's last turn, which the session has just played."""
     x = episode.session
     closed = ids[-1] in end_ids or any(tag in text for tag in stop)
     episode.turns[-1] = replace(episode.turns[-1], response_ids=ids, text=text, action=x.action,
-                                valid=x.valid, admissible=x.admissible, cut=not closed)
+                                valid=x.valid, admissible=x.admissible, cut=not closed,
+                                old_logp=None if logps is None else torch.tensor(logps))
 
 def with_rewards(episodes, s):
     """The episodes, their rewards and their turns' set; one cut off at the limit has not won."""
@@ -1308,22 +1311,28 @@ class Row:
     limit: int       # most tokens of its response
     slot: int        # position of its next token
     ids: list = field(default_factory=list)
+    logps: list = field(default_factory=list)    # of ids
     ended: bool = False
 
 @torch.no_grad()
-def generate(policy, waiting, s, temperature, stop, generator, limits=None):
+def generate(policy, waiting, s, temperature, stop, generator, limits=None, logps=None):
     """Generator over the responses to waiting, {key: prompt ids}, which it empties: yields {key:
     response ids} of those that have ended. The caller may put further prompts into `waiting` before
     it asks for more, so an episode need not wait for the others' turns. A response ends with EOS,
-    a closing tag of `stop`, or at limits[key] tokens (default: s.max_response)."""
+    a closing tag of `stop`, or at limits[key] tokens (default: s.max_response). On a CPU in fp32
+    decoding computes what scoring would: the dict logps gets {key: the tokens' log-probabilities}.
+    """
     look = STEPS_PER_LOOK.get(policy.device.type, 1)
     refill = REFILL_AT.get(policy.device.type, 1)
+    exact = logps is not None and policy.device.type == "cpu" and temperature == s.temperature
+    exact = exact and policy.model.dtype == torch.float32
     rows = []
     done = {}
     while True:
         live = [j for j, row in enumerate(rows) if not row.ended]
         enough = len(rows) - len(live) >= refill * len(rows)          # have ended
         batch = []
+        drawn = ()
         if live:
             coming = (len(waiting) + len(done)) * (refill < 1)        # will take ended rows' places
             if len(live) + coming <= 0.8 * len(rows):                 # else copying costs more
@@ -1337,16 +1346,19 @@ def generate(policy, waiting, s, temperature, stop, generator, limits=None):
         fresh = []
         if enough:
             fresh = admit(policy, rows, waiting, s, temperature, generator, limits, look)
-        for row, values in [*zip(batch, drawn.tolist() if batch else ()), *fresh]:
-            if not row.ended and extend(policy, row, values, stop):
+        for row, *drawn in [*zip(batch, *(x.tolist() for x in drawn)), *fresh]:
+            if not row.ended and extend(policy, row, *drawn, stop):
                 done[row.prompt] = row.ids
+                if exact:
+                    logps[row.prompt] = row.logps
         if not rows:
             return
 
-def extend(policy, row, values, stop):
+def extend(policy, row, values, logps, stop):
     """Append sampled tokens up to the end of the row's response. Returns whether it has ended."""
-    for value in values:
+    for value, logp in zip(values, logps):
         row.ids.append(value)
+        row.logps.append(logp)
         closed = value in policy.closing_ids and any(
             tag in policy.tokenizer.decode(row.ids[-16:]) for tag in stop)
         if closed or value in policy.end_ids or len(row.ids) == row.limit:
@@ -1355,21 +1367,26 @@ def extend(policy, row, values, stop):
     return row.ended
 
 def sample(logits, temperature, generator):
-    """One token id per row of logits (n, V), by inverting the cumulative distribution in float64:
-    in float32 a sum over 152k probabilities swallows the rare ones (Apple's GPUs have no float64).
-    Unlike multinomial it draws one number a row and never waits for the device."""
+    """(token id, its log-probability), (n,) each, from logits (n, V), by inverting the cumulative
+    distribution in float64: in float32 a sum over 152k probabilities swallows the rare ones
+    (Apple's GPUs have no float64). Unlike multinomial it draws one number a row and never waits for
+    the device."""
     if temperature == 0:
-        return logits.argmax(-1)                                                        # (n,)
+        token = logits.argmax(-1)                                                       # (n,)
+        return token, torch.zeros_like(token)
     exact = torch.float32 if logits.device.type == "mps" else torch.float64
     logits = logits if temperature == 1 else logits.float() / temperature
-    upto = torch.softmax(logits, -1, dtype=torch.float32).cumsum(-1, dtype=exact)       # (n, V)
+    p = torch.softmax(logits, -1, dtype=torch.float32)                                  # (n, V)
+    upto = p.cumsum(-1, dtype=exact)
     uniform = torch.rand(len(upto), 1, dtype=exact, device=upto.device, generator=generator)
     token = torch.searchsorted(upto, upto[:, -1:] * uniform, right=True)                # (n, 1)
-    return token[:, 0].clamp(max=logits.shape[1] - 1)
+    token.clamp_(max=logits.shape[1] - 1)
+    return token[:, 0], p.gather(1, token)[:, 0].log()
 
 def decode(policy, rows, look, temperature, generator):
-    """The next tokens (n, steps) of these rows, at most `look`; a GPU may still be working on them
-    when this returns. An ended row keeps stepping, in slot 0, where its attention is cheapest."""
+    """The next tokens of these rows, at most `look`, and their log-probabilities, (n, steps) each; a
+    GPU may still be working on them when this returns. An ended row keeps stepping, in slot 0,
+    where its attention is cheapest."""
     kv = policy.cache
     for j, row in enumerate(rows):
         if row.ended and row.slot > look:
@@ -1379,15 +1396,16 @@ def decode(policy, rows, look, temperature, generator):
     for _ in range(min(look, max(row.limit - len(row.ids) for row in rows if not row.ended))):
         logits = fast_step(policy, kv, len(rows), 1 + max(row.slot for row in rows))
         kv.slot[:len(rows)] += 1
-        drawn.append(sample(logits, temperature, generator))                            # (n,)
-        kv.token[:len(rows)] = drawn[-1]
+        drawn.append(sample(logits, temperature, generator))                       # (n,) each
+        kv.token[:len(rows)] = drawn[-1][0]
         for row in rows:
             row.slot += 1
-    return torch.stack(drawn, 1)
+    return [torch.stack(values, 1) for values in zip(*drawn)]
 
 def admit(policy, rows, waiting, s, temperature, generator, limits, look):
     """Take prompts out of `waiting`, short ones first, read them in the places of ended rows or in
-    new ones, s.rollout_rows at most, and sample their first tokens -> [(row, [token])]. On a GPU
+    new ones, s.rollout_rows at most, and sample their first tokens -> [(row, [token], [its
+    log-probability])]. On a GPU
     this queues up behind the decode steps. A prompt too long for the cache waits for a new one."""
     limits = limits or dict.fromkeys(waiting, s.max_response)
     chosen = sorted(waiting, key=lambda key: len(waiting[key]))
@@ -1410,11 +1428,11 @@ def admit(policy, rows, waiting, s, temperature, generator, limits, look):
         rows[place:place + 1] = [fresh[-1]]
     places = places[:len(fresh)]
     prompts = [waiting.pop(row.prompt) for row in fresh]
-    token = sample(prefill(policy, prompts, places, s), temperature, generator)         # (n,)
+    token, logp = sample(prefill(policy, prompts, places, s), temperature, generator)   # (n,)
     where = to_device(places, policy.device)
     kv.slot[where] = to_device([len(p) for p in prompts], policy.device)
     kv.token[where] = token
-    return [(row, [first]) for row, first in zip(fresh, token.tolist())]
+    return [(row, [first], [x]) for row, first, x in zip(fresh, token.tolist(), logp.tolist())]
 
 class KeyValues:
     """Keys and values of a batch in buffers of fixed size: token t of row i is in slot t. It stands
@@ -1880,17 +1898,26 @@ def check_lengths(policy, s):
         notes.append(f"the chat template prints the date, here always {DAY:%d %b %Y}")
     print("".join(f"note: {note}\n" for note in notes), end="", flush=True)
 
-TINY = dict(width=96, layers=3, vocabulary=640)
+TINY = dict(width=96, layers=2, vocabulary=768)
 TINY_TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant{% endif %}")
+TINY_PIECES = (                   # what can become one token: few tokens make a small model fast
+    r" ?[a-z]+ \d+\b"            # a name with its number: " countertop 1"
+    r"|\n?[A-Z]\w*(?: \w+)?:"    # the beginning of a line: "\nStep 3:"
+    r"| \d+\."                    # " 1."
+    r"|(?: ?\b[A-Za-z][a-z]{0,3}\b(?! \d))+"    # short words: " go to"
+    r"| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s")
 
 def build_tiny(texts, seed):
     """(model, tokenizer): a Qwen2 of 0.4 million random weights, and a byte-level BPE tokenizer
     trained on `texts`, with the tags as tokens. Nothing is downloaded."""
-    from tokenizers import AddedToken, ByteLevelBPETokenizer
+    from tokenizers import AddedToken, ByteLevelBPETokenizer, Regex, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
     bpe = ByteLevelBPETokenizer()
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(TINY_PIECES), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     roles = ["user", "assistant"] * 500               # frequent enough to become one token each
     bpe.train_from_iterator([*roles, *map(envs.encodable, texts)], TINY["vocabulary"], 0, False,
                             ["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
@@ -1910,11 +1937,12 @@ def build_tiny(texts, seed):
     return Qwen2ForCausalLM(config), tokenizer
 
 def tiny_texts(env, s, count=300):
-    """Text for the tokenizer of `tiny`: prompts and responses of expert episodes, the skills."""
+    """Text for the tokenizer of `tiny`: prompts with skills and responses of expert episodes."""
+    brief = s.prompt_style == "brief"
     for task in draw_tasks(env, s, 0, count):
         session = env.start(task, seed=seed_for(s, "texts", task))
         while not session.done and len(session.turns) < s.max_turns:
-            yield session.prompt(history=s.history, brief=s.prompt_style == "brief")
+            yield session.prompt(env.skill(session.category, brief), s.history, brief=brief)
             yield session.expert()
             env.step([session], [session.expert()])
     yield env.all_skills()

@@ -2600,7 +2600,7 @@ def test_thinking_is_demanded_unless_the_prompt_has_closed_it(policy, env, monke
     for closed in (False, True):
         mine = dataclasses.replace(policy, think_closed=closed)
         script = iter(ids)
-        monkeypatch.setattr(sdar, "sample", lambda *_: torch.tensor([next(script)]))
+        monkeypatch.setattr(sdar, "sample", lambda *_: (torch.tensor([next(script)]), torch.zeros(1)))
         s = settings(max_turns=1, max_response=len(ids))
         episode, = sdar.rollout(mine, env, env.tasks("train")[:1], s, 0, None)
         assert episode.turns[0].text == "<action>look</action>"
@@ -2828,7 +2828,7 @@ def test_a_gpu_does_not_wait_for_the_environment(policy, monkeypatch, refill, or
         events.append("step" if options["input_ids"].shape[1] == 1 else "read")
 
     plain = sdar.sample
-    monkeypatch.setattr(sdar, "sample", lambda *a: plain(*a).as_subclass(Drawn))
+    monkeypatch.setattr(sdar, "sample", lambda *a: [x.as_subclass(Drawn) for x in plain(*a)])
     hook = policy.model.base_model.register_forward_pre_hook(record, with_kwargs=True)
     waiting = {i: [20 + i] * 7 for i in range(8)}
     limits = {i: 3 + i % 8 * 5 for i in range(24)}
@@ -2894,13 +2894,28 @@ def test_sampling_follows_the_softmax():
     """Frequencies of 40,000 draws at two temperatures; temperature 0 is the argmax."""
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0]).repeat(40_000, 1)
     for temperature in (1.0, 0.4):
-        drawn = sdar.sample(logits, temperature, torch.Generator().manual_seed(1))
+        drawn, logp = sdar.sample(logits, temperature, torch.Generator().manual_seed(1))
         share = torch.bincount(drawn, minlength=4) / len(drawn)
         assert torch.allclose(share, torch.softmax(logits[0] / temperature, -1), atol=0.01)
-    assert sdar.sample(logits[:3], 0, None).tolist() == [0, 0, 0]
+        assert torch.allclose(logp, torch.log_softmax(logits[0] / temperature, -1)[drawn])
+    assert sdar.sample(logits[:3], 0, None)[0].tolist() == [0, 0, 0]
     rough = torch.randn(5000, 300, generator=torch.Generator().manual_seed(2)).bfloat16()
-    drawn = [sdar.sample(x, 1.0, torch.Generator().manual_seed(3)) for x in (rough, rough.float())]
+    drawn = [sdar.sample(x, 1.0, torch.Generator().manual_seed(3))[0]
+             for x in (rough, rough.float())]
     assert torch.equal(*drawn)            # bf16 logits do not mean bf16 probabilities
+
+def test_sampled_log_probabilities_are_those_of_scoring(policy, env):
+    """On a CPU the sampler's own serve as the old policy; a validation has none."""
+    s = settings(max_turns=3, temperature=0.7)
+    for temperature, kept in ((0.7, True), (0.4, False)):
+        generator = torch.Generator().manual_seed(5)
+        episodes = sdar.rollout(policy, env, env.tasks("train")[:3], s, temperature, generator, 2)
+        turns = [t for e in episodes for t in e.turns]
+        assert [t.old_logp is not None for t in turns] == [kept] * len(turns)
+        old = [t.old_logp for t in turns]
+        sdar.score_turns(policy.model, turns, "prompt_ids", "old_logp", s, "old policy")
+        for x, t in zip(old, turns):
+            assert not kept or torch.allclose(x, t.old_logp, atol=2e-5)
 
 def test_sampling_can_reach_every_rare_word(monkeypatch):
     """150,000 words of probability 1e-8: a sum in fp32 would make most of them impossible."""
@@ -2911,7 +2926,7 @@ def test_sampling_can_reach_every_rare_word(monkeypatch):
         middle = (above[word - 1] + above[word]) / 2 / above[-1]
         monkeypatch.setattr(torch, "rand",
                             lambda *_, dtype, **__: torch.tensor([[middle]], dtype=dtype))
-        assert sdar.sample(logits, 1.0, None).item() == word
+        assert sdar.sample(logits, 1.0, None)[0].item() == word
 
 def test_sampling_never_gives_an_impossible_word(monkeypatch):
     """Not for the random number 0 and not for the largest below 1."""
@@ -2920,7 +2935,7 @@ def test_sampling_never_gives_an_impossible_word(monkeypatch):
     for number, word in ((0.0, 130), (1 - 2**-53, 300)):
         monkeypatch.setattr(torch, "rand",
                             lambda *_, dtype, **__: torch.full((2, 1), number, dtype=dtype))
-        assert sdar.sample(logits, 1.0, None).tolist() == [word, word]
+        assert sdar.sample(logits, 1.0, None)[0].tolist() == [word, word]
 
 @pytest.mark.parametrize("look", [1, 4])
 def test_a_response_ends_with_a_closing_tag_or_eos(policy, monkeypatch, look):
@@ -4064,7 +4079,7 @@ def test_a_tokenizer_must_give_back_messages_and_tags(env, folder, kind, word):
     policy = sdar.wrap_policy(policy.model, tokenizer)
     assert word in sdar.text_fault(policy) and bool(word) == bool(sdar.text_fault(policy))
 
-OPENS = sdar.TINY_TEMPLATE.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
+OPENS = sdar.TINY_TEMPLATE.replace("assistant{% endif %}", "assistant<think>\n{% endif %}")
 CLOSES = OPENS.replace("<think>\n", "<think>\n\n</think>\n\n")
 SAID = {"alfworld": "<action>look</action>", "webshop": "<action>click[buy now]</action>",
         "search": "<answer>x</answer>"}
