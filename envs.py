@@ -217,16 +217,15 @@ def read_skills(folder, own, categories, aliases=None):
     `aliases` gives further names. UserError if a file is broken or a category has no text."""
     if not folder:
         return own
-    folder, found, card_files = existing("--skills", folder), {}, []
-    if folder.is_file() and folder.name != "skill_mapping.json":  # of several card files, this one
-        card_files = [folder]
-    folder = folder.parent if folder.is_file() else folder
+    path = existing("--skills", folder)
+    folder = path.parent if path.is_file() else path
     mapping_file = folder / "skill_mapping.json"
-    card_files = card_files or sorted(folder.glob("claude_style_skills*.json"))
-    if not mapping_file.is_file() and not card_files:
-        raise UserError(f"{folder} has neither skill_mapping.json nor claude_style_skills.json")
+    files = sorted(folder.glob("claude_style_skills*.json"))[:1]
+    if path.is_file() and path != mapping_file:  # of several card files, this one
+        files = [path]
+    found = {}
     try:
-        for file in card_files[:1]:
+        for file in files:
             found = _read_cards(file.read_text(encoding="utf-8"))
         if mapping_file.is_file():  # .md files replace cards, which still give common mistakes
             file, texts = mapping_file, {}
@@ -236,6 +235,8 @@ def read_skills(folder, own, categories, aliases=None):
                 texts[name] = file.read_text(encoding="utf-8").strip()
             tasks = mapping.get("task_to_skill", {}).items()
             found.update(texts, **{task: texts[name] for task, name in tasks if name in texts})
+        elif not files:
+            raise UserError(f"{folder} has neither skill_mapping.json nor claude_style_skills.json")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"cannot read skills from {file} ({error!r})") from None
     aliases = {"general": ("general_skills",), "mistakes": ("common_mistakes",), **(aliases or {})}
@@ -297,11 +298,9 @@ class Alfworld:
         if split not in self.splits:
             raise UserError(f"unknown split {split!r}; ALFWorld has {', '.join(self.splits)}")
         if split not in self._ids:
-            kinds = self.task_types
-            left_out = 0
+            kinds, left_out, count = self.task_types, 0, BUILT_IN_SIZES[split]
             if self.builtin:
-                ids = [f"{split}/{kinds[i % len(kinds)]}/{i:05d}"
-                       for i in range(BUILT_IN_SIZES[split])]
+                ids = [f"{split}/{kinds[i % len(kinds)]}/{i:05d}" for i in range(count)]
             else:
                 ids, left_out = self._files.solvable(split, kinds)
             self._ids[split] = sorted(ids)
@@ -355,7 +354,7 @@ class AlfworldSession:
         self.details["inadmissible"] += not self.admissible
 
     def expert(self):
-        """The expert's response; it fits if only its own were played before. UserError: none left."""
+        """The expert's response, if only its own were played so far. UserError: none is left."""
         self._script = self._script or expert_script(self.engine, self._detours, self._seed)
         step = 0  # its own moves among those that were played
         for _, action in self.turns:
@@ -437,8 +436,7 @@ def _read_task_types(names):
              for name in (kind, group)}
     wanted = str(names).lower().replace(" ", "").split(",") if names else list(known)
     if not set(wanted) <= set(known):
-        raise UserError(f"task_types={names}: choose from {', '.join(ALFWORLD_TYPES)}, separated "
-                        "by commas")
+        raise UserError(f"task_types={names}: choose from {', '.join(ALFWORLD_TYPES)}")
     return sorted({known[name] for name in wanted})
 
 def _terse(text):
@@ -447,8 +445,10 @@ def _terse(text):
         return "start"  # the places that it names are those of the "go to" actions
     for pattern, short in (
             (r"^You (arrive at|open the) .*?\. (?=The|On)", ""), (r"^(You (?!are)).*", "done"),
-            (r"^(On|In) the (.*?), you see", r"\2:"), (r"^The (.*?) is (open\. In it, you see)", r"\1:"),
-            (r"^The (.*?) is closed\.$", r"\1 closed"), (r"\b(and )?a (?=\w+ \d)", ""), (r"\.$", "")):
+            (r"^(On|In) the (.*?), you see", r"\2:"),
+            (r"^The (.*?) is (open\. In it, you see)", r"\1:"),
+            (r"^The (.*?) is closed\.$", r"\1 closed"),
+            (r"\b(and )?a (?=\w+ \d)", ""), (r"\.$", "")):
         text = re.sub(pattern, short, text)
     return text
 
@@ -467,9 +467,8 @@ class GameFiles:
             self._read = archive.read
             files = [name for name in archive.namelist() if name.endswith("/game.tw-pddl")]
         found = sorted(("/".join(Path(file).parts[-4:-1]), file) for file in files)
-        self.files = {task_id: file for task_id, file in found
-                      if task_id.split("/")[0] in Alfworld.splits
-                      and not re.search("movable|Sliced", task_id)}  # left out by the original
+        played = re.compile("(train|valid_seen|valid_unseen)/(?!.*(movable|Sliced))")
+        self.files = {task_id: file for task_id, file in found if played.match(task_id)}
         self.sizes = Counter(task_id.split("/")[0] for task_id in self.files)
 
     def read(self, task_id):
@@ -484,17 +483,13 @@ class GameFiles:
         """(ids of a split's games of these types marked as solvable, how many are not marked)."""
         ids = [name for name in self.files
                if name.startswith(split + "/") and any(kind in name for kind in kinds)]
-        marked = re.compile(r'"solvable": true\}\s*\Z')  # as all of the release end
-        kept = [name for name in ids if marked.search(text := self.read(name))
-                or read_json(text, name).get("solvable") is True]
+        kept = []
+        for name in ids:
+            text = self.read(name)
+            if not text.rstrip().endswith("}"):
+                raise UserError(f"{name} is no whole JSON object; download it again")
+            kept += [name] * bool(re.search(r'"solvable":\s*true', text))
         return kept, len(ids) - len(kept)
-
-def read_json(text, where):
-    """The JSON object in a text. Raises UserError naming it `where`."""
-    try:
-        return dict(json.loads(text))
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{where} is no JSON object ({error!r}); download it again") from None
 
 def download_alfworld(folder, url=ALFWORLD_URL, sha256=ALFWORLD_SHA256):
     """Fetches the official games as a zip, which is played in place. Raises UserError."""
@@ -541,61 +536,44 @@ def _parse_facts(text):
     return facts
 
 def _parse_goal(text):
-    """The PDDL condition after "(:goal", as nested tuples."""
+    """The atoms of the PDDL condition after "(:goal", which must hold together for some values of
+    its ?variables: [(predicate, name, ...)], a negated one as ("not", predicate, name, ...)."""
     text = text[text.index("(:goal"):]
-    if odd := re.search(r"\((or|forall|imply|when)\b", text):
+    if odd := re.search(r"\((or|forall|imply|when|not \((?:exists|and|not))\b", text):
         raise ValueError(f"its goal uses {odd[1]}, which ALFWorld's do not")
-    tokens = iter(re.findall(r"[()]|[^\s()]+", text)[2:])
-    return _parse_list(tokens)[0]
+    if text.count("(") > text.count(")"):
+        raise ValueError("its goal is cut")
+    found = re.findall(r"\((not \()?([^()?][^()]*)\)", text)  # lists without lists in them
+    atoms = [("not", *inner.split()) if negated else (*inner.split(),) for negated, inner in found]
+    typed = [atom for atom in atoms if atom[0] in ("objecttype", "receptacletype")]
+    rank = {}  # variable: when it gets its value; an atom is tested as soon as all of its have one
+    for name in itertools.chain(*typed, *atoms):
+        rank.setdefault(name, len(rank) if name[0] == "?" else -1)
+    return sorted(atoms, key=lambda x: (max(map(rank.get, x)), x not in typed, x[0] == "not"))
 
-_ORDER = {"objecttype": 0, "receptacletype": 0, "not": 2, "=": 2}  # in a conjunction; others: 1
-
-def _parse_list(tokens):
-    """The tokens up to the ")" that ends their list, as a tuple; lists among them likewise. In a
-    conjunction what few things fulfil comes first, and what is negated last."""
-    items = []
-    for token in tokens:
-        if token == ")":
-            if items[:1] == ["and"]:
-                items[1:] = sorted(items[1:], key=lambda part: _ORDER.get(part[0], 1))
-            return tuple(items)
-        items.append(_parse_list(tokens) if token == "(" else token)
-    raise ValueError("its goal is cut")
-
-def _atoms(goal):
-    """All conditions that must hold together, through conjunctions and quantifiers."""
-    if goal[0] == "and":
-        return [atom for part in goal[1:] for atom in _atoms(part)]
-    return _atoms(goal[2]) if goal[0] == "exists" else [goal]
-
-def _solutions(goal, facts, bound):
-    """Yields `bound` ({variable: value}) with the other variables' values, for each way in which a
-    PDDL condition holds: a join over the facts ({predicate: argument tuples})."""
-    operator, *parts = goal
-    if operator == "and" and not parts:
-        yield bound
-    elif operator == "and":
-        for found in _solutions(parts[0], facts, bound):
-            yield from _solutions(("and", *parts[1:]), facts, found)
-    elif operator == "exists":  # the types among the names are redundant: facts tell them too
-        outer = {name: value for name, value in bound.items() if name not in parts[0]}
-        yield from _solutions(parts[1], facts, outer)
-    elif operator == "not":
-        if not any(True for _ in _solutions(parts[0], facts, bound)):
-            yield bound
-    else:
-        values = tuple([bound.get(name, name) for name in parts])
-        free = [i for i, value in enumerate(values) if value[0] == "?"]
-        known = {values[:1] * 2} if operator == "=" else facts.get(operator, set())
-        for fact in known if free else known & {values}:
-            if all([i in free or fact[i] == value for i, value in enumerate(values)]):
-                yield {**bound, **{parts[i]: fact[i] for i in free}}
+def _holds(atoms, facts, bound):
+    """Whether all atoms hold for some values of the variables that have none in `bound` ({variable:
+    value}): a join over the facts ({predicate: argument tuples}), atom after atom."""
+    if not atoms:
+        return True
+    (predicate, *names), *rest = atoms
+    if predicate == "not":
+        return not _holds([(*names,)], facts, bound) and _holds(rest, facts, bound)
+    values = tuple([bound.get(name, name) for name in names])
+    free = [i for i, value in enumerate(values) if value[0] == "?"]
+    known = {values[:1] * 2} if predicate == "=" else facts.get(predicate, set())
+    for fact in known if free else known & {values}:
+        if all([i in free or fact[i] == value for i, value in enumerate(values)]):
+            if _holds(rest, facts, {**bound, **{names[i]: fact[i] for i in free}}):
+                return True
+    return False
 
 # ---- the engine ----
 _TREATMENTS = {  # verb: (effect, effect it undoes, kinds of receptacle); only for what is -able
     "clean": ("isclean", "isdirty", ("sink", "sinkbasin")),
     "heat": ("ishot", "iscool", ("microwave",)),
     "cool": ("iscool", "ishot", ("fridge",))}
+_NOTHING = "Nothing happens.", None, (), ()  # the answer to other commands; see _offer
 _CHANGING = """atlocation objectatlocation inreceptacle not_inreceptacle holds opened isclean
 isdirty ishot iscool istoggled issliced""".split()  # predicates that an action adds or deletes
 _HELP = """Available commands:
@@ -621,14 +599,13 @@ def _series(names):
     return ", ".join(first) + ", and " + last if first else last
 
 def _player_names(facts):
-    """{entity id: the player's name}; of a kind, the ids in order are numbered downwards, as by
-    AlfredDemangler(shuffle=False)."""
-    ids = sorted(x for x in set().union(*itertools.chain(*facts.values())) if "_bar_" in x)
-    kinds = [x.split("_bar_", 1)[0] + ("basin" if "basin" in x else "") for x in ids]
-    left, names = Counter(kinds), {}
-    for name, kind in zip(ids, kinds):
-        names[name] = f"{kind} {left[kind]}"
-        left[kind] -= 1
+    """{id: the player's name}; a kind's sorted ids are numbered downwards (AlfredDemangler)."""
+    kinds, names = {}, {}
+    for name in sorted(x for x in set().union(*itertools.chain(*facts.values())) if "_bar_" in x):
+        kind = name.split("_bar_", 1)[0] + ("basin" if "basin" in name else "")
+        kinds.setdefault(kind, []).append(name)
+    for kind, ids in kinds.items():
+        names |= {name: f"{kind} {len(ids) - i}" for i, name in enumerate(ids)}
     return names
 
 class AlfworldEngine:
@@ -638,10 +615,9 @@ class AlfworldEngine:
     def __init__(self, game):
         self.game, facts = game, game["facts"]
         self.task, self.walkthrough = game["task"], game["walkthrough"]
-        atoms = _atoms(game["goal"])
-        signs = {atom[0] for atom in atoms} | {"inreceptacle"}
+        signs = {atom[0] for atom in game["goal"]} | {"inreceptacle"}
         self.task_type = next(kind for kind, (_, sign) in ALFWORLD_TYPES.items() if sign in signs)
-        sought = "|".join(x[2].removesuffix("type") for x in atoms if x[0] == "objecttype")
+        sought = "|".join(x[2].removesuffix("type") for x in game["goal"] if x[0] == "objecttype")
         self.sought = re.compile(f"take ({sought}) ").match  # commands that take what is sought
         self.names = _player_names(facts)
         self.kinds = dict(facts["objecttype"] | facts["receptacletype"])
@@ -662,8 +638,7 @@ class AlfworldEngine:
 
     def step(self, command):
         """Plays a command; returns what the player reads. Only an admissible one does anything."""
-        nothing = ("Nothing happens.", None, (), ())
-        text, shown, adds, deletes = self._options.get(command.strip(), nothing)
+        text, shown, adds, deletes = self._options.get(command.strip(), _NOTHING)
         for predicate, *arguments in deletes:
             self.facts[predicate].discard(tuple(arguments))
         for predicate, *arguments in adds:
@@ -691,22 +666,21 @@ class AlfworldEngine:
         self._offer("inventory", carry, hand)
         if self.game["help"]:
             self._offer("help", _HELP)
-        left = [("atlocation", self._agent, self._here)]
+        here = [("atlocation", self._agent, self._here)]
         for command, text, spot, place in self.routes:
             if place != self._here:
-                arrived = [("atlocation", self._agent, place)]
-                self._options[command] = text, spot, arrived, left
+                self._options[command] = text, spot, [("atlocation", self._agent, place)], here
         for spot in self._near.get(self._here, ()):
             self._offer_at(spot, hand)
         if hand:
             self._offer("examine {}", "", hand, shown=hand)
-        if self.kinds.get(hand) in ("knifetype", "butterknifetype"):
-            for thing, place in self.facts["objectatlocation"]:
-                if place == self._here and self._is("sliceable", thing):
-                    self._offer("slice {} with {}", "You sliced the {} with the {}.", thing, hand,
-                                add=[("issliced", thing)])
+        knife = self.kinds.get(hand) in ("knifetype", "butterknifetype")
+        for thing, place in self.facts["objectatlocation"] if knife else ():
+            if place == self._here and self._is("sliceable", thing):
+                self._offer("slice {} with {}", "You sliced the {} with the {}.", thing, hand,
+                            add=[("issliced", thing)])
         self.admissible_commands = sorted(self._options)
-        self.won = any(True for _ in _solutions(self.game["goal"], self.facts, {}))
+        self.won = _holds(self.game["goal"], self.facts, {})
 
     def _offer(self, command, text, *things, shown=None, add=(), delete=()):
         """Makes a command admissible. text: its answer, followed by the description of `shown` (an
@@ -766,11 +740,10 @@ class AlfworldEngine:
         if self._is("isreceptacleobject", thing):
             return f"This is a normal {name}. In it, you see {inside}."
         clean, hot, cool, cut = (self._is("is" + x, thing) for x in "clean hot cool sliced".split())
-        sliced = "sliced " * cut
         if clean or hot or cool:
             heat = "hot" if hot else "" if not cool else "cool" if clean or cut else "cold"
             states = " and ".join(filter(None, (heat, "clean" * clean)))
-            return f"This is a {states} {sliced}{name}."
+            return f"This is a {states}{' sliced' * cut} {name}."
         if self._is("istoggled", thing):
             return f"This {name} is on."
         return f"This is a sliced {name}." if cut else f"There's nothing special about {name}."
@@ -784,6 +757,7 @@ _ROOMS = {  # room: kinds of receptacle, repeated where several are usual
 _OPENABLE = {"cabinet", "drawer", "fridge", "microwave", "safe"}
 _SINGLE = {"fridge", "microwave", "safe", "sinkbasin"}  # at most one in a house
 _NARROW = {"microwave", "stoveburner", "toilet"}  # these hold only what is usual there
+_LAMPS = ["desk", "sidetable"]  # where a desklamp stands
 Thing = namedtuple("Thing", "room usual can")  # its room, its usual places, what can be done to it
 _THINGS = {name: Thing(room, usual, can) for room, things in _table("""
 kitchen: apple fridge diningtable clean heat cool, potato fridge countertop clean heat cool,
@@ -800,9 +774,8 @@ bedroom: alarmclock desk sidetable, book bed desk, cd drawer shelf, cellphone be
     pencil desk drawer, pillow bed sofa, vase shelf dresser, remotecontrol sofa sidetable,
     watch dresser sidetable""").items()
     for name, *usual, can in re.findall(r"(\w+) (\w+) (\w+)([\w ]*)", things)}
-_HOSTS = {  # object: kinds of receptacle that can hold it
-    name: sorted({*_ROOMS[room].split()} - _NARROW | {*usual})
-    for name, (room, usual, _) in _THINGS.items()}
+_HOSTS = {name: sorted({*_ROOMS[thing.room].split()} - _NARROW | {*thing.usual})
+          for name, thing in _THINGS.items()}  # object: kinds of receptacle that can hold it
 _PLACED = "(objecttype ?o {o}) (receptacletype ?r {r}) (inreceptacle ?o ?r)"
 _TASKS = {  # task type: [treatment, its tool, two wordings, the goal's conditions]
     "pick_and_place": ["", "", "put a {o} in {r}.", "put some {o} on {r}.", _PLACED],
@@ -818,22 +791,21 @@ _TASKS = {  # task type: [treatment, its tool, two wordings, the goal's conditio
         f"{_PLACED} (is{state} ?o)"] for verb, tool, state in (
             ("clean", "sinkbasin", "clean"), ("heat", "microwave", "hot"),
             ("cool", "fridge", "cool"))}}
-BUILT_IN_SIZES = {"train": 2000, "valid_seen": 140, "valid_unseen": 134}  # as in the release, but for train
+BUILT_IN_SIZES = {"train": 2000, "valid_seen": 140, "valid_unseen": 134}  # two as in the release
 
 def _draw_house(rng, task_type, house):
     """(object, its target, kinds of receptacle, [objects in each], indices where the object is,
     index where it is to go)"""
-    treatment, tool, *_ = _TASKS[task_type]
-    look = task_type == "look_at_obj_in_light"
+    (treatment, tool, *_), look = _TASKS[task_type], task_type == "look_at_obj_in_light"
     thing = rng.choice([name for name, (room, _, can) in _THINGS.items()
                         if treatment in can and (not look or room == "bedroom")])
     room, usual, _ = _THINGS[thing]
-    targets = ["desk", "sidetable"] if look else [kind for kind in _HOSTS[thing] if kind != tool]
-    target = rng.choice(targets)
+    target = rng.choice(_LAMPS if look else [kind for kind in _HOSTS[thing] if kind != tool])
     sources = []  # kinds of receptacle that hold the object: in 85 % of the cases usual ones
     for _ in range(2 if task_type == "pick_two_obj_and_place" else 1):
-        likely = [kind for kind in usual if look or kind != target] if rng.random() < 0.85 else []
-        possible = [kind for kind in _HOSTS[thing] if look or kind != target]
+        likely = usual if rng.random() < 0.85 else []
+        likely, possible = ([kind for kind in x if look or kind != target]
+                            for x in (likely, _HOSTS[thing]))
         sources.append(rng.choice(likely or possible))
     kinds = list({target, *sources, tool or target})
     while len(kinds) < house:
@@ -877,33 +849,28 @@ def _build_game(rng, task_type, house):
     thing, target, kinds, inside, at, goal = _draw_house(rng, task_type, house)
     treatment, tool, *wordings, conditions = _TASKS[task_type]
     spots, facts = _house_facts(kinds, inside)
-    names, plan, here, opened = _player_names(facts), [], None, set()
+    names, plan = _player_names(facts), []  # the expert omits what is not possible or needed
     for k, source in enumerate(at):
         it = names[f"{thing}_bar_{source:02d}_{at[:k].count(source)}"]
-        treat = [(kinds.index(tool), f"{treatment} {it} with {{}}")] if tool else []
+        steps = [(source, "open {}", f"take {it} from {{}}")]
+        if tool:
+            steps.append((kinds.index(tool), f"{treatment} {it} with {{}}"))
         finish = "use desklamp 1" if "desklamp" in inside[goal] else f"move {it} to {{}}"
-        for i, command in [(source, f"take {it} from {{}}"), *treat, (goal, finish)]:
-            spot = names[spots[i]]
-            shut = kinds[i] in _OPENABLE and i not in opened
-            enter = shut and command.startswith(("take", "move"))
-            plan += ["go to " + spot] * (i != here) + ["open " + spot] * enter
-            plan.append(command.format(spot))
-            here, opened = i, opened | {i} if enter else opened
+        for i, *commands in (*steps, (goal, "open {}", finish)):
+            plan += [command.format(names[spots[i]]) for command in ("go to {}", *commands)]
     condition = _parse_goal(f"(:goal (and {conditions}))".format(o=thing, r=target))
     task = rng.choice(wordings).format(o=thing, r=target)
     return {"facts": facts, "goal": condition, "task": task, "pair": f"{thing} {target}",
             "walkthrough": plan, "put": "move {} to {}", "help": True, "arrives_at_name": True}
 
 def built_in_game(split, index, task_type, seed, house):
-    """Game `index` of a split. Object, target and contents decide to which split a game belongs,
-    so that splits cannot overlap."""
+    """Game `index` of a split. What a game holds decides its split: splits cannot overlap."""
     rng = random.Random(f"{seed}/{split}/{index}/{house}")
     while True:
         game = _build_game(rng, task_type, house)
         contents = game["facts"]["inreceptacle"] | game["facts"]["receptacletype"]
-        unseen = int(panel_hash([game["pair"]]), 16) % 6 == 0
         texts = [task_type, game["pair"], *sorted(map(repr, contents))]
-        seen = int(panel_hash(texts), 16) % 6 == 0
+        unseen, seen = (int(panel_hash(x), 16) % 6 == 0 for x in ([game["pair"]], texts))
         if split == ("valid_unseen" if unseen else "valid_seen" if seen else "train"):
             return game
 
@@ -915,12 +882,10 @@ def expert_script(game, detours=0, seed=0):
         script, won = _play_script(copy.copy(game), most, random.Random(f"{seed}/{game.task}"))
         if won:
             return script
-    raise UserError(f"the walkthrough of this game ({game.task}) does not solve it; download the "
-                    "data again")
+    raise UserError(f"{game.task!r} is not solved by its walkthrough; download the data again")
 
 def _play_script(game, most, rng):
-    """([(thought, command)], whether it won) of the walkthrough, with at most `most` detours before
-    each object."""
+    """([(thought, command)], whether it won) with at most `most` detours before each object."""
     game.reset()
     places = {command: place for command, _, _, place in game.routes}
     visited, script = set(), []
@@ -933,15 +898,14 @@ def _play_script(game, most, rng):
                 plan = _searches(game, found[1], command, visited, rng.randint(0, most), rng)
         for thought, act in plan:
             if act in game.admissible_commands and not game.won:
-                script.append((thought or _thought(act), act))
+                verb, rest = act.split(" ", 1)
+                usual = _THOUGHTS.get(verb, "I am there; {act}").format(rest=rest, act=act)
+                script.append((thought or usual, act))
                 game.step(act)
     return script, game.won
 
-def _thought(act):
-    verb, rest = act.split(" ", 1)
-    return {"go": f"I carry it {rest}", "open": f"{rest} is closed; open it",
-            "take": f"here it is; {act}", "use": f"here is {rest}; turn it on"}.get(
-                verb, f"I am there; {act}")
+_THOUGHTS = {"go": "I carry it {rest}", "open": "{rest} is closed; open it",
+             "take": "here it is; {act}", "use": "here is {rest}; turn it on"}
 
 def _searches(game, sought, last, visited, count, rng):
     """[(thought, command)]: up to `count` visits to places without the `sought` kind, likely ones
@@ -949,8 +913,7 @@ def _searches(game, sought, last, visited, count, rng):
     kind = {key: name.rsplit(" ", 1)[0] for key, name in game.names.items()}
     thing = next(key for key in kind if kind[key] == sought)
     has = {game.places.get(spot) for x, spot in game.facts["inreceptacle"] if kind[x] == sought}
-    known = Thing("", ["desk", "sidetable"] if sought == "desklamp" else [], "")
-    usual = _THINGS.get(sought, known).usual
+    usual = _THINGS[sought].usual if sought in _THINGS else _LAMPS * (sought == "desklamp")
     drawn = []
     for command, _, spot, place in game.routes:
         if place not in visited | has:
@@ -976,11 +939,10 @@ class WebShop:
         if catalogue not in (None, "small", "full") or human_goals not in (0, 1):
             raise UserError("catalogue is small or full, human_goals 0 or 1")
         path = find_data("webshop", data)
-        self.builtin = path is None
+        self.builtin, self.skill_names = path is None, list(SHOP_KEYWORDS)
         source = path or build_catalogue(seed)
         self.catalogue = Catalogue(source, seed, human_goals, catalogue, nouns)
         self._page_size = 5 if self.builtin else 10  # 5: few products, yet pages to turn
-        self.skill_names = list(SHOP_KEYWORDS)
         library = read_skills(skills, SHOP_SKILLS, self.skill_names)
         self.skill = self.all_skills = partial(skill_text, library)
         count = self.catalogue.n_goals
@@ -1022,10 +984,9 @@ class WebShopSession:
         engine.reset(goal_index)
         self.engine = engine
         self.task = " ".join(engine.goal["instruction_text"].split())
-        options = engine.goal["goal_options"]  # of human goals a list, else {name: value}
-        chosen = ", ".join(options.values() if isinstance(options, dict) else options)
+        options = ", ".join(goal_options(engine.goal)) or "any"
         self.goal = (f"{self.task}; attributes: {', '.join(engine.goal['attributes'])}; options: "
-                     f"{chosen or 'any'}; for example {engine.goal['name']}")
+                     f"{options}; for example {engine.goal['name']}")
         self.category = self.group = shop_category(self.task)
         self.turns, self.details = [], {}
 
@@ -1178,8 +1139,7 @@ def stream_json(source, block=1 << 20, limit=1 << 26):
                 except ValueError:  # the member goes on in the next block
                     more = file.read(block)
                     if not more or len(text) - at > limit:
-                        raise ValueError("it breaks off or is damaged near byte "
-                                         f"{base + at}") from None
+                        raise ValueError(f"it is damaged near byte {base + at}") from None
                     text, base, at = text[at:] + more.decode("latin-1"), base + at, 0
                     continue
                 if not text[start:end].isascii():
@@ -1199,42 +1159,41 @@ def _read_member(source, place):
         file.seek(place[0])
         return json.loads(file.read(place[1] - place[0]))
 
-def _prices(raw):
-    """The one or two prices of a product, in dollars; [100.0] if it has none."""
-    numbers = [re.sub(r"[^\d.]", "", part) for part in (raw.get("pricing") or "").split("$")[1:]]
-    return [float(number) for number in numbers if number.strip(".")][:2] or [100.0]
-
-def _options(raw):
-    """{option name: [values]} of a product as the shop shows them."""
-    def shown(value):
-        return str(value["value"]).strip().replace("/", " | ").lower()
-    given = (raw.get("customization_options") or {}).items()
-    return {name.lower(): [*map(shown, values)] for name, values in given if values is not None}
-
-def _bullets(raw):
+def _parse_product(raw):
+    """A product's texts, bullets, options as the shop shows them ({name: [values]}), and one or two
+    prices in dollars (100 if it has none)."""
+    product = {"title": raw["name"] or "", "description": raw.get("full_description") or ""}
+    product |= {x: raw[x] or "" for x in ("asin", "category", "query", "product_category")}
+    if not product["asin"] or not all(isinstance(text, str) for text in product.values()):
+        raise TypeError("a field is no text")
+    prices = [re.sub(r"[^\d.]", "", part) for part in (raw.get("pricing") or "").split("$")[1:]]
+    options = [x for x in (raw.get("customization_options") or {}).items() if x[1] is not None]
     bullets = raw.get("small_description")
-    return [*map(str, bullets)] if isinstance(bullets, list) else [str(bullets or "")]
+    return product | {
+        "prices": [float(price) for price in prices if price.strip(".")][:2] or [100.0],
+        "options": {name.lower(): [str(x["value"]).strip().replace("/", " | ").lower()
+                                   for x in values] for name, values in options},
+        "bullets": [*map(str, bullets)] if isinstance(bullets, list) else [str(bullets or "")]}
 
 def _text_nodes(*texts):
-    """The text nodes that the original's HTML parser leaves: not the empty ones, nor blank ones
-    with a newline."""
+    """The text nodes that the original's HTML parser leaves: no blank ones with a newline."""
     return [x.strip() for x in texts if x.strip(" \n\t\f\r") or (x and "\n" not in x)]
 
 def _find_catalogue(data, which):
     """Paths of the products, their instructions and the human goals."""
-    data = Path(data)
     for suffix in {"small": ["_1000"], "full": [""]}.get(which, ["_1000", ""]):
-        files = data / f"items_shuffle{suffix}.json", data / f"items_ins_v2{suffix}.json"
-        if all(file.is_file() for file in files):
-            return (*files, data / "items_human_ins.json")
+        items, instructions = (Path(data) / f"items_{name}{suffix}.json"
+                               for name in ("shuffle", "ins_v2"))
+        if items.is_file() and instructions.is_file():
+            return items, instructions, Path(data) / "items_human_ins.json"
+    name = "webshop-full" if which == "full" else "webshop"
     raise UserError(f"no {which or ''} catalogue (items_shuffle*.json, items_ins_v2*.json) in "
-                    f"{data}; run: python envs.py download webshop{'-full' * (which == 'full')}")
+                    f"{data}; run: python envs.py download {name}")
 
 def _read_human_goals(file, numbers):
     """{product: [(instruction, attributes, options) of each goal that people wrote for it]}"""
     if not file or not file.is_file():
-        raise UserError("human goals need items_human_ins.json; run: python envs.py download "
-                        "webshop")
+        raise UserError("no items_human_ins.json; run: python envs.py download webshop")
     try:
         return {numbers[asin]: [(x["instruction"].strip("."), wanted, x["instruction_options"])
                                 for x in entries if (wanted := x["instruction_attributes"])]
@@ -1255,11 +1214,11 @@ class Catalogue:
         self.index.tie_rank = np.argsort(np.argsort(np.array(self.asins, "U10")))  # as Anserini
         self._places = np.array(self._places, np.int64).reshape(-1, 2)
         self._instruction_places = np.full((len(self.asins), 2), -1)
-        self._attribute_counts = Counter()
+        self._attribute_counts, self._human = Counter(), {}
         numbers = {asin: number for number, asin in enumerate(self.asins)}
         wanted = sorted(self._read_instructions(numbers))
-        self._human = _read_human_goals(human, numbers) if human_goals else {}
         if human_goals:
+            self._human = _read_human_goals(human, numbers)
             wanted = [(number, i, i + 1) for number, goals in sorted(self._human.items())
                       for i in range(len(goals))]
         self.product = lru_cache(8192)(self._read_product)
@@ -1267,32 +1226,28 @@ class Catalogue:
         self.n_goals = len(self.goals)
 
     def _scan(self):
-        """Yields each product's text to index (as convert_product_file_format.py does); notes its
-        id, place, prices and number of variants."""
-        seen, fields = set(), ("asin", "name", "category", "query", "product_category")
+        """Yields each product's text to index (as convert_product_file_format.py)."""
+        seen = set()
         for _, raw, start, end in stream_json(self.items):
             try:
-                if not all(isinstance(raw[field] or "", str) for field in fields):
-                    raise TypeError("a field is no text")
-                asin, options, prices = raw["asin"], _options(raw), _prices(raw)
-                if asin == "nan" or len(asin) > 10 or asin in seen:
-                    continue
-                choices = ", and ".join(f"{x}: {', '.join(given)}" for x, given in options.items())
-                told = raw.get("full_description") or ""
-                text = " ".join([raw["name"] or "", told, *_bullets(raw)[:1], choices])
+                product = _parse_product(raw)
             except (KeyError, TypeError, AttributeError, ValueError) as error:
-                raise UserError(f"product {len(self.asins)} is broken ({error!r}); download "
-                                "again") from None
+                where = f"product {len(self.asins)}"
+                raise UserError(f"{where} is broken ({error!r}); download again") from None
+            asin, options = product["asin"], product["options"]
+            if asin == "nan" or len(asin) > 10 or asin in seen:
+                continue
             seen.add(asin)
             self.asins.append(asin)
             self._places.append((start, end))
-            self._price_ranges.append(prices)
+            self._price_ranges.append(product["prices"])
             self._variants.append(math.prod(map(len, options.values())))
-            yield text.lower()
+            choices = ", and ".join(f"{name}: {', '.join(x)}" for name, x in options.items())
+            text = product["title"], product["description"], *product["bullets"][:1], choices
+            yield " ".join(text).lower()
 
     def _read_instructions(self, numbers):
-        """Yields (product, 0, number of its goals: one for each combination of options); counts
-        attributes."""
+        """Yields (product, 0, number of its choices of options); counts attributes."""
         for asin, entry, *place in stream_json(self.instructions):
             if asin not in numbers:
                 continue
@@ -1300,20 +1255,19 @@ class Catalogue:
             told = sound and entry.get("instruction") is not None
             attributes = sound and entry.get("instruction_attributes")
             if not sound or (told and not attributes):
-                raise UserError(f"{asin} has no sound entry in the file of instructions; download "
-                                "it again")
+                raise UserError(f"{asin} has no sound instruction entry; download it again")
             self._instruction_places[number] = place
             if told:
                 yield number, 0, self._variants[number]
                 self._attribute_counts.update(dict.fromkeys(attributes, self._variants[number]))
 
     def _draw(self, seed, wanted):
-        """Draws prices, limits and the order of goals as the original does. wanted: [(product,
-        first, end)], the range of its goals"""
+        """Draws prices, limits and the order of goals as the original does. wanted: a product and
+        a range of its choices for each price limit."""
         rng = random.Random(seed)
         rng.getrandbits(32)  # the original's first rich.print takes one word from this generator
-        self.prices = np.array([x[0] if len(x) == 1 else rng.uniform(*x)
-                                for x in self._price_ranges])
+        prices = [x[0] if len(x) == 1 else rng.uniform(*x) for x in self._price_ranges]
+        self.prices = np.array(prices)
         goals = []
         for number, first, end in wanted:
             tens = [10.0 * k for k in range(1, 100) if 10.0 * k > self.prices[number]][:4]
@@ -1321,33 +1275,30 @@ class Catalogue:
             goals += [(number, choice, limit) for choice in range(first, end)]
         rng.seed(seed)
         rng.shuffle(goals)
-        columns = [("product", np.int32), ("choice", np.int32), ("limit", np.float64)]
-        self.goals = np.array(goals, columns)
+        self.goals = np.array(goals, "i4, i4, f8")
+        self.goals.dtype.names = "product", "choice", "limit"
 
     def _read_product(self, number):
         """A product as the shop shows it, with the parts of its pages that never change."""
-        raw = _read_member(self.items, self._places[number])
+        product = _parse_product(_read_member(self.items, self._places[number]))
         place = self._instruction_places[number]
         known = _read_member(self.instructions, place) if place[0] >= 0 else {}
-        title, description = raw["name"] or "", raw.get("full_description") or ""
-        options, bullets = _options(raw), _bullets(raw)
-        price = " to ".join(f"${price}" for price in _prices(raw))
+        title, options, bullets = product["title"], product["options"], product["bullets"]
+        price = " to ".join(f"${price}" for price in product["prices"])
         clickables = dict.fromkeys(("back to search", "< prev", *PRODUCT_PAGES, "buy now"))
         clickables.update((value, name) for name, values in options.items() for value in values)
         shown = [text for name, values in options.items() for text in (name, *values)]
-        return {"number": number, "asin": raw["asin"], "title": title, "options": options,
-                "clickables": clickables, "category": raw["category"] or "",
-                "product_category": raw["product_category"] or "",
-                "query": (raw["query"] or "").lower().strip(),
-                "instruction": known.get("instruction"),
-                "attributes": known.get("attributes", ["DUMMY_ATTR"]),
-                "instruction_attributes": known.get("instruction_attributes"),
-                "texts": (title.lower(), " ".join(bullets).lower(), description.lower()),
-                "line": _text_nodes(raw["asin"], title, price), "reviews page": [],
-                "item page": [*_text_nodes(*shown, title), f"Price: {price}", "Rating: N.A.",
-                              "Description", "Features", "Reviews", "Buy Now"],
-                "description page": _text_nodes(description),
-                "features page": _text_nodes(*(" " + bullet for bullet in bullets))}
+        texts = title, " ".join(bullets), product["description"]
+        return product | {
+            "number": number, "clickables": clickables, "query": product["query"].lower().strip(),
+            "instruction": known.get("instruction"), "texts": [text.lower() for text in texts],
+            "attributes": known.get("attributes", ["DUMMY_ATTR"]),
+            "instruction_attributes": known.get("instruction_attributes"),
+            "line": _text_nodes(product["asin"], title, price), "reviews page": [],
+            "item page": [*_text_nodes(*shown, title), f"Price: {price}", "Rating: N.A.",
+                          "Description", "Features", "Reviews", "Buy Now"],
+            "description page": _text_nodes(product["description"]),
+            "features page": _text_nodes(*(" " + bullet for bullet in bullets))}
 
     def goal(self, i):
         """Goal i, in the shuffled order, as the original's dictionary; there can be millions."""
@@ -1366,12 +1317,13 @@ class Catalogue:
             weight = sum(1. / self._attribute_counts[x] for x in attributes) / len(attributes)
         text += f", and price lower than {limit:.2f} dollars" if limit < NO_LIMIT else ""
         same = {name: product[name] for name in ("asin", "category", "query", "product_category")}
-        return {**same, "name": product["title"], "instruction_text": text, "weight": weight,
-                "attributes": attributes, "price_upper": limit, "goal_options": options}
+        return {**same, "name": product["title"], "instruction_text": text,
+                "attributes": attributes, "price_upper": limit, "goal_options": options,
+                "weight": weight}
 
     def search(self, keywords, rng=random):
-        """Product numbers for a query's words, at most 50; <r>, <a>, <c>, <q> begin special ones:
-        random products, or those with the attribute, category or product type that follows."""
+        """Numbers of at most 50 products for a query's words. After <a>, <c>, <q>: all that have
+        this attribute, category or product type; after <r>: random ones."""
         everything = range(len(self.asins))
         field = {"<a>": "attributes", "<c>": "category", "<q>": "query"}.get(keywords[0])
         if keywords[0] == "<r>":
@@ -1407,8 +1359,7 @@ etc""".split())
 _ADJECTIVES = frozenset("high low new free easy deep natural black white blue".split())
 _NO_WORD = re.compile(r"""['\u2019]s\b|(?<=\b[Nn]on-)[^\W\d_]+|,\ (?:black|white|Black|White)$
     |\boz\b(?=\ [A-Z])|(?<![\w.])[\d.]+(?=(?i:[kmgt]b|[kmc]?m|k?g|k)\b)""", re.X)
-_TITLE_WORD = re.compile(  # as spaCy's words; | and % too
-    r"[^\W_]+(?:[-/,.&+'][0-9][^\W_]*|[&+.'][^\W_]+)*|[|%]")
+_TITLE_WORD = re.compile(r"[^\W_]+(?:[-/,.&+'][0-9][^\W_]*|[&+.'][^\W_]+)*|[|%]")  # as spaCy
 
 def _normal_color(option):
     """The first colour word in an option's text; of a (name, value) pair a whole one counts."""
@@ -1445,9 +1396,8 @@ def token_set_ratio(first, second):
 
 @lru_cache(8192)
 def title_nouns(title):
-    """The words of a title that the original's tagger (spaCy's en_core_web_sm) calls nouns, by
-    rule. In the small catalogue r_type agrees in 92.3 % of the pairs of a title and its ten
-    nearest, in 98.4 % of all."""
+    """A title's nouns by a rule instead of the original's tagger (spaCy's en_core_web_sm). r_type
+    agrees in 98.4 % of all pairs of titles, in 92.3 % of a title and its ten nearest."""
     found = _TITLE_WORD.findall(_NO_WORD.sub(" ", title))
     return [word.lower() for word in found
             if word.lower() not in _NOT_NOUNS and word not in _ADJECTIVES
@@ -1474,10 +1424,9 @@ def type_reward(wanted, bought, match):
 
 def shop_reward(product, goal, price, chosen, nouns=title_nouns):
     """(reward 0..1, its parts) for buying `product` at `price` with `chosen` options (goal.py)."""
-    levels = [{level.strip() for level in x["product_category"].split("\u203a")}
-              for x in (product, goal)]
-    query_match = product["query"] == goal["query"]
-    category_match = len(levels[0] & levels[1]) >= 2
+    bought, wanted = (set(map(str.strip, x["product_category"].split("\u203a")))
+                      for x in (product, goal))
+    category_match, query_match = len(bought & wanted) >= 2, product["query"] == goal["query"]
     r_type, title_score = type_reward(nouns(goal["name"]), nouns(product["title"]),
                                       query_match or category_match)
     attributes, options = goal["attributes"], goal["goal_options"]
@@ -1504,8 +1453,7 @@ asin|options|attrs|price upper|instuction text|category|product category|query|G
 Reward|Your score (min 0.0, max 1.0)|{reward}|Reward Details|None"""
 
 def parse_shop_action(action):
-    """(name, lower-case argument or None) as the original's (.+)\\[(.+)\\] finds them, in linear
-    time."""
+    """(name, lower-case argument or None) as by the original's (.+)\\[(.+)\\], in linear time."""
     line = action.split("\n", 1)[0]
     close = line.rfind("]")
     start = line.rfind("[", 1, max(close - 1, 0))
@@ -1533,8 +1481,7 @@ class ShopEngine:
         return name == "click" and argument in self.clickables and argument != "search"
 
     def step(self, action):
-        """(observation, reward, done) after search[words] or click[what the page offers]; any other
-        action changes nothing."""
+        """(observation, reward, done) after search[words] or click[a clickable]; else no change."""
         name, argument = parse_shop_action(action)
         if name == "search" and argument and not self.done:
             self.found = self.catalogue.search(argument.split(" "), self.rng)
@@ -1880,13 +1827,12 @@ MAX_QUERY, MAX_ANSWER, MAX_PASSAGE = 400, 1000, 4000  # characters
 MAX_REPLY = 1 << 28  # bytes of a server
 
 def normalize_answer(text):
-    """SQuAD's normalisation: lower case, no ASCII punctuation, no articles (Search-R1, qa_em.py)."""
+    """SQuAD's normalisation (qa_em.py of Search-R1): lower case, no punctuation, no articles."""
     text = re.sub(r"[!-/:-@[-`{-~]", "", text.lower())
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 def score_answer(prediction, golden):
-    """(exact match, F1), the best over the golden answers. For F1, yes, no and noanswer count as a
-    whole."""
+    """(exact match, best F1) over the golden answers; of yes, no and noanswer F1 takes no part."""
     said, golden, best = normalize_answer(prediction), [*map(normalize_answer, golden)], 0.0
     for answer in golden:
         if said == answer or not {said, answer} & {"yes", "no", "noanswer"}:
@@ -1919,7 +1865,7 @@ def read_rows(path):
                 if line.strip():
                     yield number, dict(json.loads(line).items())  # AttributeError: no object
     except ImportError:
-        raise UserError(f"{path}: parquet needs pyarrow; pip install pyarrow, or use JSONL") from None
+        raise UserError(f"{path} needs pyarrow; pip install pyarrow, or use JSONL") from None
     except Exception as error:  # what gzip, json and pyarrow raise for damaged bytes
         raise UserError(f"{path}, line {number}: {one_line(str(error))}; correct the file, which "
                         "needs one JSON object a line") from None
@@ -1954,23 +1900,18 @@ def read_question(path, number, row):
     text = row.get("question") or extra.get("question")
     plain = answers and all(isinstance(answer, (str, int, float)) for answer in answers)
     if not isinstance(text, str) or not text.strip() or not plain:
-        raise UserError(f"{path}, line {number}: no `question` with answers (golden_answers, "
-                        "answers, answer or reward_model.ground_truth.target: a text or a list of "
-                        "texts); correct or delete it")
-    group = _data_set(str(row.get("data_source") or row.get("dataset") or ""), path)
+        raise UserError(f"{path}, line {number}: no `question` with texts in golden_answers, "
+                        "answers, answer or reward_model.ground_truth.target; correct or delete it")
+    named = str(row.get("data_source") or row.get("dataset") or "")
+    for name in (named or path.name, named or path.parent.name):  # row, file, folder: as it tells
+        words = re.split("[^a-z0-9]+", name.lower())
+        if found := {DATASET_ALIASES[word] for word in words if word in DATASET_ALIASES}:
+            break
+    group = found.pop() if len(found) == 1 else named or "other"
     key = row.get("id", row.get("idx", extra.get("index")))
     key = panel_hash([text.encode("ascii", "replace").decode()]) if key is None else key
     answers = tuple(encodable(str(answer)) for answer in answers)
     return Question(one_line(f"{group}/{key}"), encodable(text).strip(), answers, group)
-
-def _data_set(named, path):
-    """The paper's name of the data set that a row, else its file, else the folder names."""
-    for name in [named] if named else (path.name, path.parent.name):
-        words = re.split("[^a-z0-9]+", name.lower())
-        found = {DATASET_ALIASES[word] for word in words if word in DATASET_ALIASES}
-        if found:
-            break
-    return found.pop() if len(found) == 1 else named or "other"
 
 def load_questions(path):
     """({split: {id: Question}}, passage files, other files) of a file or a folder and its folders.
@@ -1979,23 +1920,18 @@ def load_questions(path):
     splits, passages, others = {"train": {}, "test": {}}, [], []
     files = [path]
     if path.is_dir():
-        files = sorted(file for file in (*path.glob("[!.]*"), *path.glob("[!.]*/[!.]*"))
-                       if file.is_file())
+        files = sorted(x for x in [*path.glob("[!.]*"), *path.glob("[!.]*/[!.]*")] if x.is_file())
     names = {file: re.search("(?<![a-z])(?:train|test|dev|val)", file.name.lower())
              for file in files}
     for file, named in names.items():
-        readable = file == path or file.name.endswith((".jsonl", ".jsonl.gz", ".parquet"))
-        if not readable and file.suffix == ".json":
-            with open(file, "rb") as start:
-                readable = start.read(9).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
-        rows = read_rows(file) if readable else ()
-        kind = others
-        for count, (number, row) in enumerate(rows):
-            keys = set(map(str.lower, row))
-            if file != path and not count and not {"question", "extra_info"} & keys:
-                kind = passages if "contents" in keys or {"title", "text"} <= keys else others
-                break  # another kind of file: passages, predictions
-            kind = []
+        rows = read_rows(file) if file == path or _may_hold_rows(file) else iter(())
+        first = next(rows, (0, {}))
+        keys = set(map(str.lower, first[1]))
+        if file != path and not {"question", "extra_info"} & keys:
+            is_corpus = "contents" in keys or {"title", "text"} <= keys
+            (passages if is_corpus else others).append(file)
+            continue
+        for number, row in itertools.chain([first] * (first[0] > 0), rows):
             question = read_question(file, number, row)
             drawn = "test" if int(panel_hash([question.id])[:4], 16) < 0.2 * 65536 else "train"
             drawn = "test" if any(names.values()) else drawn
@@ -2004,21 +1940,25 @@ def load_questions(path):
                    for other in splits.values()):
                 question = question._replace(id=f"{question.id}-{panel_hash([question.text])}")
             split[question.id] = question
-        kind.append(file)
     held = {normalize_answer(question.text) for name, rows in splits.items() if name != "train"
             for question in rows.values()}
     splits["train"] = {key: question for key, question in splits["train"].items()
                        if normalize_answer(question.text) not in held}
     return splits, passages, others
 
+def _may_hold_rows(file):
+    """Whether a file beside others is JSONL, parquet or a JSON array."""
+    if file.suffix != ".json":
+        return file.name.endswith((".jsonl", ".jsonl.gz", ".parquet"))
+    with open(file, "rb") as start:
+        return start.read(9).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
+
 # ---- the engines: search(queries, k) gives a list of passages for each query ----
 class SearchServer:
-    """Client of Search-R1's server. Failures are retried with doubling delay (s), refusals (4xx)
-    never."""
+    """Client of Search-R1's server. Failures are retried after doubling delays, refusals never."""
     def __init__(self, url, timeout=30.0, retries=4, delay=1.0):
         if not re.match(r"https?://[^/]", str(url)):
-            raise UserError(f"search_url {url!r} is no http address such as "
-                            "http://127.0.0.1:8000/retrieve")
+            raise UserError(f"search_url {url!r} must be like http://127.0.0.1:8000/retrieve")
         self.url = url if re.match(r"https?://[^/]+/.", url) else url.rstrip("/") + "/retrieve"
         self.timeout, self.retries, self.delay = timeout, retries, delay
         self._open = urllib.request.urlopen
@@ -2036,8 +1976,7 @@ class SearchServer:
                 if getattr(error, "code", 500) < 500 and error.code != 429:
                     break  # refused: repeating it cannot help
         raise UserError(f"search server {self.url} failed {attempt + 1} times ({problem}); check "
-                        "that it answers POST /retrieve, then run again (a saved training with "
-                        "--resume)")
+                        "it, then run again (a saved training with --resume)")
 
     def _ask(self, queries, k):
         body = json.dumps({"queries": queries, "topk": k, "return_scores": True}).encode()
@@ -2066,8 +2005,7 @@ class SearchEngine:
         return [[self.passages[i].decode() for i in indices] for indices in found]
 
 def read_corpus(path):
-    """Yields the passages of a file of {"id", "contents"} lines. UserError naming the line, or
-    where there is none."""
+    """Yields the passages of a file of {"id", "contents"} lines. UserError names a broken one."""
     path, number = Path(str(path)).expanduser(), 0
     for number, row in tqdm(read_rows(path), "indexing passages", delay=5):
         if isinstance(row.get("text"), str) and "title" in row and "contents" not in row:
@@ -2080,8 +2018,7 @@ def read_corpus(path):
 
 # ---- the built-in world ----
 def build_world(seed):
-    """({split: {id: Question}}, passages) drawn from `seed`. The splits share neither people nor
-    places."""
+    """({split: {id: Question}}, passages) from `seed`; splits share neither people nor places."""
     rng = random.Random(seed)
     syllables = "ba dor fi gel kan lur mo nev pit ra sol tun ve zim hu cor lin po".split()
     names = ["".join(parts).title() for parts in itertools.product(syllables, repeat=3)]
@@ -2173,8 +2110,7 @@ class BM25:
         self._saturation = (1 + tf * (1 / norms)).ravel()  # of each code
 
     def search(self, query, k=10):
-        """(indices, float32 scores as Lucene's) of at most k documents with a query term, best
-        first."""
+        """(indices, float32 scores as Lucene's) of the best k documents with a query term."""
         terms = (self.terms.get(analyse_word(word)) for word in words(query))
         scores = np.zeros(self.n_docs)
         for term, count in Counter(term for term in terms if term is not None).items():
@@ -2197,8 +2133,8 @@ class BM25:
 BYTE_LENGTHS = np.array([n if n < 40 else 24 + ((8 | n & 7) << ((n >> 3) - 4)) for n in range(256)])
 
 # ---- Lucene's text analysis: Unicode words, English filters, Porter's stemmer ----
-STOP_WORDS = frozenset("""a an and are as at be but by for if in into is it no not of on or such that
-the their then there these they this to was will with""".split())
+STOP_WORDS = frozenset("""a an and are as at be but by for if in into is it no not of on or such
+that the their then there these they this to was will with""".split())
 # UAX #29, as far as real text needs it. Character classes that Python's \w does not separate:
 # ideographs with hiragana, numerals that are part of no word, scripts without spaces, katakana,
 # marks and joiners of the character before, emoji.
@@ -2231,8 +2167,8 @@ _WORD = re.compile(rf"""
     | (?: (?=[{_SOUTHEAST}]) [^\W\d_] [{_EXTEND}]* )+     # Thai, Lao, Burmese, Khmer: not separated
     | [{_PICTURE}] (?:\u200d[{_PICTURE}] | [{_EXTEND}\U0001f3fb-\U0001f3ff])*  # with skin tones
     """, re.X)
-_ASCII_WORD = re.compile(  # the same for ASCII, twice as fast
-    r"(?:[A-Za-z]+(?:[:.'][A-Za-z]+)*|[0-9]+(?:[.,;'][0-9]+)*|_+)+")
+# The same for ASCII, twice as fast.
+_ASCII_WORD = re.compile(r"(?:[A-Za-z]+(?:[:.'][A-Za-z]+)*|[0-9]+(?:[.,;'][0-9]+)*|_+)+")
 
 def words(text):
     """The tokens of a text before the filters, in linear time, at most 255 characters each."""
@@ -2247,11 +2183,12 @@ def analyse_word(word):
     return "" if word in STOP_WORDS or not word.strip("_") else porter_stem(word)
 
 _PORTER_RULES = [dict(rule.split(":") for rule in rules.split()) for rules in (  # steps 2 to 4
-    "ational:ate tional:tion enci:ence anci:ance izer:ize bli:ble alli:al entli:ent eli:e ousli:ous "
-    "ization:ize ation:ate ator:ate alism:al iveness:ive fulness:ful ousness:ous aliti:al iviti:ive "
-    "biliti:ble logi:log",
+    """ational:ate tional:tion enci:ence anci:ance izer:ize bli:ble alli:al entli:ent eli:e
+    ousli:ous ization:ize ation:ate ator:ate alism:al iveness:ive fulness:ful ousness:ous aliti:al
+    iviti:ive biliti:ble logi:log""",
     "icate:ic ative: alize:al iciti:ic ical:ic ful: ness:",
-    "al: ance: ence: er: ic: able: ible: ant: ement: ment: ent: ion: ou: ism: ate: iti: ous: ive: ize:")]
+    """al: ance: ence: er: ic: able: ible: ant: ement: ment: ent: ion: ou: ism: ate: iti: ous: ive:
+    ize:""")]
 _PORTER_SUFFIXES = [re.compile(rf"({'|'.join(rules)})\Z") for rules in _PORTER_RULES]
 
 def _kinds(word):
@@ -2289,8 +2226,9 @@ def porter_stem(word):
             stem, suffix = word[:found.start()], found[0]
             if _measure(stem) > least and (suffix != "ion" or stem.endswith(("s", "t"))):
                 word = stem + new[suffix]
-    if word.endswith("e") and _measure(word[:-1]) > _ends_cvc(word[:-1]):  # m > 1, or m = 1 and not *o
-        word = word[:-1]
+    stem = word[:-1]
+    if word.endswith("e") and _measure(stem) > _ends_cvc(stem):  # m > 1, or m = 1 and not *o
+        word = stem
     return word[:-1] if word.endswith("ll") and _measure(word) > 1 else word
 
 # ======== Command line ============================================================================
@@ -2299,8 +2237,8 @@ def play(name, task=None):
     env = open_env(name)
     task = task or random.choice(env.tasks(env.splits[0]))
     session, line = env.start(task), ""
-    print(f"{env.source}\ntask {task}: type the bare command; ? lists what there is, ! plays the expert's "
-          "move, Ctrl-D leaves")
+    print(env.source)
+    print(f"task {task}: type a command; ? lists them, ! plays the expert's move, Ctrl-D leaves")
     while not session.done and len(session.turns) < {"webshop": 15, "search": 4}.get(name, 50):
         if line != "?":
             print("\n" + "".join(c for c in session.prompt() if c.isprintable() or c == "\n"))
@@ -2313,30 +2251,32 @@ def play(name, task=None):
         typed = line if line.startswith("<") else f"<{tag}>{words}</{tag}>"
         response = session.expert() if line == "!" else f"<think></think>{typed}"
         env.step([session], [response])
-        print(response * (line == "!") + "that cannot be played now: a turn is lost" * (not session.admissible))
-    print(f"{'won' if session.won else 'lost'} after {len(session.turns)} turns, score {session.score:g}; "
-          f"success was: {one_line(session.goal, 2000)}")
+        refused = "" if session.admissible else "that cannot be played now: a turn is lost"
+        print(response * (line == "!") + refused)
+    print(f"{'won' if session.won else 'lost'} after {len(session.turns)} turns, score "
+          f"{session.score:g}; success was: {one_line(session.goal, 2000)}")
 
 def main(argv=None):
-    """python envs.py download NAME [DIR], or play NAME [TASK]; returns the exit status."""
+    """Does what a command line says, the process's own by default; returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
     fetch = {"alfworld": download_alfworld, "webshop": download_webshop,
              "webshop-full": partial(download_webshop, full=True)}
     try:
         if {"-h", "--help"} & set(argv):
             print(__doc__)
-            return 0
-        if argv[:1] == ["play"] and len(argv) in (2, 3):
-            return play(*argv[1:]) or 0
-        if len(argv) not in (2, 3) or argv[0] != "download" or argv[1] not in fetch:
+        elif argv[:1] == ["play"] and len(argv) in (2, 3):
+            play(*argv[1:])
+        elif argv[:1] == ["download"] and len(argv) in (2, 3) and argv[1] in fetch:
+            name = argv[1].removesuffix("-full")
+            default = os.environ.get(name.upper() + "_DATA") or f"~/.cache/{name}"
+            folder = (argv + [default])[2]
+            fetch[argv[1]](Path(os.path.expanduser(os.path.expandvars(folder))))
+        else:
             known = ["download", "play", *fetch]
-            close = [difflib.get_close_matches(word, known, 1) for word in argv]
-            meant = f"; did you mean {' '.join(sum(close, []))}?" * any(close)
+            close = sum((difflib.get_close_matches(word, known, 1) for word in argv), [])
+            meant = f"; did you mean {' '.join(close)}?" if close else ""
             raise UserError(f"usage: python envs.py download {'|'.join(fetch)} [DIR], or "
                             f"python envs.py play alfworld|webshop|search [TASK]{meant}")
-        name = argv[1].removesuffix("-full")
-        default = os.environ.get(name.upper() + "_DATA") or f"~/.cache/{name}"
-        fetch[argv[1]](Path(os.path.expanduser(os.path.expandvars((argv + [default])[2]))))
     except (UserError, OSError) as error:  # OSError: a read-only folder, a full disk
         print(f"error: {error}", file=sys.stderr)
         return 2
