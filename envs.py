@@ -12,13 +12,15 @@ Each benchmark is one class (`Alfworld`, `WebShop`, `SearchQA`; open_env) with t
     step(sessions, responses, think_closed)     advances many sessions by a model's raw responses
     skill(category, brief)      what the teacher of one task is told; all_skills(), skill_names
 
-A session has task, goal (what success is, for people), category, group, observation, turns,
-prompt(skill, history, room, brief), expert(), and after a step action, valid, admissible, done,
-won, score, details. A class of your own with these members is an environment too, --env
-FILE.py:Class (docs/environments.md has one). Nothing here knows of torch or of training. What the
-three share comes first, then each benchmark in one order: environment, session, prompt, skills, a
-bar, and below the bar, where a reader of the adapter can stop, the engine, the built-in world and
-the expert. BM25 and Lucene's text analysis come last.
+A session has task, goal (what success is, for people), category (of its skill), group (its column
+in a table), observation, turns, prompt(skill, history, room, brief), expert(), and after a step
+action, valid (its form is right), admissible (it could be played), done, won, score, details. A
+class of your own with these members is an environment too, --env FILE.py:Class
+(docs/environments.md has one). Nothing here knows of torch or of training.
+
+What the three share comes first, then each benchmark in one order: environment, session, prompt,
+skills, a bar, and below the bar, where a reader of the adapter can stop, the engine, the built-in
+world and the expert. BM25 and Lucene's text analysis come last.
 
     python envs.py download NAME [DIR]     fetch data: NAME is alfworld, webshop or webshop-full
     python envs.py play NAME [TASK]        play an episode by hand: alfworld, webshop or search
@@ -56,6 +58,14 @@ from tqdm import tqdm
 class UserError(Exception):
     """A mistake of the user's. The message is one line and says what to do."""
 
+@contextlib.contextmanager
+def refused(what, advice, *errors):
+    """A block in which these errors become a UserError: what fails, the error, what to do."""
+    try:
+        yield
+    except errors as error:
+        raise UserError(f"{what} ({one_line(repr(error))}); {advice}") from None
+
 def open_env(name, data=None, seed=233, skills=None, **options):
     """The environment called `name`, or FILE.py:Class; `options` go to its class. UserError."""
     classes = {"alfworld": Alfworld, "webshop": WebShop, "search": SearchQA}
@@ -78,13 +88,11 @@ def open_env(name, data=None, seed=233, skills=None, **options):
 def _own_class(name):
     """The class that FILE.py:Class names."""
     file, _, title = name.rpartition(":")
-    try:
+    with refused(f"cannot load {name}", "correct the name or the file", Exception):
         spec = importlib.util.spec_from_file_location("own_" + Path(file).stem, file)
         module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        spec.loader.exec_module(module)  # may do anything
         return getattr(module, title)
-    except Exception as error:  # the file may do anything
-        raise UserError(f"cannot load {name}: {one_line(repr(error))}") from None
 
 def _lacking(env):
     """Members that an environment or its first session lacks, of those that this file documents."""
@@ -213,10 +221,10 @@ def _read_cards(text):
     return {name: "\n".join(map(line, items)) for name, items in cards.items()}
 
 def read_skills(folder, own, categories, aliases=None):
-    """{"general", "mistakes" and each category: text}: `own`, or of a public skill directory, where
-    `aliases` gives further names. UserError if a file is broken or a category has no text."""
+    """skill(category, brief) of a library {"general", "mistakes" and each category: text}: `own` or
+    a public skill directory's, where `aliases` gives further names. UserError if it is broken."""
     if not folder:
-        return own
+        return partial(skill_text, own)
     path = existing("--skills", folder)
     folder = path.parent if path.is_file() else path
     mapping_file = folder / "skill_mapping.json"
@@ -246,7 +254,7 @@ def read_skills(folder, own, categories, aliases=None):
         lacks = "no skills for " + ", ".join(missing)
         holds = "only general skills" if len(missing) == len(categories) else lacks
         raise UserError(f"{folder} holds {holds}; it needs a text for {', '.join(categories)}")
-    return library
+    return partial(skill_text, library)
 
 def skill_text(library, category=None, brief=False):
     """General skills, the category's own (None: all), common mistakes; brief: only its own."""
@@ -279,8 +287,8 @@ class Alfworld:
                 raise UserError(f"{option}={value} must be a whole number from {least} to {most}")
         self.seed, self.house, self.detours = seed, house, detours
         self.task_types = _read_task_types(task_types)
-        library = read_skills(skills, ALFWORLD_SKILLS, self.skill_names, ALFWORLD_SKILL_ALIASES)
-        self.skill = self.all_skills = partial(skill_text, library)
+        self.skill = self.all_skills = read_skills(skills, ALFWORLD_SKILLS, self.skill_names,
+                                                   ALFWORLD_SKILL_ALIASES)
         path = find_data("alfworld", data)
         self._files = GameFiles(path) if path else None
         self.builtin = not (path and self._files.files)
@@ -460,10 +468,9 @@ class GameFiles:
         archives = [path] if path.is_file() else sorted(path.glob("json_2.1.*tw-pddl*.zip"))
         if not files and archives:
             self.path = archives[-1]
-            try:
+            broken = f"cannot read {self.path}"
+            with refused(broken, "download it again", zipfile.BadZipFile, OSError):
                 archive = zipfile.ZipFile(self.path)
-            except (zipfile.BadZipFile, OSError) as error:
-                raise UserError(f"cannot read {self.path} ({error}); download it again") from None
             self._read = archive.read
             files = [name for name in archive.namelist() if name.endswith("/game.tw-pddl")]
         found = sorted(("/".join(Path(file).parts[-4:-1]), file) for file in files)
@@ -473,11 +480,9 @@ class GameFiles:
 
     def read(self, task_id):
         """The text of a game file. Raises UserError naming it."""
-        try:
+        what = f"cannot read {task_id!r} in {self.path}"
+        with refused(what, "see tasks(split)", Exception):  # damaged archives raise anything
             return self._read(self.files[task_id]).decode("utf-8-sig")
-        except Exception as error:  # a damaged archive can raise nearly anything
-            raise UserError(f"cannot read {task_id!r} in {self.path} ({error!r}); see "
-                            "tasks(split)") from None
 
     def solvable(self, split, kinds):
         """(ids of a split's games of these types marked as solvable, how many are not marked)."""
@@ -505,7 +510,8 @@ PutObject CleanObject HeatObject CoolObject ToggleObject SliceObject""".split())
 
 def parse_game(text, where="the game"):
     """What AlfworldEngine needs of a game.tw-pddl's JSON text. Raises UserError naming `where`."""
-    try:
+    with refused(f"cannot play {where}", "is it a whole game.tw-pddl?", ValueError, LookupError,
+                 AttributeError, TypeError, RecursionError):
         data = json.loads(text)
         grammar, problem = data["grammar"], data["pddl_problem"].lower()
         actions = set(re.findall(r"\(:action\s+(\w+)", re.sub(";.*", "", data["pddl_domain"])))
@@ -525,8 +531,6 @@ def parse_game(text, where="the game"):
         return {"facts": facts, "goal": _parse_goal(problem), "help": "help" in actions,
                 "put": put, "task": " ".join(task.split()), "walkthrough": plan,
                 "arrives_at_name": "You arrive at {r.name}" in grammar}  # older: "at loc 7"
-    except (ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
-        raise UserError(f"cannot play {where} ({error!r}); is it a whole game.tw-pddl?") from None
 
 def _parse_facts(text):
     """{predicate: set of argument tuples} of the facts in a PDDL text, without distances."""
@@ -573,7 +577,9 @@ _TREATMENTS = {  # verb: (effect, effect it undoes, kinds of receptacle); only f
     "clean": ("isclean", "isdirty", ("sink", "sinkbasin")),
     "heat": ("ishot", "iscool", ("microwave",)),
     "cool": ("iscool", "ishot", ("fridge",))}
-_NOTHING = "Nothing happens.", None, (), ()  # the answer to other commands; see _offer
+# What a command does: its answer, what is described after it (an id or "look"), the facts that it
+# adds, those that it deletes. This is the effect of all commands but the admissible ones:
+_NOTHING = "Nothing happens.", None, (), ()
 _CHANGING = """atlocation objectatlocation inreceptacle not_inreceptacle holds opened isclean
 isdirty ishot iscool istoggled issliced""".split()  # predicates that an action adds or deletes
 _HELP = """Available commands:
@@ -659,61 +665,59 @@ class AlfworldEngine:
         """After a change: lists all commands that do something now, and judges the goal."""
         (self._agent, self._here), = self.facts["atlocation"]
         hand = next((thing for _, thing in self.facts["holds"]), None)
-        self.held = self.names.get(hand)
-        self._options = {}  # command: (text, what is described after it, facts to add, to delete)
-        self._offer("look", "", shown="look")
-        carry = "You are carrying: a {}." if hand else "You are not carrying anything."
-        self._offer("inventory", carry, hand)
+        self.held = held = self.names.get(hand)
+        carry = f"You are carrying: a {held}." if hand else "You are not carrying anything."
+        self._options = can = {"look": ("", "look", (), ()), "inventory": (carry, None, (), ())}
         if self.game["help"]:
-            self._offer("help", _HELP)
+            can["help"] = _HELP, None, (), ()
         here = [("atlocation", self._agent, self._here)]
         for command, text, spot, place in self.routes:
             if place != self._here:
-                self._options[command] = text, spot, [("atlocation", self._agent, place)], here
+                can[command] = text, spot, [("atlocation", self._agent, place)], here
         for spot in self._near.get(self._here, ()):
             self._offer_at(spot, hand)
         if hand:
-            self._offer("examine {}", "", hand, shown=hand)
+            can[f"examine {held}"] = "", hand, (), ()
         knife = self.kinds.get(hand) in ("knifetype", "butterknifetype")
         for thing, place in self.facts["objectatlocation"] if knife else ():
             if place == self._here and self._is("sliceable", thing):
-                self._offer("slice {} with {}", "You sliced the {} with the {}.", thing, hand,
-                            add=[("issliced", thing)])
-        self.admissible_commands = sorted(self._options)
+                name = self.names.get(thing)
+                answer = f"You sliced the {name} with the {held}."
+                can[f"slice {name} with {held}"] = answer, None, [("issliced", thing)], ()
+        self.admissible_commands = sorted(can)
         self.won = _holds(self.game["goal"], self.facts, {})
 
-    def _offer(self, command, text, *things, shown=None, add=(), delete=()):
-        """Makes a command admissible. text: its answer, followed by the description of `shown` (an
-        id, or "look"); the {} of both are the names of `things`; add, delete: facts."""
-        names = [self.names.get(thing) for thing in things]
-        self._options[command.format(*names)] = text.format(*names), shown, add, delete
-
     def _offer_at(self, spot, hand):
-        """Offers what can be done at a receptacle within reach, with its content and the hand's."""
-        agent, here, offer = self._agent, self._here, self._offer
+        """Lists what can be done at a receptacle within reach, with its content and the hand's."""
+        agent, here, can = self._agent, self._here, self._options
+        place, held = self.names[spot], self.held
         shut = self._is("openable", spot) and not self._is("opened", spot)
-        offer("examine {}", "", spot, shown=spot)
+        can[f"examine {place}"] = "", spot, (), ()
         if shut:
-            offer("open {}", "You open the {}. ", spot, shown=spot, add=[("opened", spot)])
+            can[f"open {place}"] = f"You open the {place}. ", spot, [("opened", spot)], ()
         elif self._is("openable", spot):
-            offer("close {}", "You close the {}.", spot, delete=[("opened", spot)])
+            can[f"close {place}"] = f"You close the {place}.", None, (), [("opened", spot)]
         for thing in [thing for thing, outer in self.facts["inreceptacle"] if outer == spot]:
+            name = self.names.get(thing)
             if self._is("toggleable", thing):  # isToggled is never deleted, so it always "turns on"
-                offer("use {}", "You turn on the {}.", thing, add=[("istoggled", thing)])
+                can[f"use {name}"] = f"You turn on the {name}.", None, [("istoggled", thing)], ()
             if not hand and not shut and self._is("pickupable", thing):
-                offer("take {} from {}", "You pick up the {} from the {}.", thing, spot,
-                      add=[("holds", agent, thing), ("not_inreceptacle", thing, spot)],
-                      delete=[("inreceptacle", thing, spot), ("objectatlocation", thing, here)])
+                can[f"take {name} from {place}"] = (
+                    f"You pick up the {name} from the {place}.", None,
+                    [("holds", agent, thing), ("not_inreceptacle", thing, spot)],
+                    [("inreceptacle", thing, spot), ("objectatlocation", thing, here)])
         if hand and not shut and self.fits(hand, spot):
             put = self.game["put"]
-            offer(put, "You " + put.replace("{}", "the {}") + ".", hand, spot,
-                  add=[("inreceptacle", hand, spot), ("objectatlocation", hand, here)],
-                  delete=[("holds", agent, hand), ("not_inreceptacle", hand, spot)])
+            can[put.format(held, place)] = (
+                f"You {put.format('the ' + held, 'the ' + place)}.", None,
+                [("inreceptacle", hand, spot), ("objectatlocation", hand, here)],
+                [("holds", agent, hand), ("not_inreceptacle", hand, spot)])
         kind = self.kinds.get(spot, "").removesuffix("type")
         for verb, (effect, undone, tools) in _TREATMENTS.items():
             if hand and self._is(verb + "able", hand) and kind in tools:
-                offer(verb + " {} with {}", f"You {verb} the {{}} using the {{}}.", hand, spot,
-                      add=[(effect, hand)], delete=[(undone, hand)])
+                answer = f"You {verb} the {held} using the {place}."
+                can[f"{verb} {held} with {place}"] = (
+                    answer, None, [(effect, hand)], [(undone, hand)])
 
     def _look(self, listed=()):
         """The text of "look". listed: receptacles to name where none is near (the opening text)."""
@@ -943,8 +947,7 @@ class WebShop:
         source = path or build_catalogue(seed)
         self.catalogue = Catalogue(source, seed, human_goals, catalogue, nouns)
         self._page_size = 5 if self.builtin else 10  # 5: few products, yet pages to turn
-        library = read_skills(skills, SHOP_SKILLS, self.skill_names)
-        self.skill = self.all_skills = partial(skill_text, library)
+        self.skill = self.all_skills = read_skills(skills, SHOP_SKILLS, self.skill_names)
         count = self.catalogue.n_goals
         held_out = min(TEST_GOALS, count // 4)
         panel = sorted(random.Random(233).sample(range(held_out), min(PANEL_GOALS, held_out)))
@@ -1124,31 +1127,30 @@ def stream_json(source, block=1 << 20, limit=1 << 26):
     """Yields (key or None, value, first byte, last byte + 1) of each member of a JSON array or
     object, in little memory. source: a path or bytes. UserError if it is damaged."""
     decode, space = json.JSONDecoder().raw_decode, re.compile(r"[\s,:]*")
-    try:
-        with _open(source) as file:  # in Latin-1 a character is a byte, so that places are known
-            text, base = file.read(block).decode("latin-1"), 0  # base: place of text[0] in the file
-            at = space.match(text).end() + 1
-            keyed, key = text[at - 1:at] == "{", None
-            if text[at - 1:at] not in ("[", "{"):
-                raise ValueError("it is neither an array nor an object")
-            while text[(at := space.match(text, at).end()):at + 1] not in ("]", "}"):
-                try:
-                    key, start = decode(text, at) if keyed else (None, at)
-                    start = space.match(text, start).end()
-                    value, end = decode(text, start)
-                except ValueError:  # the member goes on in the next block
-                    more = file.read(block)
-                    if not more or len(text) - at > limit:
-                        raise ValueError(f"it is damaged near byte {base + at}") from None
-                    text, base, at = text[at:] + more.decode("latin-1"), base + at, 0
-                    continue
-                if not text[start:end].isascii():
-                    value = json.loads(text[start:end].encode("latin-1"))
-                yield key, value, base + start, base + end
-                at = end
-    except (OSError, ValueError, RecursionError) as error:
-        name = "the catalogue" if isinstance(source, bytes) else source
-        raise UserError(f"cannot read {name}: {error}; delete it and download it again") from None
+    name = "the catalogue" if isinstance(source, bytes) else source
+    errors = OSError, ValueError, RecursionError
+    with refused(f"cannot read {name}", "download it again", *errors), _open(source) as file:
+        # in Latin-1 a character is a byte, so that places are known; base: that of text[0]
+        text, base = file.read(block).decode("latin-1"), 0
+        at = space.match(text).end() + 1
+        keyed, key = text[at - 1:at] == "{", None
+        if text[at - 1:at] not in ("[", "{"):
+            raise ValueError("it is neither an array nor an object")
+        while text[(at := space.match(text, at).end()):at + 1] not in ("]", "}"):
+            try:
+                key, start = decode(text, at) if keyed else (None, at)
+                start = space.match(text, start).end()
+                value, end = decode(text, start)
+            except ValueError:  # the member goes on in the next block
+                more = file.read(block)
+                if not more or len(text) - at > limit:
+                    raise ValueError(f"it is damaged near byte {base + at}") from None
+                text, base, at = text[at:] + more.decode("latin-1"), base + at, 0
+                continue
+            if not text[start:end].isascii():
+                value = json.loads(text[start:end].encode("latin-1"))
+            yield key, value, base + start, base + end
+            at = end
 
 def _open(source):
     return io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb")
@@ -1194,17 +1196,15 @@ def _read_human_goals(file, numbers):
     """{product: [(instruction, attributes, options) of each goal that people wrote for it]}"""
     if not file or not file.is_file():
         raise UserError("no items_human_ins.json; run: python envs.py download webshop")
-    try:
+    what = f"{file} is not in WebShop's form"
+    with refused(what, "download it again", KeyError, TypeError, AttributeError):
         return {numbers[asin]: [(x["instruction"].strip("."), wanted, x["instruction_options"])
                                 for x in entries if (wanted := x["instruction_attributes"])]
                 for asin, entries, *_ in stream_json(file) if asin in numbers}
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{file} is not in WebShop's form ({error!r}); download it again") from None
 
 class Catalogue:
-    """Products, prices, goals and index, shared by all sessions; texts are read again when needed,
-    so that 1.18 M products fit in a few GB. data: a directory, or (products, instructions) as
-    bytes."""
+    """Products, prices, goals and index, shared by all sessions. Texts are read when needed: 1.18 M
+    products fit in a few GB. data: a directory, or the bytes of (products, instructions)."""
     def __init__(self, data, seed=233, human_goals=False, which=None, nouns=""):
         self.nouns = noun_finder(nouns)
         files = (*data, None) if isinstance(data, tuple) else _find_catalogue(data, which)
@@ -1227,13 +1227,10 @@ class Catalogue:
 
     def _scan(self):
         """Yields each product's text to index (as convert_product_file_format.py)."""
-        seen = set()
+        seen, broken = set(), (KeyError, TypeError, AttributeError, ValueError)
         for _, raw, start, end in stream_json(self.items):
-            try:
+            with refused(f"product {len(self.asins)} is broken", "download again", *broken):
                 product = _parse_product(raw)
-            except (KeyError, TypeError, AttributeError, ValueError) as error:
-                where = f"product {len(self.asins)}"
-                raise UserError(f"{where} is broken ({error!r}); download again") from None
             asin, options = product["asin"], product["options"]
             if asin == "nan" or len(asin) > 10 or asin in seen:
                 continue
@@ -1408,11 +1405,9 @@ def noun_finder(model=""):
     """title_nouns, or a function by a spaCy model (the original's: en_core_web_sm). UserError."""
     if not model:
         return title_nouns
-    try:
+    with refused(f"nouns={model} needs spacy and that model", "or omit it", ImportError, OSError):
         import spacy
         tagger = spacy.load(model)
-    except (ImportError, OSError) as error:
-        raise UserError(f"nouns={model} needs spacy and that model ({error!r}); omit it") from None
     return lru_cache(8192)(lambda title: [word.text.lower() for word in tagger(title)
                                           if word.pos_ in ("NOUN", "PROPN")])
 
@@ -1651,9 +1646,8 @@ class SearchQA:
             raise UserError(f"timeout={timeout} must be a number of 1 or more")
         self.topk, self.max_turns = topk, max_turns
         self.skill_names = list(SEARCH_CATEGORIES)
-        library = read_skills(skills, SEARCH_SKILLS, self.skill_names,
-                              {"compare": ("comparison",)})
-        self.skill = self.all_skills = partial(skill_text, library)
+        self.skill = self.all_skills = read_skills(skills, SEARCH_SKILLS, self.skill_names,
+                                                   {"compare": ("comparison",)})
         path = find_data("search", data)
         self.builtin = path is None
         if self.builtin and (search_url or corpus):
@@ -1903,7 +1897,7 @@ def read_question(path, number, row):
         raise UserError(f"{path}, line {number}: no `question` with texts in golden_answers, "
                         "answers, answer or reward_model.ground_truth.target; correct or delete it")
     named = str(row.get("data_source") or row.get("dataset") or "")
-    for name in (named or path.name, named or path.parent.name):  # row, file, folder: as it tells
+    for name in [named] if named else (path.name, path.parent.name, path.parent.parent.name):
         words = re.split("[^a-z0-9]+", name.lower())
         if found := {DATASET_ALIASES[word] for word in words if word in DATASET_ALIASES}:
             break
@@ -1915,13 +1909,14 @@ def read_question(path, number, row):
 
 def load_questions(path):
     """({split: {id: Question}}, passage files, other files) of a file or a folder and its folders.
-    Split: by the file's name (train, dev, val, test); else test where other names tell, else by a
-    hash of the id (20 % test). Wordings of another split leave train."""
+    Split: by the name of the file or its folder (train, dev, val, test); else test where other
+    names tell, else by a hash of the id (20 % test). Wordings of another split leave train."""
     splits, passages, others = {"train": {}, "test": {}}, [], []
     files = [path]
     if path.is_dir():
         files = sorted(x for x in [*path.glob("[!.]*"), *path.glob("[!.]*/[!.]*")] if x.is_file())
     names = {file: re.search("(?<![a-z])(?:train|test|dev|val)", file.name.lower())
+             or re.fullmatch("(train|test|dev|val)(idation)?", file.parent.name.lower())
              for file in files}
     for file, named in names.items():
         rows = read_rows(file) if file == path or _may_hold_rows(file) else iter(())
@@ -1935,10 +1930,15 @@ def load_questions(path):
             question = read_question(file, number, row)
             drawn = "test" if int(panel_hash([question.id])[:4], 16) < 0.2 * 65536 else "train"
             drawn = "test" if any(names.values()) else drawn
-            split = splits.setdefault(named[0].replace("val", "dev") if named else drawn, {})
+            if named:
+                drawn = re.match("train|test|dev", named[0].replace("val", "dev"))[0]
+            split = splits.setdefault(drawn, {})
             if any(other.get(question.id, question).text != question.text
                    for other in splits.values()):
                 question = question._replace(id=f"{question.id}-{panel_hash([question.text])}")
+            if question.id in split:  # the answers of both rows are right
+                answers = split[question.id].answers + question.answers
+                question = question._replace(answers=tuple(dict.fromkeys(answers)))
             split[question.id] = question
     held = {normalize_answer(question.text) for name, rows in splits.items() if name != "train"
             for question in rows.values()}
@@ -1954,6 +1954,12 @@ def _may_hold_rows(file):
         return start.read(9).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
 
 # ---- the engines: search(queries, k) gives a list of passages for each query ----
+def opener(url):
+    """urllib's function that opens a URL, for this machine without a proxy."""
+    if re.match(r"https?://(localhost|127\.|0\.0\.0\.0|\[::1?\])", url):
+        return urllib.request.build_opener(urllib.request.ProxyHandler({})).open
+    return urllib.request.urlopen
+
 class SearchServer:
     """Client of Search-R1's server. Failures are retried after doubling delays, refusals never."""
     def __init__(self, url, timeout=30.0, retries=4, delay=1.0):
@@ -1961,9 +1967,7 @@ class SearchServer:
             raise UserError(f"search_url {url!r} must be like http://127.0.0.1:8000/retrieve")
         self.url = url if re.match(r"https?://[^/]+/.", url) else url.rstrip("/") + "/retrieve"
         self.timeout, self.retries, self.delay = timeout, retries, delay
-        self._open = urllib.request.urlopen
-        if re.match(r"https?://(localhost|127\.|\[::1\])", url):  # no proxy can reach that
-            self._open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
+        self._open = opener(url)
 
     def search(self, queries, k):
         """[[passage, ...] of each query], by one POST for all."""
@@ -2244,7 +2248,7 @@ def play(name, task=None):
             print("\n" + "".join(c for c in session.prompt() if c.isprintable() or c == "\n"))
         line = input("> ").strip() or "?"
         if line == "?":
-            print("\n".join(session.commands))
+            print("\n".join(getattr(session, "commands", ["this environment lists no commands"])))
             continue
         kind, _, words = line.partition(" ")  # "search a lamp" of Search-QA has its own tag
         tag, words = (kind, words) if f"</{kind}>" in env.stop else ("action", line)
