@@ -163,6 +163,7 @@ def panel(env, split, episodes=None, seed=233):
     return ids, panel_hash([text for i in ids for text in (i, env.start(i).task)])
 
 QUOTED_TURN = "[Observation {0}: '{1}', Action {0}: '{2}']"  # the public code's form
+
 def shorten_middle(text, room):
     """`text` if it has at most `room` characters (None: no limit), else head and tail of it."""
     if room is None or len(text) <= room:
@@ -474,7 +475,8 @@ class GameFiles:
             self._read = archive.read
             files = [name for name in archive.namelist() if name.endswith("/game.tw-pddl")]
         found = sorted(("/".join(Path(file).parts[-4:-1]), file) for file in files)
-        played = re.compile("(train|valid_seen|valid_unseen)/(?!.*(movable|Sliced))")
+        # The original plays no others.
+        played = re.compile(f"({'|'.join(Alfworld.splits)})/(?!.*(movable|Sliced))")
         self.files = {task_id: file for task_id, file in found if played.match(task_id)}
         self.sizes = Counter(task_id.split("/")[0] for task_id in self.files)
 
@@ -795,7 +797,7 @@ _TASKS = {  # task type: [treatment, its tool, two wordings, the goal's conditio
         f"{_PLACED} (is{state} ?o)"] for verb, tool, state in (
             ("clean", "sinkbasin", "clean"), ("heat", "microwave", "hot"),
             ("cool", "fridge", "cool"))}}
-BUILT_IN_SIZES = {"train": 2000, "valid_seen": 140, "valid_unseen": 134}  # two as in the release
+BUILT_IN_SIZES = {"train": 2000, "valid_seen": 140, "valid_unseen": 134}  # valid: the release's
 
 def _draw_house(rng, task_type, house):
     """(object, its target, kinds of receptacle, [objects in each], indices where the object is,
@@ -1826,7 +1828,7 @@ def normalize_answer(text):
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 def score_answer(prediction, golden):
-    """(exact match, best F1) over the golden answers; of yes, no and noanswer F1 takes no part."""
+    """(exact match, best F1) over the golden answers. F1 takes yes, no and noanswer as a whole."""
     said, golden, best = normalize_answer(prediction), [*map(normalize_answer, golden)], 0.0
     for answer in golden:
         if said == answer or not {said, answer} & {"yes", "no", "noanswer"}:
@@ -2036,11 +2038,9 @@ def build_world(seed):
                   for year in rng.sample(range(300, 1900), n)]
         works = [(f"The {rng.choice(signs)} {names.pop()}", rng.choice(kinds), maker, year)
                  for maker, year in zip(people, rng.sample(range(400, 1980), n))]
-        pages = [(town, f"is a town in {region}, on the river {river}")
-                 for town, river, region in towns]
+        pages = [(x, f"is a town in {region}, on the river {river}") for x, river, region in towns]
         pages += [(name, f"was born in {town[0]} in {year}") for name, town, year in people]
-        pages += [(work, f"is a {kind} of {year} by {maker[0]}")
-                  for work, kind, maker, year in works]
+        pages += [(x, f"is a {kind} of {year} by {maker[0]}") for x, kind, maker, year in works]
         passages += [f'"{title}"\n{title} {told}.' for title, told in pages]
         for work, other in zip(works, works[1:] + works[:1]):
             for category, text, answer, *chain in _world_questions(work, other):
