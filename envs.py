@@ -222,10 +222,10 @@ def _read_cards(text):
     return {name: "\n".join(map(line, items)) for name, items in cards.items()}
 
 def read_skills(folder, own, categories, aliases=None):
-    """skill(category, brief) of a library {"general", "mistakes" and each category: text}: `own` or
-    a public skill directory's, where `aliases` gives further names. UserError if it is broken."""
+    """{"general", "mistakes" and each category: text}: `own`, or of a public skill directory, where
+    `aliases` gives further names. UserError if a file is broken or a category has no text."""
     if not folder:
-        return partial(skill_text, own)
+        return own
     path = existing("--skills", folder)
     folder = path.parent if path.is_file() else path
     mapping_file = folder / "skill_mapping.json"
@@ -259,7 +259,7 @@ def read_skills(folder, own, categories, aliases=None):
         lacks = "no skills for " + ", ".join(missing)
         holds = "only general skills" if len(missing) == len(categories) else lacks
         raise UserError(f"{folder} holds {holds}; it needs a text for {', '.join(categories)}")
-    return partial(skill_text, library)
+    return library
 
 def skill_text(library, category=None, brief=False):
     """General skills, the category's own (None: all), common mistakes; brief: only its own."""
@@ -292,8 +292,8 @@ class Alfworld:
                 raise UserError(f"{option}={value} must be a whole number from {least} to {most}")
         self.seed, self.house, self.detours = seed, house, detours
         self.task_types = _read_task_types(task_types)
-        self.skill = self.all_skills = read_skills(skills, ALFWORLD_SKILLS, self.skill_names,
-                                                   ALFWORLD_SKILL_ALIASES)
+        library = read_skills(skills, ALFWORLD_SKILLS, self.skill_names, ALFWORLD_SKILL_ALIASES)
+        self.skill = self.all_skills = partial(skill_text, library)
         path = find_data("alfworld", data)
         self._files = GameFiles(path) if path else None
         self.builtin = not (path and self._files.files)
@@ -603,7 +603,6 @@ _HELP = """Available commands:
   cool (object) with (receptacle):  cool an object using a receptacle
   slice (object) with (object):     slice an object using a sharp object
 """
-
 
 def _series(names):
     """A list as the original prints it: "a mug 1, and a pen 2", or "nothing"."""
@@ -953,7 +952,8 @@ class WebShop:
         source = path or build_catalogue(seed)
         self.catalogue = Catalogue(source, seed, human_goals, catalogue, nouns)
         self._page_size = 5 if self.builtin else 10  # 5: few products, yet pages to turn
-        self.skill = self.all_skills = read_skills(skills, SHOP_SKILLS, self.skill_names)
+        library = read_skills(skills, SHOP_SKILLS, self.skill_names)
+        self.skill = self.all_skills = partial(skill_text, library)
         count = self.catalogue.n_goals
         held_out = min(TEST_GOALS, count // 4)
         panel = sorted(random.Random(233).sample(range(held_out), min(PANEL_GOALS, held_out)))
@@ -1652,8 +1652,9 @@ class SearchQA:
             raise UserError(f"timeout={timeout} must be a number of 1 or more")
         self.topk, self.max_turns = topk, max_turns
         self.skill_names = list(SEARCH_CATEGORIES)
-        self.skill = self.all_skills = read_skills(skills, SEARCH_SKILLS, self.skill_names,
-                                                   {"compare": ("comparison",)})
+        aliases = {"compare": ("comparison",)}
+        library = read_skills(skills, SEARCH_SKILLS, self.skill_names, aliases)
+        self.skill = self.all_skills = partial(skill_text, library)
         path = find_data("search", data)
         self.builtin = path is None
         if self.builtin and (search_url or corpus):
