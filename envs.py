@@ -12,13 +12,15 @@ Each benchmark is one class (`Alfworld`, `WebShop`, `SearchQA`; open_env) with t
     step(sessions, responses, think_closed)     advances many sessions by a model's raw responses
     skill(category, brief)      what the teacher of one task is told; all_skills(), skill_names
 
-A session has task, goal (what success is, for people), category, group, observation, turns,
-prompt(skill, history, room, brief), expert(), and after a step action, valid, admissible, done,
-won, score, details. A class of your own with these members is an environment too, --env
-FILE.py:Class (docs/environments.md has one). Nothing here knows of torch or of training. What the
-three share comes first, then each benchmark in one order: environment, session, prompt, skills, a
-bar, and below the bar, where a reader of the adapter can stop, the engine, the built-in world and
-the expert. BM25 and Lucene's text analysis come last.
+A session has task, goal (what success is, for people), category (of its skill), group (its column
+in a table), observation, turns, prompt(skill, history, room, brief), expert(), and after a step
+action, valid (its form is right), admissible (it could be played), done, won, score, details. A
+class of your own with these members is an environment too, --env FILE.py:Class
+(docs/environments.md has one). Nothing here knows of torch or of training.
+
+What the three share comes first, then each benchmark in one order: environment, session, prompt,
+skills, a bar, and below the bar, where a reader of the adapter can stop, the engine, the built-in
+world and the expert. BM25 and Lucene's text analysis come last.
 
     python envs.py download NAME [DIR]     fetch data: NAME is alfworld, webshop or webshop-full
     python envs.py play NAME [TASK]        play an episode by hand: alfworld, webshop or search
@@ -56,6 +58,14 @@ from tqdm import tqdm
 class UserError(Exception):
     """A mistake of the user's. The message is one line and says what to do."""
 
+@contextlib.contextmanager
+def refused(what, advice, *errors):
+    """A block in which these errors become a UserError: what fails, the error, what to do."""
+    try:
+        yield
+    except errors as error:
+        raise UserError(f"{what} ({one_line(repr(error))}); {advice}") from None
+
 def open_env(name, data=None, seed=233, skills=None, **options):
     """The environment called `name`, or FILE.py:Class; `options` go to its class. UserError."""
     classes = {"alfworld": Alfworld, "webshop": WebShop, "search": SearchQA}
@@ -78,13 +88,11 @@ def open_env(name, data=None, seed=233, skills=None, **options):
 def _own_class(name):
     """The class that FILE.py:Class names."""
     file, _, title = name.rpartition(":")
-    try:
+    with refused(f"cannot load {name}", "correct the name or the file", Exception):
         spec = importlib.util.spec_from_file_location("own_" + Path(file).stem, file)
         module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        spec.loader.exec_module(module)  # may do anything
         return getattr(module, title)
-    except Exception as error:  # the file may do anything
-        raise UserError(f"cannot load {name}: {one_line(repr(error))}") from None
 
 def _lacking(env):
     """Members that an environment or its first session lacks, of those that this file documents."""
@@ -155,6 +163,7 @@ def panel(env, split, episodes=None, seed=233):
     return ids, panel_hash([text for i in ids for text in (i, env.start(i).task)])
 
 QUOTED_TURN = "[Observation {0}: '{1}', Action {0}: '{2}']"  # the public code's form
+
 def shorten_middle(text, room):
     """`text` if it has at most `room` characters (None: no limit), else head and tail of it."""
     if room is None or len(text) <= room:
@@ -217,27 +226,32 @@ def read_skills(folder, own, categories, aliases=None):
     `aliases` gives further names. UserError if a file is broken or a category has no text."""
     if not folder:
         return own
-    folder, found, card_files = existing("--skills", folder), {}, []
-    if folder.is_file() and folder.name != "skill_mapping.json":  # of several card files, this one
-        card_files = [folder]
-    folder = folder.parent if folder.is_file() else folder
+    path = existing("--skills", folder)
+    folder = path.parent if path.is_file() else path
     mapping_file = folder / "skill_mapping.json"
-    card_files = card_files or sorted(folder.glob("claude_style_skills*.json"))
-    if not mapping_file.is_file() and not card_files:
-        raise UserError(f"{folder} has neither skill_mapping.json nor claude_style_skills.json")
+    files = sorted(folder.glob("claude_style_skills*.json"))
+    if path.is_file() and path != mapping_file:  # of several card files, this one
+        files = [path]
+    if len(files) > 1:
+        raise UserError(f"{folder} holds {', '.join(file.name for file in files)}; give one of "
+                        "these files with --skills")
+    if not mapping_file.is_file() and not files:
+        raise UserError(f"{folder} has neither skill_mapping.json nor claude_style_skills.json; "
+                        "give the folder of a public skill library")
+    found = {}
     try:
-        for file in card_files[:1]:
-            found = _read_cards(file.read_text(encoding="utf-8"))
+        for file in files:
+            found = _read_cards(file.read_text(encoding="utf-8-sig"))
         if mapping_file.is_file():  # .md files replace cards, which still give common mistakes
             file, texts = mapping_file, {}
-            mapping = json.loads(file.read_text(encoding="utf-8"))
+            mapping = json.loads(file.read_text(encoding="utf-8-sig"))
             for name, filename in mapping["skill_files"].items():
                 file = folder / filename
-                texts[name] = file.read_text(encoding="utf-8").strip()
+                texts[name] = file.read_text(encoding="utf-8-sig").strip()
             tasks = mapping.get("task_to_skill", {}).items()
             found.update(texts, **{task: texts[name] for task, name in tasks if name in texts})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"cannot read skills from {file} ({error!r})") from None
+        raise UserError(f"cannot read skills from {file} ({error!r}); correct it") from None
     aliases = {"general": ("general_skills",), "mistakes": ("common_mistakes",), **(aliases or {})}
     library = {name: next(filter(None, map(found.get, (name, *aliases.get(name, ())))), "")
                for name in ("general", "mistakes", *categories)}
@@ -297,11 +311,9 @@ class Alfworld:
         if split not in self.splits:
             raise UserError(f"unknown split {split!r}; ALFWorld has {', '.join(self.splits)}")
         if split not in self._ids:
-            kinds = self.task_types
-            left_out = 0
+            kinds, left_out, count = self.task_types, 0, BUILT_IN_SIZES[split]
             if self.builtin:
-                ids = [f"{split}/{kinds[i % len(kinds)]}/{i:05d}"
-                       for i in range(BUILT_IN_SIZES[split])]
+                ids = [f"{split}/{kinds[i % len(kinds)]}/{i:05d}" for i in range(count)]
             else:
                 ids, left_out = self._files.solvable(split, kinds)
             self._ids[split] = sorted(ids)
@@ -355,7 +367,7 @@ class AlfworldSession:
         self.details["inadmissible"] += not self.admissible
 
     def expert(self):
-        """The expert's response; it fits if only its own were played before. UserError: none left."""
+        """The expert's response, if only its own were played so far. UserError: none is left."""
         self._script = self._script or expert_script(self.engine, self._detours, self._seed)
         step = 0  # its own moves among those that were played
         for _, action in self.turns:
@@ -435,10 +447,11 @@ ALFWORLD_SHA256 = "5df77ea759f2211a4106082839ddbbb790f1ba4e7d097ed732cf453f72aa3
 
 def _read_task_types(names):
     """Sorted task types from a text such as "Pick,pick_two_obj_and_place"; "" means all."""
-    known = {alias: kind for kind, (group, _) in ALFWORLD_TYPES.items() for alias in (kind, group.lower())}
+    known = {name.lower(): kind for kind, (group, _) in ALFWORLD_TYPES.items()
+             for name in (kind, group)}
     wanted = str(names).lower().replace(" ", "").split(",") if names else list(known)
     if not set(wanted) <= set(known):
-        raise UserError(f"task_types={names}: choose from {', '.join(ALFWORLD_TYPES)}, separated by commas")
+        raise UserError(f"task_types={names}: choose from {', '.join(ALFWORLD_TYPES)}")
     return sorted({known[name] for name in wanted})
 
 def _terse(text):
@@ -447,53 +460,49 @@ def _terse(text):
         return "start"  # the places that it names are those of the "go to" actions
     for pattern, short in (
             (r"^You (arrive at|open the) .*?\. (?=The|On)", ""), (r"^(You (?!are)).*", "done"),
-            (r"^(On|In) the (.*?), you see", r"\2:"), (r"^The (.*?) is (open\. In it, you see)", r"\1:"),
-            (r"^The (.*?) is closed\.$", r"\1 closed"), (r",? (and )?a (?=\w+ \d)", " "), (r"\.$", "")):
+            (r"^(On|In) the (.*?), you see", r"\2:"),
+            (r"^The (.*?) is (open\. In it, you see)", r"\1:"),
+            (r"^The (.*?) is closed\.$", r"\1 closed"),
+            (r",? (and )?a (?=\w+ \d)", " "), (r"\.$", "")):
         text = re.sub(pattern, short, text)
     return text
 
 class GameFiles:
-    """The game files of a release, in a folder or in its zip, read in place. files: {task id: file}"""
+    """The games of a release, in a folder or in its zip, read in place. files: {task id: file}"""
     def __init__(self, path):
         self.path, self._read = path, Path.read_bytes
         files = [*path.glob("*/*/*/game.tw-pddl"), *path.glob("json_2.1.*/*/*/*/game.tw-pddl")]
         archives = [path] if path.is_file() else sorted(path.glob("json_2.1.*tw-pddl*.zip"))
         if not files and archives:
             self.path = archives[-1]
-            try:
+            broken = f"cannot read {self.path}"
+            with refused(broken, "download it again", zipfile.BadZipFile, OSError):
                 archive = zipfile.ZipFile(self.path)
-            except (zipfile.BadZipFile, OSError) as error:
-                raise UserError(f"cannot read {self.path} ({error}); delete and download it again") from None
             self._read = archive.read
             files = [name for name in archive.namelist() if name.endswith("/game.tw-pddl")]
         found = sorted(("/".join(Path(file).parts[-4:-1]), file) for file in files)
-        self.files = {task_id: file for task_id, file in found if task_id.split("/")[0] in Alfworld.splits
-                      and not re.search("movable|Sliced", task_id)}  # the original leaves these out
+        # The original plays no others.
+        played = re.compile(f"({'|'.join(Alfworld.splits)})/(?!.*(movable|Sliced))")
+        self.files = {task_id: file for task_id, file in found if played.match(task_id)}
         self.sizes = Counter(task_id.split("/")[0] for task_id in self.files)
 
     def read(self, task_id):
         """The text of a game file. Raises UserError naming it."""
-        try:
+        what = f"cannot read {task_id!r} in {self.path}"
+        with refused(what, "see tasks(split)", Exception):  # damaged archives raise anything
             return self._read(self.files[task_id]).decode("utf-8-sig")
-        except Exception as error:  # a damaged archive can raise nearly anything
-            raise UserError(f"cannot read {task_id!r} in {self.path} ({error!r}); see tasks(split)") from None
 
     def solvable(self, split, kinds):
-        """(sorted ids of a split's games of these types that are marked as solvable, how many are
-        not)."""
+        """(ids of a split's games of these types marked as solvable, how many are not marked)."""
         ids = [name for name in self.files
                if name.startswith(split + "/") and any(kind in name for kind in kinds)]
-        marked = re.compile(r'"solvable": true\}\s*\Z')  # as all of the release end
-        kept = [name for name in ids if marked.search(text := self.read(name))
-                or read_json(text, name).get("solvable") is True]
+        kept = []
+        for name in ids:
+            text = self.read(name)
+            if not text.rstrip().endswith("}"):
+                raise UserError(f"{name} is no whole JSON object; download it again")
+            kept += [name] * bool(re.search(r'"solvable":\s*true', text))
         return kept, len(ids) - len(kept)
-
-def read_json(text, where):
-    """The JSON object in a text. Raises UserError naming it `where`."""
-    try:
-        return dict(json.loads(text))
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{where} is no JSON object ({error!r}); download it again") from None
 
 def download_alfworld(folder, url=ALFWORLD_URL, sha256=ALFWORLD_SHA256):
     """Fetches the official games as a zip, which is played in place. Raises UserError."""
@@ -503,100 +512,84 @@ def download_alfworld(folder, url=ALFWORLD_URL, sha256=ALFWORLD_SHA256):
     print(Alfworld(path).source)
 
 # ---- reading a game file: JSON with a PDDL domain, a grammar, a PDDL problem, a walkthrough ----
-_ALFRED_ACTIONS = set("""look inventory examineReceptacle examineObject GotoLocation OpenObject CloseObject
-PickupObject PutObject CleanObject HeatObject CoolObject ToggleObject SliceObject""".split())
-
-def _parse_facts(text):
-    """{predicate: set of argument tuples} of the facts in a PDDL text."""
-    facts = {}
-    for predicate, arguments in re.findall(r"\((?!distance)([\w-]+)([^()]*)\)", text):  # distances are costs
-        facts.setdefault(predicate, set()).add(tuple(arguments.split()))
-    return facts
-
-def _parse_goal(text):
-    """The PDDL condition after "(:goal", as nested tuples."""
-    text = text[text.index("(:goal"):]
-    if odd := re.search(r"\((or|forall|imply|when)\b", text):
-        raise ValueError(f"its goal uses {odd[1]}, which ALFWorld's do not")
-    open_lists = [[]]
-    for token in re.findall(r"[()]|[^\s()]+", text):
-        if token == "(":
-            open_lists.append([])
-        elif token == ")":
-            open_lists[-2].append(tuple(open_lists.pop()))
-            if len(open_lists) == 1:
-                break
-        else:
-            open_lists[-1].append(token)
-    (_, condition), = open_lists[0]
-    return condition
+_ALFRED_ACTIONS = set("""
+look inventory examineReceptacle examineObject GotoLocation OpenObject CloseObject PickupObject
+PutObject CleanObject HeatObject CoolObject ToggleObject SliceObject""".split())
 
 def parse_game(text, where="the game"):
-    """What AlfworldEngine needs of a game.tw-pddl's JSON text. Raises UserError naming it `where`."""
-    try:
+    """What AlfworldEngine needs of a game.tw-pddl's JSON text. Raises UserError naming `where`."""
+    with refused(f"cannot play {where}", "is it a whole game.tw-pddl?", ValueError, LookupError,
+                 AttributeError, TypeError, RecursionError):
         data = json.loads(text)
         grammar, problem = data["grammar"], data["pddl_problem"].lower()
         actions = set(re.findall(r"\(:action\s+(\w+)", re.sub(";.*", "", data["pddl_domain"])))
         if odd := sorted((actions ^ _ALFRED_ACTIONS) - {"help"}):
             raise ValueError(f"its pddl_domain is not ALFRED's: {', '.join(odd)}")
         facts = _parse_facts(problem[problem.index("(:init"):problem.index("(:goal")])
-        if missing := {"atlocation", "objecttype", "receptacletype", "receptacleatlocation"} - set(facts):
+        needed = {"atlocation", "objecttype", "receptacletype", "receptacleatlocation"}
+        if missing := needed - set(facts):
             raise ValueError("its pddl_problem lacks " + ", ".join(sorted(missing)))
         put, other = "move {} to {}", "put (.+) in/on (.+)"
-        if "move {o} to {r}" not in grammar:  # before November 2024; one release mixes both wordings
+        if "move {o} to {r}" not in grammar:  # before November 2024; a release mixes both wordings
             put, other = "put {} in/on {}", "move (.+) to (.+)"
             if "put {o} in/on {r}" not in grammar:
                 raise ValueError('its grammar has neither "move X to Y" nor "put X in/on Y"')
-        walkthrough = [re.sub(other, put.format(r"\1", r"\2"), x) for x in data.get("walkthrough") or ()]
-        return {"facts": facts, "goal": _parse_goal(problem), "help": "help" in actions, "put": put,
-                "arrives_at_name": "You arrive at {r.name}" in grammar,  # older games: "at loc 7"
-                "task": " ".join(re.search(r'Your task is to: (.*?)"', grammar, re.S)[1].split()),
-                "walkthrough": walkthrough}
-    except (ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
-        raise UserError(f"cannot play {where} ({error!r}); is it a whole game.tw-pddl?") from None
+        plan = [re.sub(other, put.format(r"\1", r"\2"), x) for x in data.get("walkthrough") or ()]
+        task = re.search(r'Your task is to: (.*?)"', grammar, re.S)[1]
+        return {"facts": facts, "goal": _parse_goal(problem), "help": "help" in actions,
+                "put": put, "task": " ".join(task.split()), "walkthrough": plan,
+                "arrives_at_name": "You arrive at {r.name}" in grammar}  # older: "at loc 7"
 
-def _conjuncts(goal):
-    """All conditions that must hold together, through nested conjunctions and quantifiers."""
-    if goal[0] == "and":
-        return [atom for part in goal[1:] for atom in _conjuncts(part)]
-    return _conjuncts(goal[2]) if goal[0] == "exists" else [goal]
+def _parse_facts(text):
+    """{predicate: set of argument tuples} of the facts in a PDDL text, without distances."""
+    facts = {}
+    for predicate, arguments in re.findall(r"\((?!distance)([\w-]+)([^()]*)\)", text):
+        facts.setdefault(predicate, set()).add(tuple(arguments.split()))
+    return facts
 
-def _holds(goal, facts, bound):
-    """Whether a PDDL condition holds. facts: {predicate: argument tuples}; bound: {variable: value}"""
-    operator, *parts = goal
-    if operator == "and":
-        return all(_holds(part, facts, bound) for part in parts)
-    if operator == "not":
-        return not _holds(parts[0], facts, bound)
-    if operator == "exists":  # the types among the names are redundant: facts tell them too
-        return _exists([name for name in parts[0] if name.startswith("?")], parts[1], facts, bound)
-    values = tuple([bound.get(name, name) for name in parts])
-    return values[0] == values[1] if operator == "=" else values in facts.get(operator, ())
+def _parse_goal(text):
+    """The atoms of the PDDL condition after "(:goal", which must hold together for some values of
+    its ?variables: [(predicate, name, ...)], a negated one as ("not", predicate, name, ...)."""
+    text = text[text.index("(:goal"):]
+    if odd := re.search(r"\((or|forall|imply|when|not \((?:exists|and|not))\b", text):
+        raise ValueError(f"its goal uses {odd[1]}, which ALFWorld's do not")
+    if text.count("(") > text.count(")"):
+        raise ValueError("its goal is cut")
+    found = re.findall(r"\((not \()?([^()?][^()]*)\)", text)  # lists without lists in them
+    atoms = [("not", *inner.split()) if negated else (*inner.split(),) for negated, inner in found]
+    typed = [atom for atom in atoms if atom[0] in ("objecttype", "receptacletype")]
+    rank = {}  # variable: when it gets its value; an atom is tested as soon as all of its have one
+    for name in itertools.chain(*typed, *atoms):
+        rank.setdefault(name, len(rank) if name[0] == "?" else -1)
+    return sorted(atoms, key=lambda x: (max(map(rank.get, x)), x not in typed, x[0] == "not"))
 
-def _exists(variables, condition, facts, bound):
-    """Whether `condition` holds for some values of these variables. Only values that each atom with the
-    variable allows are tried: quick, and exact because in ALFWorld's goals each stands in an atom."""
-    if not variables:
-        return _holds(condition, facts, bound)
-    variable, *others = variables
-    allowed = [_allowed_values(variable, atom, facts, bound) for atom in _conjuncts(condition)
-               if variable in atom[1:] and atom[0] != "="]
-    return any(_exists(others, condition, facts, {**bound, variable: value})
-               for value in (set.intersection(*allowed) if allowed else ()))
-
-def _allowed_values(variable, atom, facts, bound):
-    """The values of a variable for which facts match an atom, given what is bound already."""
-    predicate, *names = atom
-    known = [(i, bound.get(name, name)) for i, name in enumerate(names) if name in bound or name[0] != "?"]
-    place = names.index(variable)
-    return {fact[place] for fact in facts.get(predicate, ()) if all([fact[i] == name for i, name in known])}
+def _holds(atoms, facts, bound):
+    """Whether all atoms hold for some values of the variables that have none in `bound` ({variable:
+    value}): a join over the facts ({predicate: argument tuples}), atom after atom."""
+    if not atoms:
+        return True
+    (predicate, *names), *rest = atoms
+    if predicate == "not":
+        return not _holds([(*names,)], facts, bound) and _holds(rest, facts, bound)
+    values = tuple([bound.get(name, name) for name in names])
+    free = [i for i, value in enumerate(values) if value[0] == "?"]
+    known = {values[:1] * 2} if predicate == "=" else facts.get(predicate, set())
+    for fact in known if free else known & {values}:
+        if all([i in free or fact[i] == value for i, value in enumerate(values)]):
+            if _holds(rest, facts, {**bound, **{names[i]: fact[i] for i in free}}):
+                return True
+    return False
 
 # ---- the engine ----
-_TREATMENTS = {  # verb: (effect, effect it undoes, receptacles it needs); the object must be cleanable etc.
-    "clean": ("isclean", "isdirty", ("sink", "sinkbasin")), "heat": ("ishot", "iscool", ("microwave",)),
+_TREATMENTS = {  # verb: (effect, effect it undoes, kinds of receptacle); only for what is -able
+    "clean": ("isclean", "isdirty", ("sink", "sinkbasin")),
+    "heat": ("ishot", "iscool", ("microwave",)),
     "cool": ("iscool", "ishot", ("fridge",))}
-_CHANGING = """atlocation objectatlocation inreceptacle not_inreceptacle holds opened isclean isdirty ishot
-iscool istoggled issliced""".split()  # predicates that an action adds or deletes
+# What a command does: its answer, what is described after it (an id or "look"), the facts that it
+# adds, those that it deletes. This is the effect of all commands but the admissible ones:
+_NOTHING = "Nothing happens.", None, (), ()
+_CHANGING = """atlocation objectatlocation inreceptacle not_inreceptacle holds opened isclean
+isdirty ishot iscool istoggled issliced""".split()  # predicates that an action adds or deletes
 _HELP = """Available commands:
   look:                             look around your current location
   inventory:                        check your current inventory
@@ -619,31 +612,34 @@ def _series(names):
     return ", ".join(first) + ", and " + last if first else last
 
 def _player_names(facts):
-    """Entity id -> the player's name; as AlfredDemangler(shuffle=False), a kind's sorted ids count DOWN."""
-    ids = sorted(name for name in set().union(*itertools.chain(*facts.values())) if "_bar_" in name)
-    kinds = [name.split("_bar_", 1)[0] + ("basin" if "basin" in name else "") for name in ids]
-    left, names = Counter(kinds), {}
-    for name, kind in zip(ids, kinds):
-        names[name] = f"{kind} {left[kind]}"
-        left[kind] -= 1
+    """{id: the player's name}; a kind's sorted ids are numbered downwards (AlfredDemangler)."""
+    kinds, names = {}, {}
+    for name in sorted(x for x in set().union(*itertools.chain(*facts.values())) if "_bar_" in x):
+        kind = name.split("_bar_", 1)[0] + ("basin" if "basin" in name else "")
+        kinds.setdefault(kind, []).append(name)
+    for kind, ids in kinds.items():
+        names |= {name: f"{kind} {len(ids) - i}" for i, name in enumerate(ids)}
     return names
 
 class AlfworldEngine:
-    """A game, played to the letter as by alfworld 0.4.2 on textworld 1.7.0. Has task, task_type, walkthrough;
-    after reset() admissible_commands (sorted), won, held. A copy.copy() plays on its own after reset()."""
+    """A game, played to the letter as by alfworld 0.4.2 on textworld 1.7.0. Has task, task_type,
+    walkthrough, and after reset() admissible_commands (sorted), won, held. A copy.copy() plays on
+    its own after reset()."""
     def __init__(self, game):
-        self.game, self.task, self.walkthrough, facts = game, game["task"], game["walkthrough"], game["facts"]
-        predicates = {atom[0] for atom in _conjuncts(game["goal"])} | {"inreceptacle"}
-        self.task_type = next(kind for kind, (_, sign) in ALFWORLD_TYPES.items() if sign in predicates)
-        sought = "|".join(a[2].removesuffix("type") for a in _conjuncts(game["goal"]) if a[0] == "objecttype")
-        self.sought = re.compile(f"take ({sought}) ").match  # a command that takes the object of the task
-        self.names, self.kinds = _player_names(facts), dict(facts["objecttype"] | facts["receptacletype"])
+        self.game, facts = game, game["facts"]
+        self.task, self.walkthrough = game["task"], game["walkthrough"]
+        signs = {atom[0] for atom in game["goal"]} | {"inreceptacle"}
+        self.task_type = next(kind for kind, (_, sign) in ALFWORLD_TYPES.items() if sign in signs)
+        sought = "|".join(x[2].removesuffix("type") for x in game["goal"] if x[0] == "objecttype")
+        self.sought = re.compile(f"take ({sought}) ").match  # commands that take what is sought
+        self.names = _player_names(facts)
+        self.kinds = dict(facts["objecttype"] | facts["receptacletype"])
         self.places = dict(sorted(facts["receptacleatlocation"]))  # receptacle: where it stands
-        self.routes, self._near = [], {}  # [(command, text, receptacle, place)]; place: its receptacles
-        for receptacle, place in self.places.items():
-            self._near.setdefault(place, []).append(receptacle)
-            text = f"You arrive at {self.names[receptacle if game['arrives_at_name'] else place]}. "
-            self.routes.append(("go to " + self.names[receptacle], text, receptacle, place))
+        self.routes, self._near = [], {}  # [(command, text, receptacle, place)]; place: receptacles
+        for spot, place in self.places.items():
+            self._near.setdefault(place, []).append(spot)
+            text = f"You arrive at {self.names[spot if game['arrives_at_name'] else place]}. "
+            self.routes.append(("go to " + self.names[spot], text, spot, place))
 
     def reset(self):
         """Starts the game from its beginning; returns the opening text."""
@@ -654,8 +650,8 @@ class AlfworldEngine:
         return f"-= Welcome to TextWorld, ALFRED! =-\n\n{room}\n\nYour task is to: {self.task}"
 
     def step(self, command):
-        """Plays a command and returns what the player reads; only an admissible one does anything."""
-        text, shown, adds, deletes = self._options.get(command.strip(), ("Nothing happens.", None, (), ()))
+        """Plays a command; returns what the player reads. Only an admissible one does anything."""
+        text, shown, adds, deletes = self._options.get(command.strip(), _NOTHING)
         for predicate, *arguments in deletes:
             self.facts[predicate].discard(tuple(arguments))
         for predicate, *arguments in adds:
@@ -666,7 +662,8 @@ class AlfworldEngine:
 
     def fits(self, thing, receptacle):
         """Whether objects of that id's type may be put into the receptacle (id)."""
-        return (self.kinds.get(receptacle), self.kinds.get(thing)) in self.game["facts"].get("cancontain", ())
+        kinds = self.kinds.get(receptacle), self.kinds.get(thing)
+        return kinds in self.game["facts"].get("cancontain", ())
 
     def _is(self, predicate, thing):
         return (thing,) in self.facts.get(predicate, ())
@@ -675,85 +672,85 @@ class AlfworldEngine:
         """After a change: lists all commands that do something now, and judges the goal."""
         (self._agent, self._here), = self.facts["atlocation"]
         hand = next((thing for _, thing in self.facts["holds"]), None)
-        self.held = self.names.get(hand)
-        self._options = {}  # command: (text, what is described after it, facts to add, facts to delete)
-        self._offer("look", "", shown="look")
-        carry = "You are carrying: a {}." if hand else "You are not carrying anything."
-        self._offer("inventory", carry, hand)
+        self.held = held = self.names.get(hand)
+        carry = f"You are carrying: a {held}." if hand else "You are not carrying anything."
+        self._options = can = {"look": ("", "look", (), ()), "inventory": (carry, None, (), ())}
         if self.game["help"]:
-            self._offer("help", _HELP)
+            can["help"] = _HELP, None, (), ()
+        here = [("atlocation", self._agent, self._here)]
         for command, text, spot, place in self.routes:
             if place != self._here:
-                self._options[command] = (text, spot, [("atlocation", self._agent, place)],
-                                          [("atlocation", self._agent, self._here)])
+                can[command] = text, spot, [("atlocation", self._agent, place)], here
         for spot in self._near.get(self._here, ()):
             self._offer_at(spot, hand)
         if hand:
-            self._offer("examine {}", "", hand, shown=hand)
-        if self.kinds.get(hand) in ("knifetype", "butterknifetype"):
-            for thing, place in self.facts["objectatlocation"]:
-                if place == self._here and self._is("sliceable", thing):
-                    self._offer("slice {} with {}", "You sliced the {} with the {}.", thing, hand,
-                                add=[("issliced", thing)])
-        self.admissible_commands, self.won = sorted(self._options), _holds(self.game["goal"], self.facts, {})
-
-    def _offer(self, command, text, *things, shown=None, add=(), delete=()):
-        """Makes a command admissible. text: its answer, followed by the description of `shown` (an id, or
-        "look"); the {} of both are the names of `things`; add, delete: facts."""
-        names = [self.names.get(thing) for thing in things]
-        self._options[command.format(*names)] = text.format(*names), shown, add, delete
+            can[f"examine {held}"] = "", hand, (), ()
+        knife = self.kinds.get(hand) in ("knifetype", "butterknifetype")
+        for thing, place in self.facts["objectatlocation"] if knife else ():
+            if place == self._here and self._is("sliceable", thing):
+                name = self.names.get(thing)
+                answer = f"You sliced the {name} with the {held}."
+                can[f"slice {name} with {held}"] = answer, None, [("issliced", thing)], ()
+        self.admissible_commands = sorted(can)
+        self.won = _holds(self.game["goal"], self.facts, {})
 
     def _offer_at(self, spot, hand):
-        """Offers what can be done with a receptacle within reach, with its content and what is in hand."""
-        agent, here, offer = self._agent, self._here, self._offer
+        """Lists what can be done at a receptacle within reach, with its content and the hand's."""
+        agent, here, can = self._agent, self._here, self._options
+        place, held = self.names[spot], self.held
         shut = self._is("openable", spot) and not self._is("opened", spot)
-        offer("examine {}", "", spot, shown=spot)
+        can[f"examine {place}"] = "", spot, (), ()
         if shut:
-            offer("open {}", "You open the {}. ", spot, shown=spot, add=[("opened", spot)])
+            can[f"open {place}"] = f"You open the {place}. ", spot, [("opened", spot)], ()
         elif self._is("openable", spot):
-            offer("close {}", "You close the {}.", spot, delete=[("opened", spot)])
+            can[f"close {place}"] = f"You close the {place}.", None, (), [("opened", spot)]
         for thing in [thing for thing, outer in self.facts["inreceptacle"] if outer == spot]:
+            name = self.names.get(thing)
             if self._is("toggleable", thing):  # isToggled is never deleted, so it always "turns on"
-                offer("use {}", "You turn on the {}.", thing, add=[("istoggled", thing)])
+                can[f"use {name}"] = f"You turn on the {name}.", None, [("istoggled", thing)], ()
             if not hand and not shut and self._is("pickupable", thing):
-                offer("take {} from {}", "You pick up the {} from the {}.", thing, spot,
-                      add=[("holds", agent, thing), ("not_inreceptacle", thing, spot)],
-                      delete=[("inreceptacle", thing, spot), ("objectatlocation", thing, here)])
+                can[f"take {name} from {place}"] = (
+                    f"You pick up the {name} from the {place}.", None,
+                    [("holds", agent, thing), ("not_inreceptacle", thing, spot)],
+                    [("inreceptacle", thing, spot), ("objectatlocation", thing, here)])
         if hand and not shut and self.fits(hand, spot):
             put = self.game["put"]
-            offer(put, "You " + put.replace("{}", "the {}") + ".", hand, spot,
-                  add=[("inreceptacle", hand, spot), ("objectatlocation", hand, here)],
-                  delete=[("holds", agent, hand), ("not_inreceptacle", hand, spot)])
+            can[put.format(held, place)] = (
+                f"You {put.format('the ' + held, 'the ' + place)}.", None,
+                [("inreceptacle", hand, spot), ("objectatlocation", hand, here)],
+                [("holds", agent, hand), ("not_inreceptacle", hand, spot)])
         kind = self.kinds.get(spot, "").removesuffix("type")
         for verb, (effect, undone, tools) in _TREATMENTS.items():
             if hand and self._is(verb + "able", hand) and kind in tools:
-                offer(verb + " {} with {}", f"You {verb} the {{}} using the {{}}.", hand, spot,
-                      add=[(effect, hand)], delete=[(undone, hand)])
+                answer = f"You {verb} the {held} using the {place}."
+                can[f"{verb} {held} with {place}"] = (
+                    answer, None, [(effect, hand)], [(undone, hand)])
 
     def _look(self, listed=()):
-        """The text of "look". listed: the receptacles to name where none is near (the opening text)."""
+        """The text of "look". listed: receptacles to name where none is near (the opening text)."""
         near = self._near.get(self._here)
         if not near:
             things = _series(["a " + self.names[spot] for spot in listed])
             return f"You are in the middle of a room. Looking quickly around you, you see {things}."
-        here = sorted(thing for thing, place in self.facts["objectatlocation"] if place == self._here)
-        out = ["a " + self.names[thing] for thing in here for spot in near  # taken from one, put in another
-               if (thing, spot) in self.facts["not_inreceptacle"]]
+        here = sorted(x for x, place in self.facts["objectatlocation"] if place == self._here)
+        out = ["a " + self.names[thing] for thing in here for spot in near
+               if (thing, spot) in self.facts["not_inreceptacle"]]  # taken from one, put in another
         near = _series([self.names[spot] for spot in near])
         return f"You are facing the {near}. Next to it, you see {_series(out)}."
 
     def _describe(self, thing):
         """The text of "examine" for a receptacle or an object (id)."""
-        name, inner = self.names[thing], "inreceptacle" if thing in self.places else "inreceptacleobject"
-        inside = _series(["a " + self.names[x] for x, y in sorted(self.facts.get(inner, ())) if y == thing])
-        if thing in self.places and not self._is("openable", thing):
+        name, is_place = self.names[thing], thing in self.places
+        inner = self.facts.get("inreceptacle" if is_place else "inreceptacleobject", ())
+        inside = _series(["a " + self.names[x] for x, outer in sorted(inner) if outer == thing])
+        if is_place and not self._is("openable", thing):
             return f"On the {name}, you see {inside}."
-        if thing in self.places:
+        if is_place:
             state = f"open. In it, you see {inside}" if self._is("opened", thing) else "closed"
             return f"The {name} is {state}."
         if self._is("isreceptacleobject", thing):
             return f"This is a normal {name}. In it, you see {inside}."
-        clean, hot, cool, cut = (self._is("is" + x, thing) for x in ("clean", "hot", "cool", "sliced"))
+        clean, hot, cool, cut = (self._is("is" + x, thing) for x in "clean hot cool sliced".split())
         if clean or hot or cool:
             heat = "hot" if hot else "" if not cool else "cool" if clean or cut else "cold"
             states = " and ".join(filter(None, (heat, "clean" * clean)))
@@ -764,74 +761,81 @@ class AlfworldEngine:
 
 # ---- the built-in world: small houses from a seed, played by the same engine ----
 _ROOMS = {  # room: kinds of receptacle, repeated where several are usual
-    "kitchen": "cabinet cabinet drawer countertop diningtable shelf fridge sinkbasin garbagecan stoveburner"
-               " microwave",
+    "kitchen": "cabinet cabinet drawer countertop diningtable shelf fridge sinkbasin garbagecan "
+               "stoveburner microwave",
     "bathroom": "cabinet cabinet drawer countertop shelf sinkbasin bathtubbasin toilet garbagecan",
     "bedroom": "drawer drawer desk bed dresser shelf sidetable sofa safe garbagecan"}
 _OPENABLE = {"cabinet", "drawer", "fridge", "microwave", "safe"}
 _SINGLE = {"fridge", "microwave", "safe", "sinkbasin"}  # at most one in a house
 _NARROW = {"microwave", "stoveburner", "toilet"}  # these hold only what is usual there
-Thing = namedtuple("Thing", "room usual can")  # its room, where it usually is, what can be done to it
+_LAMPS = ["desk", "sidetable"]  # where a desklamp stands
+Thing = namedtuple("Thing", "room usual can")  # its room, its usual places, what can be done to it
 _THINGS = {name: Thing(room, usual, can) for room, things in _table("""
 kitchen: apple fridge diningtable clean heat cool, potato fridge countertop clean heat cool,
     tomato fridge countertop clean heat cool, egg fridge garbagecan clean heat cool,
     bread countertop diningtable heat cool, lettuce fridge diningtable clean cool,
     mug cabinet countertop clean heat cool, cup cabinet shelf clean heat cool,
     plate cabinet countertop clean heat cool, bowl cabinet shelf clean cool,
-    pan stoveburner cabinet clean cool, fork drawer diningtable clean, spoon drawer sinkbasin clean,
-    saltshaker shelf cabinet
-bathroom: candle countertop shelf, soapbar sinkbasin bathtubbasin clean, cloth bathtubbasin drawer clean,
-    toiletpaper toilet cabinet, spraybottle cabinet toilet
+    pan stoveburner cabinet clean cool, fork drawer diningtable clean,
+    spoon drawer sinkbasin clean, saltshaker shelf cabinet
+bathroom: candle countertop shelf, soapbar sinkbasin bathtubbasin clean,
+    cloth bathtubbasin drawer clean, toiletpaper toilet cabinet, spraybottle cabinet toilet
 bedroom: alarmclock desk sidetable, book bed desk, cd drawer shelf, cellphone bed sidetable,
-    creditcard drawer dresser, keychain drawer safe, laptop desk bed, pen desk drawer, pencil desk drawer,
-    pillow bed sofa, vase shelf dresser, remotecontrol sofa sidetable, watch dresser sidetable""").items()
+    creditcard drawer dresser, keychain drawer safe, laptop desk bed, pen desk drawer,
+    pencil desk drawer, pillow bed sofa, vase shelf dresser, remotecontrol sofa sidetable,
+    watch dresser sidetable""").items()
     for name, *usual, can in re.findall(r"(\w+) (\w+) (\w+)([\w ]*)", things)}
-_HOSTS = {  # object: kinds of receptacle that can hold it
-    name: sorted({*_ROOMS[room].split()} - _NARROW | {*usual}) for name, (room, usual, _) in _THINGS.items()}
-_TASKS = {  # task type: [treatment, where, two wordings, the goal's variables, its conditions]
-    kind: parts.split("|") for kind, parts in _table("""
-pick_and_place: ||put a {o} in {r}.|put some {o} on {r}.|
-    ?o ?r|(objecttype ?o {o}) (receptacletype ?r {r}) (inreceptacle ?o ?r)
-look_at_obj_in_light: ||look at {o} under the desklamp.|examine the {o} with the desklamp.|
-    ?o ?p ?r ?l|(objecttype ?o {o}) (holds agent1 ?o) (objecttype ?p desklamp) (istoggled ?p)
-    (inreceptacle ?p ?r) (receptacleatlocation ?r ?l) (atlocation agent1 ?l)
-pick_two_obj_and_place: ||put two {o} in {r}.|find two {o} and put them in {r}.|
-    ?o ?r ?p|(objecttype ?o {o}) (receptacletype ?r {r}) (inreceptacle ?o ?r) (objecttype ?p {o})
-    (inreceptacle ?p ?r) (not (= ?o ?p))
-pick_clean_then_place_in_recep: clean|sinkbasin|put a clean {o} in {r}.|clean some {o} and put it in {r}.|
-    ?o ?r|(objecttype ?o {o}) (receptacletype ?r {r}) (inreceptacle ?o ?r) (isclean ?o)
-pick_heat_then_place_in_recep: heat|microwave|put a hot {o} in {r}.|heat some {o} and put it in {r}.|
-    ?o ?r|(objecttype ?o {o}) (receptacletype ?r {r}) (inreceptacle ?o ?r) (ishot ?o)
-pick_cool_then_place_in_recep: cool|fridge|put a cool {o} in {r}.|cool some {o} and put it in {r}.|
-    ?o ?r|(objecttype ?o {o}) (receptacletype ?r {r}) (inreceptacle ?o ?r) (iscool ?o)""").items()}
-BUILT_IN_SIZES = {"train": 2000, "valid_seen": 140, "valid_unseen": 134}  # the last two as in the release
+_HOSTS = {name: sorted({*_ROOMS[thing.room].split()} - _NARROW | {*thing.usual})
+          for name, thing in _THINGS.items()}  # object: kinds of receptacle that can hold it
+_PLACED = "(objecttype ?o {o}) (receptacletype ?r {r}) (inreceptacle ?o ?r)"
+_TASKS = {  # task type: [treatment, its tool, two wordings, the goal's conditions]
+    "pick_and_place": ["", "", "put a {o} in {r}.", "put some {o} on {r}.", _PLACED],
+    "look_at_obj_in_light": [
+        "", "", "look at {o} under the desklamp.", "examine the {o} with the desklamp.",
+        "(objecttype ?o {o}) (holds agent1 ?o) (objecttype ?p desklamp) (istoggled ?p) "
+        "(inreceptacle ?p ?r) (receptacleatlocation ?r ?l) (atlocation agent1 ?l)"],
+    "pick_two_obj_and_place": [
+        "", "", "put two {o} in {r}.", "find two {o} and put them in {r}.",
+        _PLACED + "(objecttype ?p {o}) (inreceptacle ?p ?r) (not (= ?o ?p))"],
+    **{f"pick_{verb}_then_place_in_recep": [
+        verb, tool, f"put a {state} {{o}} in {{r}}.", f"{verb} some {{o}} and put it in {{r}}.",
+        f"{_PLACED} (is{state} ?o)"] for verb, tool, state in (
+            ("clean", "sinkbasin", "clean"), ("heat", "microwave", "hot"),
+            ("cool", "fridge", "cool"))}}
+BUILT_IN_SIZES = {"train": 2000, "valid_seen": 140, "valid_unseen": 134}  # valid: the release's
 
 def _draw_house(rng, task_type, house):
-    """(object, its target, kinds of receptacle, [objects in each], indices where it is, where it is to go)"""
+    """(object, its target, kinds of receptacle, [objects in each], indices where the object is,
+    index where it is to go)"""
     (treatment, tool, *_), look = _TASKS[task_type], task_type == "look_at_obj_in_light"
     thing = rng.choice([name for name, (room, _, can) in _THINGS.items()
                         if treatment in can and (not look or room == "bedroom")])
     room, usual, _ = _THINGS[thing]
-    target = rng.choice(["desk", "sidetable"] if look else [kind for kind in _HOSTS[thing] if kind != tool])
+    target = rng.choice(_LAMPS if look else [kind for kind in _HOSTS[thing] if kind != tool])
     sources = []  # kinds of receptacle that hold the object: in 85 % of the cases usual ones
     for _ in range(2 if task_type == "pick_two_obj_and_place" else 1):
-        likely = [kind for kind in usual if look or kind != target] if rng.random() < 0.85 else []
-        sources.append(rng.choice(likely or [kind for kind in _HOSTS[thing] if look or kind != target]))
+        likely = usual if rng.random() < 0.85 else []
+        likely, possible = ([kind for kind in x if look or kind != target]
+                            for x in (likely, _HOSTS[thing]))
+        sources.append(rng.choice(likely or possible))
     kinds = list({target, *sources, tool or target})
     while len(kinds) < house:
         more = _ROOMS[room].split() + usual * 2
         kinds.append(rng.choice([kind for kind in more if kind not in _SINGLE & set(kinds)]))
     kinds.sort()
-    at = sorted(rng.choice([i for i, kind in enumerate(kinds) if kind == source]) for source in sources)
+
+    def spots(wanted):
+        return [i for i, kind in enumerate(kinds) if kind in wanted]
+
+    at = sorted(rng.choice(spots([source])) for source in sources)
     inside = [[thing] * at.count(i) for i in range(house)]
     others = [name for name in _THINGS if _THINGS[name].room == room and name != thing]
     for other in rng.choices(others, k=house):
-        usual = _THINGS[other].usual if rng.random() < 0.85 else []
-        likely = [i for i, kind in enumerate(kinds) if kind in usual]
-        spots = likely or [i for i, kind in enumerate(kinds) if kind in _HOSTS[other]]
-        if spots and len(inside[spot := rng.choice(spots)]) < 3:
+        likely = spots(_THINGS[other].usual if rng.random() < 0.85 else [])
+        possible = likely or spots(_HOSTS[other])
+        if possible and len(inside[spot := rng.choice(possible)]) < 3:
             inside[spot].append(other)
-    goal = rng.choice([i for i, kind in enumerate(kinds) if kind == target])
+    goal = rng.choice(spots([target]))
     inside[goal] += ["desklamp"] * look
     return thing, target, kinds, inside, at, goal
 
@@ -844,58 +848,58 @@ def _house_facts(kinds, inside):
                  f"({'openable' if kind in _OPENABLE else 'open'} {spot})")
         for n, name in enumerate(inside[i]):
             it = f"{name}_bar_{i:02d}_{n}"
+            init += (f"(objecttype {it} {name})(inreceptacle {it} {spot})"
+                     f"(objectatlocation {it} loc_bar_{i:02d})")
             can = "toggle" if name == "desklamp" else "pickup" + _THINGS[name].can
-            init += f"(objecttype {it} {name})(inreceptacle {it} {spot})"
-            init += f"(objectatlocation {it} loc_bar_{i:02d})"
             init += "".join(f"({verb}able {it})" for verb in can.split())
-    cancontain = {(kind, name) for name, kinds in _HOSTS.items() for kind in kinds}
+    cancontain = {(kind, name) for name, hosts in _HOSTS.items() for kind in hosts}
     return spots, _parse_facts(init) | {"cancontain": cancontain}
 
 def _build_game(rng, task_type, house):
     """A generated game: the parts that parse_game gives, and `pair`, its object and target."""
     thing, target, kinds, inside, at, goal = _draw_house(rng, task_type, house)
-    treatment, tool, *wordings, variables, conditions = _TASKS[task_type]
+    treatment, tool, *wordings, conditions = _TASKS[task_type]
     spots, facts = _house_facts(kinds, inside)
-    names, walkthrough, here, opened = _player_names(facts), [], None, set()
+    names, plan = _player_names(facts), []  # the expert omits what is not possible or needed
     for k, source in enumerate(at):
         it = names[f"{thing}_bar_{source:02d}_{at[:k].count(source)}"]
-        treat = [(kinds.index(tool), f"{treatment} {it} with {{}}")] if tool else []
-        finish = "use desklamp 1" if task_type == "look_at_obj_in_light" else f"move {it} to {{}}"
-        for i, command in [(source, f"take {it} from {{}}"), *treat, (goal, finish)]:
-            spot = names[spots[i]]
-            enter = command.startswith(("take", "move")) and kinds[i] in _OPENABLE and i not in opened
-            walkthrough += ["go to " + spot] * (i != here) + ["open " + spot] * enter + [command.format(spot)]
-            here, opened = i, opened | {i} if enter else opened
-    condition = f"(:goal (exists ({variables}) (and {conditions})))".format(o=thing, r=target)
+        steps = [(source, "open {}", f"take {it} from {{}}")]
+        if tool:
+            steps.append((kinds.index(tool), f"{treatment} {it} with {{}}"))
+        finish = "use desklamp 1" if "desklamp" in inside[goal] else f"move {it} to {{}}"
+        for i, *commands in (*steps, (goal, "open {}", finish)):
+            plan += [command.format(names[spots[i]]) for command in ("go to {}", *commands)]
+    condition = _parse_goal(f"(:goal (and {conditions}))".format(o=thing, r=target))
     task = rng.choice(wordings).format(o=thing, r=target)
-    return {"facts": facts, "goal": _parse_goal(condition), "task": task, "pair": f"{thing} {target}",
-            "walkthrough": walkthrough, "put": "move {} to {}", "help": True, "arrives_at_name": True}
+    return {"facts": facts, "goal": condition, "task": task, "pair": f"{thing} {target}",
+            "walkthrough": plan, "put": "move {} to {}", "help": True, "arrives_at_name": True}
 
 def built_in_game(split, index, task_type, seed, house):
-    """Game `index` of a split. Object, target and contents decide a game's split: splits cannot overlap."""
+    """Game `index` of a split. What a game holds decides its split: splits cannot overlap."""
     rng = random.Random(f"{seed}/{split}/{index}/{house}")
     while True:
         game = _build_game(rng, task_type, house)
-        contents = sorted(map(repr, game["facts"]["inreceptacle"] | game["facts"]["receptacletype"]))
-        unseen = int(panel_hash([game["pair"]]), 16) % 6 == 0
-        seen = int(panel_hash([task_type, game["pair"], *contents]), 16) % 6 == 0
+        contents = game["facts"]["inreceptacle"] | game["facts"]["receptacletype"]
+        texts = [task_type, game["pair"], *sorted(map(repr, contents))]
+        unseen, seen = (int(panel_hash(x), 16) % 6 == 0 for x in ([game["pair"]], texts))
         if split == ("valid_unseen" if unseen else "valid_seen" if seen else "train"):
             return game
 
 # ---- the expert ----
 def expert_script(game, detours=0, seed=0):
-    """[(thought, command)] that wins `game` along its walkthrough. A player cannot know where an object is:
-    before its place, up to `detours` others are searched in vain, drawn from `seed`, likely ones first."""
+    """[(thought, command)] that wins `game` along its walkthrough. A player cannot know where an
+    object is: before its place, up to `detours` others are searched in vain, drawn from `seed`."""
     for most in (detours, 0):  # the plain walkthrough where a detour spoils the plan
         script, won = _play_script(copy.copy(game), most, random.Random(f"{seed}/{game.task}"))
         if won:
             return script
-    raise UserError(f"the walkthrough of this game ({game.task}) does not solve it; download the data again")
+    raise UserError(f"{game.task!r} is not solved by its walkthrough; download the data again")
 
 def _play_script(game, most, rng):
-    """([(thought, command)], whether it won) of the walkthrough with at most `most` detours at a time."""
+    """([(thought, command)], whether it won) with at most `most` detours before each object."""
     game.reset()
-    places, visited, script = {command: place for command, _, _, place in game.routes}, set(), []
+    places = {command: place for command, _, _, place in game.routes}
+    visited, script = set(), []
     for i, command in enumerate(game.walkthrough):
         place, plan = places.get(command), [("", command)]
         if place and place not in visited:
@@ -905,21 +909,22 @@ def _play_script(game, most, rng):
                 plan = _searches(game, found[1], command, visited, rng.randint(0, most), rng)
         for thought, act in plan:
             if act in game.admissible_commands and not game.won:
-                script.append((thought or _thought(act), act))
+                verb, rest = act.split(" ", 1)
+                usual = _THOUGHTS.get(verb, "I am there").format(rest=rest)
+                script.append((thought or usual, act))
                 game.step(act)
     return script, game.won
 
-def _thought(act):
-    verb, rest = act.split(" ", 1)
-    return {"go": f"I carry it {rest}", "open": f"{rest} is closed; open it", "take": "here it is",
-            "use": f"here is {rest}; turn it on"}.get(verb, "I am there")
+_THOUGHTS = {"go": "I carry it {rest}", "open": "{rest} is closed; open it",
+             "take": "here it is", "use": "here is {rest}; turn it on"}
 
 def _searches(game, sought, last, visited, count, rng):
-    """[(thought, command)]: `count` visits to places without the `sought` kind, likely ones first; `last`."""
+    """[(thought, command)]: up to `count` visits to places without the `sought` kind, likely ones
+    first, then the command `last`."""
     kind = {key: name.rsplit(" ", 1)[0] for key, name in game.names.items()}
     thing = next(key for key in kind if kind[key] == sought)
-    has = {game.places.get(spot) for thing, spot in game.facts["inreceptacle"] if kind[thing] == sought}
-    usual = ["desk", "sidetable"] if sought == "desklamp" else _THINGS.get(sought, Thing("", (), "")).usual
+    has = {game.places.get(spot) for x, spot in game.facts["inreceptacle"] if kind[x] == sought}
+    usual = _THINGS[sought].usual if sought in _THINGS else _LAMPS * (sought == "desklamp")
     drawn = []
     for command, _, spot, place in game.routes:
         if place not in visited | has:
@@ -945,11 +950,10 @@ class WebShop:
         if catalogue not in (None, "small", "full") or human_goals not in (0, 1):
             raise UserError("catalogue is small or full, human_goals 0 or 1")
         path = find_data("webshop", data)
-        self.builtin = path is None
+        self.builtin, self.skill_names = path is None, list(SHOP_KEYWORDS)
         source = path or build_catalogue(seed)
         self.catalogue = Catalogue(source, seed, human_goals, catalogue, nouns)
         self._page_size = 5 if self.builtin else 10  # 5: few products, yet pages to turn
-        self.skill_names = list(SHOP_KEYWORDS)
         library = read_skills(skills, SHOP_SKILLS, self.skill_names)
         self.skill = self.all_skills = partial(skill_text, library)
         count = self.catalogue.n_goals
@@ -991,10 +995,9 @@ class WebShopSession:
         engine.reset(goal_index)
         self.engine = engine
         self.task = " ".join(engine.goal["instruction_text"].split())
-        options = engine.goal["goal_options"]  # of human goals a list, else {name: value}
-        chosen = ", ".join(options.values() if isinstance(options, dict) else options)
+        options = ", ".join(goal_options(engine.goal)) or "any"
         self.goal = (f"{self.task}; attributes: {', '.join(engine.goal['attributes'])}; options: "
-                     f"{chosen or 'any'}; for example {engine.goal['name']}")
+                     f"{options}; for example {engine.goal['name']}")
         self.category = self.group = shop_category(self.task)
         self.turns, self.details = [], {}
 
@@ -1077,33 +1080,35 @@ other: Search the product with its dietary or material claim (gluten free, non g
 
 # ---- below: the engine, the built-in world, the expert; a reader of the adapter can stop here ----
 SHOP_KEYWORDS = {name: re.compile(rf"\b(?:{words})(?:s|es)?\b", re.I) for name, words in _table("""
-apparel: shirt|tee|henley|polo|blouse|top|tunic|dresse?|skirt|pants?|jean|short|legging|jacket|coat|sweater|
-    hoodie|sweatshirt|suit|blazer|tuxedo|jumpsuit|romper|overall|swimsuit|swimwear|bikini|underwear|bra|
-    brief|lingerie|pajama|sock|vest|cardigan|tank|clothing|active ?wear|sleeve|slim fit|classic fit|
-    sleep & lounge|costume
+apparel: shirt|tee|henley|polo|blouse|top|tunic|dresse?|skirt|pants?|jean|short|legging|jacket|
+    coat|sweater|hoodie|sweatshirt|suit|blazer|tuxedo|jumpsuit|romper|overall|swimsuit|swimwear|
+    bikini|underwear|bra|brief|lingerie|pajama|sock|vest|cardigan|tank|clothing|active ?wear|
+    sleeve|slim fit|classic fit|sleep & lounge|costume
 footwear: shoe|boot|sneaker|sandal|slipper|loafer|slip-on|pump|flats|oxford|clog|mule|footwear|
     rubber (?:out)?sole
-home_decor: pillow|rug|curtain|drape|lamp|lighting|chandelier|sconce|vase|candle|decor|furniture|table|chair|
-    desk|sofa|couch|bed|mattresse?|bedroom|living room|dining room|kitchen|shelve?|bookcase|cabinet|ottoman|
-    bench|stool|rack|mirror|blanket|bedding|mat|artwork|wall|window|furnishing|island|vanitie|bedframe|throw
-electronics: phone|charger|cable|speaker|headphone|earbud|batterie|battery|adapter|usb|camera|laptop|
-    computer|tablet|monitor|tv|television|hdmi|bluetooth|projector|printer|drive|memory|receiver|amplifier|
-    antenna|radio|keyboard|router|binocular|telescope|lense?|flashe?|tripod|stereo|home theater|
-    screen protector|remote|console|wireless|video|audio|media|iphone|gaming|photography|wearable
-accessories: bag|wallet|belt|watch|sunglasse|hat|scarf|glove|jewelry|necklace|earring|bracelet|backpack|
-    purse|handbag|cap|beanie|necktie|umbrella|luggage|keychain
-beauty_health: shampoo|conditioner|cream|lotion|makeup|brushe?|serum|moisturizer|soap|hair|skin|nail|lip|
-    lipstick|eye|face|facial|body|fragrance|perfume|cologne|deodorant|toothbrushe?|toothpaste|teeth|dental|
-    oral|mask|wig|shav(?:e|ing)|razor|beauty|foot|massage|spa|cosmetic|sunscreen|bath|mascara|eyelashe?|
-    tea tree|essential oil|cruelty free|scrub
-other: snack|food|cheese|milk|candy|meat|sugar|gmo|gluten|kosher|usda|keto|coffee|sauce|beverage|drink|toy|
-    gift set""").items()}
+home_decor: pillow|rug|curtain|drape|lamp|lighting|chandelier|sconce|vase|candle|decor|furniture|
+    table|chair|desk|sofa|couch|bed|mattresse?|bedroom|living room|dining room|kitchen|shelve?|
+    bookcase|cabinet|ottoman|bench|stool|rack|mirror|blanket|bedding|mat|artwork|wall|window|
+    furnishing|island|vanitie|bedframe|throw
+electronics: phone|charger|cable|speaker|headphone|earbud|batterie|battery|adapter|usb|camera|
+    laptop|computer|tablet|monitor|tv|television|hdmi|bluetooth|projector|printer|drive|memory|
+    receiver|amplifier|antenna|radio|keyboard|router|binocular|telescope|lense?|flashe?|tripod|
+    stereo|home theater|screen protector|remote|console|wireless|video|audio|media|iphone|gaming|
+    photography|wearable
+accessories: bag|wallet|belt|watch|sunglasse|hat|scarf|glove|jewelry|necklace|earring|bracelet|
+    backpack|purse|handbag|cap|beanie|necktie|umbrella|luggage|keychain
+beauty_health: shampoo|conditioner|cream|lotion|makeup|brushe?|serum|moisturizer|soap|hair|skin|
+    nail|lip|lipstick|eye|face|facial|body|fragrance|perfume|cologne|deodorant|toothbrushe?|
+    toothpaste|teeth|dental|oral|mask|wig|shav(?:e|ing)|razor|beauty|foot|massage|spa|cosmetic|
+    sunscreen|bath|mascara|eyelashe?|tea tree|essential oil|cruelty free|scrub
+other: snack|food|cheese|milk|candy|meat|sugar|gmo|gluten|kosher|usda|keto|coffee|sauce|beverage|
+    drink|toy|gift set""").items()}
 
 def shop_category(instruction):
     """The skill category of a goal: most key words (whole words, no options) in its instruction."""
     text = re.split(r" with [^,:]*: |, and price lower", instruction)[0]
-    hits = {category: pattern.findall(text) for category, pattern in SHOP_KEYWORDS.items()}
-    best = max(hits, key=lambda category: len(hits[category]))
+    hits = {category: len(words.findall(text)) for category, words in SHOP_KEYWORDS.items()}
+    best = max(hits, key=hits.get)
     return best if hits[best] else "other"
 
 WEBSHOP_FILES = {  # name -> id on Google Drive, from WebShop's setup.sh
@@ -1117,7 +1122,7 @@ PRODUCT_PAGES = ("description", "features", "reviews")
 SEARCH_RESULTS, TEST_GOALS, PANEL_GOALS, NO_LIMIT = 50, 500, 128, 1000000
 
 def download_webshop(folder, full=False, url=WEBSHOP_URL):
-    """Fetches the small (full: the 1.18 M) catalogue and the human instructions, and reads them to check."""
+    """Fetches the catalogue of 1,000 (full: 1.18 M) products and the human goals; reads them."""
     for name, drive_id in WEBSHOP_FILES.items():
         wanted = name == "items_human_ins.json" or ("_1000" in name) != full
         if wanted and not (folder / name).exists():
@@ -1127,34 +1132,33 @@ def download_webshop(folder, full=False, url=WEBSHOP_URL):
 
 # ---- the catalogue ----
 def stream_json(source, block=1 << 20, limit=1 << 26):
-    """Yields (key or None, value, first byte, last byte + 1) of each member of a JSON array or object, in
-    little memory. In Latin-1 a character is a byte, so places are known; what is not ASCII is read twice."""
+    """Yields (key or None, value, first byte, last byte + 1) of each member of a JSON array or
+    object, in little memory. source: a path or bytes. UserError if it is damaged."""
     decode, space = json.JSONDecoder().raw_decode, re.compile(r"[\s,:]*")
-    try:
-        with _open(source) as file:
-            text, base = file.read(block).decode("latin-1"), 0  # base: place of text[0] in the file
-            at = space.match(text).end() + 1
-            keyed, key = text[at - 1:at] == "{", None
-            if text[at - 1:at] not in ("[", "{"):
-                raise ValueError("it is neither an array nor an object")
-            while text[(at := space.match(text, at).end()):at + 1] not in ("]", "}"):
-                try:
-                    key, start = decode(text, at) if keyed else (None, at)
-                    start = space.match(text, start).end()
-                    value, end = decode(text, start)
-                except ValueError:  # the member goes on in the next block
-                    more = file.read(block)
-                    if not more or len(text) - at > limit:
-                        raise ValueError(f"it breaks off or is damaged near byte {base + at}") from None
-                    text, base, at = text[at:] + more.decode("latin-1"), base + at, 0
-                    continue
-                if not text[start:end].isascii():
-                    value = json.loads(text[start:end].encode("latin-1"))
-                yield key, value, base + start, base + end
-                at = end
-    except (OSError, ValueError, RecursionError) as error:
-        name = "the catalogue" if isinstance(source, bytes) else source
-        raise UserError(f"cannot read {name}: {error}; delete it and download it again") from None
+    name = "the catalogue" if isinstance(source, bytes) else source
+    errors = OSError, ValueError, RecursionError
+    with refused(f"cannot read {name}", "download it again", *errors), _open(source) as file:
+        # in Latin-1 a character is a byte, so that places are known; base: that of text[0]
+        text, base = file.read(block).decode("latin-1"), 0
+        at = space.match(text).end() + 1
+        keyed, key = text[at - 1:at] == "{", None
+        if text[at - 1:at] not in ("[", "{"):
+            raise ValueError("it is neither an array nor an object")
+        while text[(at := space.match(text, at).end()):at + 1] not in ("]", "}"):
+            try:
+                key, start = decode(text, at) if keyed else (None, at)
+                start = space.match(text, start).end()
+                value, end = decode(text, start)
+            except ValueError:  # the member goes on in the next block
+                more = file.read(block)
+                if not more or len(text) - at > limit:
+                    raise ValueError(f"it is damaged near byte {base + at}") from None
+                text, base, at = text[at:] + more.decode("latin-1"), base + at, 0
+                continue
+            if not text[start:end].isascii():
+                value = json.loads(text[start:end].encode("latin-1"))
+            yield key, value, base + start, base + end
+            at = end
 
 def _open(source):
     return io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb")
@@ -1165,107 +1169,110 @@ def _read_member(source, place):
         file.seek(place[0])
         return json.loads(file.read(place[1] - place[0]))
 
-def _prices(raw):
-    """The one or two prices of a product, in dollars; [100.0] if it has none."""
-    numbers = [re.sub(r"[^\d.]", "", part) for part in (raw.get("pricing") or "").split("$")[1:]]
-    return [float(number) for number in numbers if number.strip(".")][:2] or [100.0]
-
-def _options(raw):
-    """{option name: [values]} of a product as the shop shows them."""
-    return {name.lower(): [str(value["value"]).strip().replace("/", " | ").lower() for value in values]
-            for name, values in (raw.get("customization_options") or {}).items() if values is not None}
-
-def _bullets(raw):
+def _parse_product(raw):
+    """A product's texts, bullets, options as the shop shows them ({name: [values]}), and one or two
+    prices in dollars (100 if it has none)."""
+    product = {"title": raw["name"] or "", "description": raw.get("full_description") or ""}
+    product |= {x: raw[x] or "" for x in ("asin", "category", "query", "product_category")}
+    if not product["asin"] or not all(isinstance(text, str) for text in product.values()):
+        raise TypeError("a field is no text")
+    prices = [re.sub(r"[^\d.]", "", part) for part in (raw.get("pricing") or "").split("$")[1:]]
+    options = [x for x in (raw.get("customization_options") or {}).items() if x[1] is not None]
     bullets = raw.get("small_description")
-    return [str(bullet) for bullet in bullets] if isinstance(bullets, list) else [str(bullets or "")]
+    return product | {
+        "prices": [float(price) for price in prices if price.strip(".")][:2] or [100.0],
+        "options": {name.lower(): [str(x["value"]).strip().replace("/", " | ").lower()
+                                   for x in values] for name, values in options},
+        "bullets": [*map(str, bullets)] if isinstance(bullets, list) else [str(bullets or "")]}
 
 def _text_nodes(*texts):
-    """The text nodes that the original's HTML parser leaves: no empty ones, no blank ones with a newline."""
-    return [text.strip() for text in texts if text.strip(" \n\t\f\r") or (text and "\n" not in text)]
+    """The text nodes that the original's HTML parser leaves: no blank ones with a newline."""
+    return [x.strip() for x in texts if x.strip(" \n\t\f\r") or (x and "\n" not in x)]
 
 def _find_catalogue(data, which):
     """Paths of the products, their instructions and the human goals."""
     for suffix in {"small": ["_1000"], "full": [""]}.get(which, ["_1000", ""]):
-        files = [Path(data) / f"{name}{suffix}.json" for name in ("items_shuffle", "items_ins_v2")]
-        if all(file.is_file() for file in files):
-            return (*files, Path(data) / "items_human_ins.json")
-    raise UserError(f"no {which or ''} catalogue (items_shuffle*.json, items_ins_v2*.json) in {data}; "
-                    f"run: python envs.py download webshop{'-full' if which == 'full' else ''}")
+        items, instructions = (Path(data) / f"items_{name}{suffix}.json"
+                               for name in ("shuffle", "ins_v2"))
+        if items.is_file() and instructions.is_file():
+            return items, instructions, Path(data) / "items_human_ins.json"
+    name = "webshop-full" if which == "full" else "webshop"
+    raise UserError(f"no {which or ''} catalogue (items_shuffle*.json, items_ins_v2*.json) in "
+                    f"{data}; run: python envs.py download {name}")
 
 def _read_human_goals(file, numbers):
     """{product: [(instruction, attributes, options) of each goal that people wrote for it]}"""
     if not file or not file.is_file():
-        raise UserError("human goals need items_human_ins.json; run: python envs.py download webshop")
-    try:
-        return {numbers[asin]: [(x["instruction"].strip("."), attributes, x["instruction_options"])
-                                for x in entries if (attributes := x["instruction_attributes"])]
-                for asin, entries, _, _ in stream_json(file) if asin in numbers}
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{file} is not in WebShop's form ({error!r}); download it again") from None
+        raise UserError("no items_human_ins.json; run: python envs.py download webshop")
+    what = f"{file} is not in WebShop's form"
+    with refused(what, "download it again", KeyError, TypeError, AttributeError):
+        return {numbers[asin]: [(x["instruction"].strip("."), wanted, x["instruction_options"])
+                                for x in entries if (wanted := x["instruction_attributes"])]
+                for asin, entries, *_ in stream_json(file) if asin in numbers}
 
 class Catalogue:
-    """Products, prices, goals and index, shared by all sessions; texts are read again when needed, so that
-    1.18 M products fit in a few GB. data: a directory, or (products, instructions) as bytes."""
+    """Products, prices, goals and index, shared by all sessions. Texts are read when needed: 1.18 M
+    products fit in a few GB. data: a directory, or the bytes of (products, instructions)."""
     def __init__(self, data, seed=233, human_goals=False, which=None, nouns=""):
         self.nouns = noun_finder(nouns)
         files = (*data, None) if isinstance(data, tuple) else _find_catalogue(data, which)
         self.items, self.instructions, human = files
-        self.asins, self._places, self._price_ranges, self._variants = [], [], [], []  # of each product
+        self.asins, self._places, self._price_ranges, self._variants = [], [], [], []  # per product
         self.index = BM25(self._scan())
-        self.index.tie_rank = np.argsort(np.argsort(np.array(self.asins, "U10")))  # as Anserini: by id
+        self.index.tie_rank = np.argsort(np.argsort(np.array(self.asins, "U10")))  # as Anserini
         self._places = np.array(self._places, np.int64).reshape(-1, 2)
-        self._instruction_places, self._attribute_counts = np.full((len(self.asins), 2), -1), Counter()
+        self._instruction_places = np.full((len(self.asins), 2), -1)
+        self._attribute_counts, self._human = Counter(), {}
         numbers = {asin: number for number, asin in enumerate(self.asins)}
         wanted = sorted(self._read_instructions(numbers))
-        self._human = _read_human_goals(human, numbers) if human_goals else {}
         if human_goals:
-            wanted = [(n, i, i + 1) for n, goals in sorted(self._human.items()) for i in range(len(goals))]
+            self._human = _read_human_goals(human, numbers)
+            wanted = [(number, i, i + 1) for number, goals in sorted(self._human.items())
+                      for i in range(len(goals))]
         self.product = lru_cache(8192)(self._read_product)
         self._draw(seed, wanted)
         self.n_goals = len(self.goals)
 
     def _scan(self):
-        """Yields each product's text to index (as convert_product_file_format.py) and notes the rest."""
-        seen = set()
+        """Yields each product's text to index (as convert_product_file_format.py)."""
+        seen, broken = set(), (KeyError, TypeError, AttributeError, ValueError)
         for _, raw, start, end in stream_json(self.items):
-            try:
-                texts = map(raw.__getitem__, ("asin", "name", "category", "query", "product_category"))
-                if not all(isinstance(text or "", str) for text in texts):
-                    raise TypeError("a field is no text")
-                asin, options, prices = raw["asin"], _options(raw), _prices(raw)
-                if asin == "nan" or len(asin) > 10 or asin in seen:
-                    continue
-                choices = ", and ".join(f"{name}: {', '.join(values)}" for name, values in options.items())
-                told = raw.get("full_description") or ""
-                text = " ".join([raw["name"] or "", told, *_bullets(raw)[:1], choices])
-            except (KeyError, TypeError, AttributeError, ValueError) as error:
-                raise UserError(f"product {len(self.asins)} is broken ({error!r}); download again") from None
+            with refused(f"product {len(self.asins)} is broken", "download again", *broken):
+                product = _parse_product(raw)
+            asin, options = product["asin"], product["options"]
+            if asin == "nan" or len(asin) > 10 or asin in seen:
+                continue
             seen.add(asin)
             self.asins.append(asin)
             self._places.append((start, end))
-            self._price_ranges.append(prices)
+            self._price_ranges.append(product["prices"])
             self._variants.append(math.prod(map(len, options.values())))
-            yield text.lower()
+            choices = ", and ".join(f"{name}: {', '.join(x)}" for name, x in options.items())
+            text = product["title"], product["description"], *product["bullets"][:1], choices
+            yield " ".join(text).lower()
 
     def _read_instructions(self, numbers):
-        """Yields (product, 0, number of its goals: one a combination of options); counts attributes."""
+        """Yields (product, 0, number of its choices of options); counts attributes."""
         for asin, entry, *place in stream_json(self.instructions):
             if asin not in numbers:
                 continue
-            number = numbers[asin]
-            attributes = isinstance(entry, dict) and entry.get("instruction_attributes")
-            if not isinstance(entry, dict) or (entry.get("instruction") is not None and not attributes):
-                raise UserError(f"{asin} has no sound entry in the file of instructions; download it again")
+            number, sound = numbers[asin], isinstance(entry, dict)
+            told = sound and entry.get("instruction") is not None
+            attributes = sound and entry.get("instruction_attributes")
+            if not sound or (told and not attributes):
+                raise UserError(f"{asin} has no sound instruction entry; download it again")
             self._instruction_places[number] = place
-            if entry.get("instruction") is not None:
+            if told:
                 yield number, 0, self._variants[number]
                 self._attribute_counts.update(dict.fromkeys(attributes, self._variants[number]))
 
     def _draw(self, seed, wanted):
-        """Draws prices, limits and the order of goals as the original does. wanted: (product, first, end)"""
+        """Draws prices, limits and the order of goals as the original does. wanted: a product and
+        a range of its choices for each price limit."""
         rng = random.Random(seed)
         rng.getrandbits(32)  # the original's first rich.print takes one word from this generator
-        self.prices = np.array([x[0] if len(x) == 1 else rng.uniform(*x) for x in self._price_ranges])
+        prices = [x[0] if len(x) == 1 else rng.uniform(*x) for x in self._price_ranges]
+        self.prices = np.array(prices)
         goals = []
         for number, first, end in wanted:
             tens = [10.0 * k for k in range(1, 100) if 10.0 * k > self.prices[number]][:4]
@@ -1273,51 +1280,55 @@ class Catalogue:
             goals += [(number, choice, limit) for choice in range(first, end)]
         rng.seed(seed)
         rng.shuffle(goals)
-        self.goals = np.array(goals, [("product", np.int32), ("choice", np.int32), ("limit", np.float64)])
+        self.goals = np.array(goals, "i4, i4, f8")
+        self.goals.dtype.names = "product", "choice", "limit"
 
     def _read_product(self, number):
         """A product as the shop shows it, with the parts of its pages that never change."""
-        raw, place = _read_member(self.items, self._places[number]), self._instruction_places[number]
+        product = _parse_product(_read_member(self.items, self._places[number]))
+        place = self._instruction_places[number]
         known = _read_member(self.instructions, place) if place[0] >= 0 else {}
-        title, options, description = raw["name"] or "", _options(raw), raw.get("full_description") or ""
-        price = " to ".join(f"${price}" for price in _prices(raw))
+        title, options, bullets = product["title"], product["options"], product["bullets"]
+        price = " to ".join(f"${price}" for price in product["prices"])
         clickables = dict.fromkeys(("back to search", "< prev", *PRODUCT_PAGES, "buy now"))
         clickables.update((value, name) for name, values in options.items() for value in values)
         shown = [text for name, values in options.items() for text in (name, *values)]
-        return {"number": number, "asin": raw["asin"], "title": title, "options": options,
-                "clickables": clickables, "category": raw["category"] or "",
-                "product_category": raw["product_category"] or "", "instruction": known.get("instruction"),
-                "query": (raw["query"] or "").lower().strip(),
-                "attributes": known.get("attributes", ["DUMMY_ATTR"]),
-                "instruction_attributes": known.get("instruction_attributes"),
-                "texts": (title.lower(), " ".join(_bullets(raw)).lower(), description.lower()),
-                "line": _text_nodes(raw["asin"], title, price), "reviews page": [],
-                "item page": [*_text_nodes(*shown, title), f"Price: {price}", "Rating: N.A.", "Description",
-                              "Features", "Reviews", "Buy Now"],
-                "description page": _text_nodes(description),
-                "features page": _text_nodes(*(" " + bullet for bullet in _bullets(raw)))}
+        texts = title, " ".join(bullets), product["description"]
+        return product | {
+            "number": number, "clickables": clickables, "query": product["query"].lower().strip(),
+            "instruction": known.get("instruction"), "texts": [text.lower() for text in texts],
+            "attributes": known.get("attributes", ["DUMMY_ATTR"]),
+            "instruction_attributes": known.get("instruction_attributes"),
+            "line": _text_nodes(product["asin"], title, price), "reviews page": [],
+            "item page": [*_text_nodes(*shown, title), f"Price: {price}", "Rating: N.A.",
+                          "Description", "Features", "Reviews", "Buy Now"],
+            "description page": _text_nodes(product["description"]),
+            "features page": _text_nodes(*(" " + bullet for bullet in bullets))}
 
     def goal(self, i):
-        """Goal i, in the shuffled order, as the original's dictionary; made now, as there can be millions."""
+        """Goal i, in the shuffled order, as the original's dictionary; there can be millions."""
         number, choice, limit = self.goals[i].item()
         product = self.product(number)
         if self._human:
             (text, attributes, options), weight = self._human[number][choice], 1
         else:
             options, attributes = {}, product["instruction_attributes"]
-            for name in sorted(product["options"], reverse=True):  # the last option name varies fastest
+            for name in sorted(product["options"], reverse=True):  # the last name varies fastest
                 values = product["options"][name]
-                options, choice = {name: values[choice % len(values)], **options}, choice // len(values)
+                options = {name: values[choice % len(values)], **options}
+                choice //= len(values)
             chosen = ", and ".join(f"{name}: {value}" for name, value in options.items())
             text = product["instruction"] + (" with " + chosen if chosen else "")
-            weight = sum(1. / self._attribute_counts[attribute] for attribute in attributes) / len(attributes)
+            weight = sum(1. / self._attribute_counts[x] for x in attributes) / len(attributes)
         text += f", and price lower than {limit:.2f} dollars" if limit < NO_LIMIT else ""
         same = {name: product[name] for name in ("asin", "category", "query", "product_category")}
-        return {**same, "name": product["title"], "instruction_text": text, "attributes": attributes,
-                "price_upper": limit, "goal_options": options, "weight": weight}
+        return {**same, "name": product["title"], "instruction_text": text,
+                "attributes": attributes, "price_upper": limit, "goal_options": options,
+                "weight": weight}
 
     def search(self, keywords, rng=random):
-        """Product numbers for the words of a query, at most 50; <r>, <a>, <c>, <q> begin special queries."""
+        """Numbers of at most 50 products for a query's words. After <a>, <c>, <q>: all that have
+        this attribute, category or product type; after <r>: random ones."""
         everything = range(len(self.asins))
         field = {"<a>": "attributes", "<c>": "category", "<q>": "query"}.get(keywords[0])
         if keywords[0] == "<r>":
@@ -1330,30 +1341,33 @@ class Catalogue:
 
 # ---- the reward ----
 COLORS = """
-alabaster apricot aqua ash asphalt azure banana beige black blue blush bordeaux bronze brown burgundy camel
-camo caramel champagne charcoal cheetah chestnut chocolate christmas coffee cognac copper coral cranberry
-cream crystal dark denim eggplant elephant espresso fuchsia gold granite grape graphite grass gray green grey
-heather indigo ivory ivy khaki lavender lemon leopard light lilac lime magenta maroon mauve merlot midnight
-mint mocha multicolor mushroom mustard natural navy nude olive orange peach pewter pink plum purple rainbow
-red rose royal rust sand sapphire seashell silver skull slate steel stone stonewash sunflower tan taupe teal
-tiger turquoise violet walnut wheat white wine yellow""".split()
-# In titles a tagger calls nearly every capitalised word a name; not these, nor lower-case adjectives, nor
-# _NO_WORD: possessives, numbers before units, "oz" before a word, Slip in Non-Slip, a final colour.
+alabaster apricot aqua ash asphalt azure banana beige black blue blush bordeaux bronze brown
+burgundy camel camo caramel champagne charcoal cheetah chestnut chocolate christmas coffee cognac
+copper coral cranberry cream crystal dark denim eggplant elephant espresso fuchsia gold granite
+grape graphite grass gray green grey heather indigo ivory ivy khaki lavender lemon leopard light
+lilac lime magenta maroon mauve merlot midnight mint mocha multicolor mushroom mustard natural navy
+nude olive orange peach pewter pink plum purple rainbow red rose royal rust sand sapphire seashell
+silver skull slate steel stone stonewash sunflower tan taupe teal tiger turquoise violet walnut
+wheat white wine yellow""".split()
+# In titles a tagger calls nearly every capitalised word a name; not these, nor lower-case
+# adjectives, nor _NO_WORD: possessives, numbers before units, "oz" before a word, Slip in
+# Non-Slip, a final colour.
 _NOT_NOUNS = frozenset("""
-a an the this that these those my your his her its our their i you he she it we they me him them who which
-what whose and or but nor so yet if then than as when where how why not no of in on at by for with from to
-into onto under above below between through during without within against around up out about after before
-behind like per via upon is are was were be been being do does did has have had can could will would should
-may might must any both every each all some such own only more very too just also even still ever once many
-well one two three four five six seven eight nine ten twelve includes included including make made makes
-designed comes used get need full fully large x etc""".split())
+a an the this that these those my your his her its our their i you he she it we they me him them
+who which what whose and or but nor so yet if then than as when where how why not no of in on at by
+for with from to into onto under above below between through during without within against around
+up out about after before behind like per via upon is are was were be been being do does did has
+have had can could will would should may might must any both every each all some such own only more
+very too just also even still ever once many well one two three four five six seven eight nine ten
+twelve includes included including make made makes designed comes used get need full fully large x
+etc""".split())
 _ADJECTIVES = frozenset("high low new free easy deep natural black white blue".split())
 _NO_WORD = re.compile(r"""['\u2019]s\b|(?<=\b[Nn]on-)[^\W\d_]+|,\ (?:black|white|Black|White)$
     |\boz\b(?=\ [A-Z])|(?<![\w.])[\d.]+(?=(?i:[kmgt]b|[kmc]?m|k?g|k)\b)""", re.X)
-_TITLE_WORD = re.compile(r"[^\W_]+(?:[-/,.&+'][0-9][^\W_]*|[&+.'][^\W_]+)*|[|%]")  # as spaCy; | and % too
+_TITLE_WORD = re.compile(r"[^\W_]+(?:[-/,.&+'][0-9][^\W_]*|[&+.'][^\W_]+)*|[|%]")  # as spaCy
 
 def _normal_color(option):
-    """The first colour word inside an option's text; of a (name, value) pair only a whole value counts."""
+    """The first colour word in an option's text; of a (name, value) pair a whole one counts."""
     return next((color for color in COLORS if color in option), option)
 
 def _common_length(a, b):
@@ -1370,16 +1384,15 @@ def _common_length(a, b):
 def token_set_ratio(first, second):
     """thefuzz.fuzz.token_set_ratio (0.19.0): 0..100, on the lower-case words of str(...), without
     U+0080 to U+00FF."""
-    words_a, words_b = ({*re.sub(r"\W", " ", re.sub("[\x80-\xff]", "", str(text)).lower()).split()}
-                        for text in (first, second))
-    both, only_a, only_b = (" ".join(sorted(part))
-                            for part in (words_a & words_b, words_a - words_b, words_b - words_a))
-    if not words_a or not words_b:
+    a, b = ({*re.sub(r"\W", " ", re.sub("[\x80-\xff]", "", str(text)).lower()).split()}
+            for text in (first, second))
+    both, only_a, only_b = (" ".join(sorted(part)) for part in (a & b, a - b, b - a))
+    if not a or not b:
         return 0
     if both and not (only_a and only_b):
         return 100
-    gap = bool(both)
-    length_a, length_b = len(both) + gap + len(only_a), len(both) + gap + len(only_b)
+    known = len(both) + bool(both)
+    length_a, length_b = known + len(only_a), known + len(only_b)
     different = len(only_a) + len(only_b) - 2 * _common_length(only_a, only_b)
     ratios = [1 - different / (length_a + length_b)]
     if both:
@@ -1388,64 +1401,71 @@ def token_set_ratio(first, second):
 
 @lru_cache(8192)
 def title_nouns(title):
-    """The words of a title that the original's tagger (spaCy's en_core_web_sm) calls nouns, by rule. In the
-    small catalogue r_type agrees in 92.3 % of the pairs of a title and its ten nearest, in 98.4 % of all."""
+    """A title's nouns by a rule instead of the original's tagger (spaCy's en_core_web_sm). r_type
+    agrees in 98.4 % of all pairs of titles, in 92.3 % of a title and its ten nearest."""
     found = _TITLE_WORD.findall(_NO_WORD.sub(" ", title))
-    return [word.lower() for word in found if word.lower() not in _NOT_NOUNS and word not in _ADJECTIVES
-            and not re.search(r"([^aeiou])\1ed$", word) and not re.match(r"\d(?!\d*(?:ml|pcs|[dD])$)", word)]
+    return [word.lower() for word in found
+            if word.lower() not in _NOT_NOUNS and word not in _ADJECTIVES
+            and not re.search(r"([^aeiou])\1ed$", word)
+            and not re.match(r"\d(?!\d*(?:ml|pcs|[dD])$)", word)]
 
 def noun_finder(model=""):
-    """title_nouns, or a function by a spaCy model (the original's: en_core_web_sm). Raises UserError."""
+    """title_nouns, or a function by a spaCy model (the original's: en_core_web_sm). UserError."""
     if not model:
         return title_nouns
-    try:
+    with refused(f"nouns={model} needs spacy and that model", "or omit it", ImportError, OSError):
         import spacy
         tagger = spacy.load(model)
-    except (ImportError, OSError) as error:
-        raise UserError(f"nouns={model} needs spacy and that model ({error!r}); or omit it") from None
-    return lru_cache(8192)(lambda text: [x.text.lower() for x in tagger(text) if x.pos_ in ("NOUN", "PROPN")])
+    return lru_cache(8192)(lambda title: [word.text.lower() for word in tagger(title)
+                                          if word.pos_ in ("NOUN", "PROPN")])
 
 def type_reward(wanted, bought, match):
-    """(r_type, title score) of the nouns of two titles; match: whether query or category are the same."""
+    """(r_type, title score) of two titles' nouns; match: whether query or category are the same."""
     title_score = len(set(wanted) & set(bought)) / len(wanted) if wanted else 0.2
     r_type = 1.0 if match or title_score > 0.2 else 0.5
     return 0.0 if title_score == 0 else 0.1 if title_score < 0.1 else r_type, title_score
 
 def shop_reward(product, goal, price, chosen, nouns=title_nouns):
     """(reward 0..1, its parts) for buying `product` at `price` with `chosen` options (goal.py)."""
-    query_match = product["query"] == goal["query"]
-    levels = [{part.strip() for part in x["product_category"].split("\u203a")} for x in (product, goal)]
-    category_match = len(levels[0] & levels[1]) >= 2
-    same = query_match or category_match
-    r_type, title_score = type_reward(nouns(goal["name"]), nouns(product["title"]), same)
+    bought, wanted = (set(map(str.strip, x["product_category"].split("\u203a")))
+                      for x in (product, goal))
+    category_match, query_match = len(bought & wanted) >= 2, product["query"] == goal["query"]
+    r_type, title_score = type_reward(nouns(goal["name"]), nouns(product["title"]),
+                                      query_match or category_match)
     attributes, options = goal["attributes"], goal["goal_options"]
     n_attributes = sum(any(token_set_ratio(have, want) > 85 for have in product["attributes"])
                        or any(want in text for text in product["texts"]) for want in attributes)
     options = options.items() if isinstance(options, dict) else options
     have = [_normal_color(value) for value in chosen.values()]
-    n_options = sum(any(token_set_ratio(x, want) > 85 for x in have) for want in map(_normal_color, options))
+    n_options = sum(any(token_set_ratio(value, want) > 85 for value in have)
+                    for want in map(_normal_color, options))
     r_price = bool(price <= goal["price_upper"])
-    reward = (n_attributes + n_options + r_price) / (len(attributes) + len(options) + 1) * r_type
-    return reward, {"r_type": r_type, "r_att": n_attributes / len(attributes), "query_match": query_match,
-                    "category_match": category_match, "title_score": title_score, "r_price": r_price,
-                    "r_option": n_options / len(options) if options else None, "price": float(price)}
+    met, wishes = n_attributes + n_options + r_price, len(attributes) + len(options) + 1
+    reward = met / wishes * r_type
+    return reward, {"r_type": r_type, "r_att": n_attributes / len(attributes),
+                    "query_match": query_match, "category_match": category_match,
+                    "title_score": title_score, "r_price": r_price,
+                    "r_option": n_options / len(options) if options else None,
+                    "price": float(price)}
 
 # ---- the shop ----
-DONE_PAGE = ("Thank you for shopping with us!|Your code:|None|(Paste it in your MTurk interface.)|Purchased|"
-             "asin|{asin}|options|{options}|attrs|None|category|None|query|None|product category|None|Target|"
-             "asin|options|attrs|price upper|instuction text|category|product category|query|Goal|None|"
-             "Reward|Your score (min 0.0, max 1.0)|{reward}|Reward Details|None")
+DONE_PAGE = """\
+Thank you for shopping with us!|Your code:|None|(Paste it in your MTurk interface.)|Purchased|\
+asin|{asin}|options|{options}|attrs|None|category|None|query|None|product category|None|Target|\
+asin|options|attrs|price upper|instuction text|category|product category|query|Goal|None|\
+Reward|Your score (min 0.0, max 1.0)|{reward}|Reward Details|None"""
 
 def parse_shop_action(action):
-    """(name, lower-case argument or None) as the original's (.+)\\[(.+)\\] finds them, in linear time."""
+    """(name, lower-case argument or None) as by the original's (.+)\\[(.+)\\], in linear time."""
     line = action.split("\n", 1)[0]
     close = line.rfind("]")
     start = line.rfind("[", 1, max(close - 1, 0))
     return (line[:start], line[start + 1:close].lower()) if start > 0 else (line, None)
 
 class ShopEngine:
-    """One session in the original's text mode. Has goal, sought (its product), observation, done, details;
-    of the page kind (search, results, item, part, done), parts, clickables (name: its option or None)."""
+    """One session in the original's text mode. Has goal, sought (its product), observation, done,
+    details; of the page kind (search, results, item, part, done), parts, clickables (name: its
+    option or None)."""
     def __init__(self, catalogue, seed=233, page_size=10):
         self.catalogue, self.page_size, self.rng = catalogue, page_size, random.Random(seed)
 
@@ -1464,7 +1484,7 @@ class ShopEngine:
         return name == "click" and argument in self.clickables and argument != "search"
 
     def step(self, action):
-        """(observation, reward, done) after search[words] or click[a clickable]; else nothing changes."""
+        """(observation, reward, done) after search[words] or click[a clickable]; else no change."""
         name, argument = parse_shop_action(action)
         if name == "search" and argument and not self.done:
             self.found = self.catalogue.search(argument.split(" "), self.rng)
@@ -1477,7 +1497,8 @@ class ShopEngine:
 
     def _show(self, kind, clickables, *parts):
         self.kind, self.clickables, self.parts = kind, clickables, parts
-        head = ["Instruction:", *_text_nodes(self.goal["instruction_text"])] if kind != "done" else []
+        head = () if kind == "done" else (
+            "Instruction:", *_text_nodes(self.goal["instruction_text"]))
         self.observation = " [SEP] ".join(["WebShop"] * (kind == "search") + [*head, *parts])
 
     def _home(self):
@@ -1490,9 +1511,10 @@ class ShopEngine:
         shown = [self.catalogue.product(i) for i in self.found[end - self.page_size:end]]
         self.links = {product["asin"].lower(): product for product in shown}
         buttons = ["< Prev", "Next >"] if page > 1 else ["Next >"]
-        clickables = dict.fromkeys(["back to search", *map(str.lower, buttons), *self.links])
-        self._show("results", clickables, "Back to Search", f"Page {page} (Total results: {len(self.found)})",
-                   *buttons, *(part for product in shown for part in product["line"]))
+        names = ["back to search", *map(str.lower, buttons), *self.links]
+        total = f"Page {page} (Total results: {len(self.found)})"
+        self._show("results", dict.fromkeys(names), "Back to Search", total, *buttons,
+                   *(part for product in shown for part in product["line"]))
 
     def _click(self, name):
         if name == "back to search":
@@ -1502,19 +1524,20 @@ class ShopEngine:
         elif name == "< prev" and self.kind == "item":
             self._results(self.page)
         elif name in PRODUCT_PAGES:
-            self._show("part", dict.fromkeys(("back to search", "< prev")), "Back to Search", "< Prev",
-                       *self.product[name + " page"])
+            self._show("part", dict.fromkeys(("back to search", "< prev")), "Back to Search",
+                       "< Prev", *self.product[name + " page"])
         else:
             if self.kind == "results":
                 self.product = self.links[name]
             elif name != "< prev":
                 self.options = {**self.options, self.clickables[name]: name}
-            product = self.product
-            self._show("item", product["clickables"], "Back to Search", "< Prev", *product["item page"])
+            self._show("item", self.product["clickables"], "Back to Search", "< Prev",
+                       *self.product["item page"])
 
     def _buy(self):
         price = self.catalogue.prices[self.product["number"]]
-        reward, self.details = shop_reward(self.product, self.goal, price, self.options, self.catalogue.nouns)
+        reward, self.details = shop_reward(self.product, self.goal, price, self.options,
+                                           self.catalogue.nouns)
         self.details.update(asin=self.product["asin"], options=self.options, reward=reward)
         options = json.dumps(self.options, sort_keys=True)
         options = re.sub("[<>&']", lambda letter: f"\\u{ord(letter[0]):04x}", options)
@@ -1526,36 +1549,39 @@ class ShopEngine:
 # ---- the built-in world ----
 # skill category: WebShop's category | product types | attributes | options
 SHOP_WORLD = _table("""
-apparel: fashion|shirt,dress,jacket,jeans,sweater|machine wash,slim fit,long sleeve,cotton blend,quick dry|
-    color:black,navy,red,white|size:small,medium,large
-footwear: fashion|sneakers,boots,sandals,loafers,slippers|rubber sole,anti slip,memory foam,arch support,
-    wide toe|color:black,brown,tan|size:7,8,9,10
+apparel: fashion|shirt,dress,jacket,jeans,sweater|machine wash,slim fit,long sleeve,cotton blend,
+    quick dry|color:black,navy,red,white|size:small,medium,large
+footwear: fashion|sneakers,boots,sandals,loafers,slippers|rubber sole,anti slip,memory foam,
+    arch support,wide toe|color:black,brown,tan|size:7,8,9,10
 home_decor: garden|lamp,rug,curtain,pillow,vase|easy clean,hand painted,solid wood,space saving,
     fade resistant|color:beige,grey,blue|style:plain,classic
-electronics: electronics|charger,cable,speaker,headphones,camera|fast charging,high speed,noise cancelling,
-    long lasting,plug play|color:black,white|pack:1 pack,2 pack
-accessories: fashion|wallet,belt,watch,hat,backpack|water resistant,genuine leather,light weight,gift ready,
-    easy carry|color:brown,black,green
-beauty_health: beauty|shampoo,lotion,serum,soap,lipstick|cruelty free,sulfate free,tea tree,dry skin,
-    travel size|scent:rose,mint,lemon|size:2 ounce,8 ounce
-other: grocery|cookies,coffee,pasta,almonds,popcorn|gluten free,low sugar,plant based,non gmo,nut free|
-    flavor:original,spicy,honey|count:6 count,12 count""")
+electronics: electronics|charger,cable,speaker,headphones,camera|fast charging,high speed,
+    noise cancelling,long lasting,plug play|color:black,white|pack:1 pack,2 pack
+accessories: fashion|wallet,belt,watch,hat,backpack|water resistant,genuine leather,light weight,
+    gift ready,easy carry|color:brown,black,green
+beauty_health: beauty|shampoo,lotion,serum,soap,lipstick|cruelty free,sulfate free,tea tree,
+    dry skin,travel size|scent:rose,mint,lemon|size:2 ounce,8 ounce
+other: grocery|cookies,coffee,pasta,almonds,popcorn|gluten free,low sugar,plant based,non gmo,
+    nut free|flavor:original,spicy,honey|count:6 count,12 count""")
 SHOP_BRANDS = "Alder Birk Corvin Dunmore Elwick Farrow Garnet".split()
 
 def build_catalogue(seed):
-    """245 invented products over the seven categories, as the bytes of the benchmark's two files."""
+    """245 invented products over the seven categories, as the bytes of the benchmark's files."""
     rng, products, instructions = random.Random(seed), [], {}
     for path, spec in SHOP_WORLD.items():
         category, kinds, attributes, *options = spec.split("|")
         for kind, brand in itertools.product(kinds.split(","), SHOP_BRANDS):
-            asin, (first, second, third) = f"B{len(products) + 1:03d}", rng.sample(attributes.split(","), 3)
+            asin = f"B{len(products) + 1:03d}"
+            first, second, third = rng.sample(attributes.split(","), 3)
             low, choices = rng.randrange(500, 9000) / 100, {}
             for name, values in (option.split(":") for option in options):
                 values = values.split(",")
-                choices[name] = [{"value": x} for x in rng.sample(values, rng.randint(2, len(values)))]
+                chosen = rng.sample(values, rng.randint(2, len(values)))
+                choices[name] = [{"value": value} for value in chosen]
             products.append({
-                "asin": asin, "name": f"{brand} {kind.title()}, {first.title()}", "category": category,
-                "query": kind, "product_category": f"Shop \u203a {path} \u203a {kind}",
+                "asin": asin, "name": f"{brand} {kind.title()}, {first.title()}",
+                "category": category, "query": kind,
+                "product_category": f"Shop \u203a {path} \u203a {kind}",
                 "full_description": f"A {kind} by {brand}.", "small_description": [second, third],
                 "pricing": f"${low}" if rng.random() < 0.5 else f"${low} - ${low + 5:.2f}",
                 "customization_options": choices})
@@ -1579,32 +1605,37 @@ def shop_expert(shop):
         return "This search does not help; I start again.", "click[back to search]"
     if shop.kind == "part" or shop.product["number"] != shop.sought:
         return "I go back.", "click[< prev]"
-    option = _missing_option(shop)
-    return ("The task asks for this option.", f"click[{option}]") if option else (
-        "Product and options match; I buy it.", "click[buy now]")
+    if option := _missing_option(shop):
+        return "The task asks for this option.", f"click[{option}]"
+    return "Product and options match; I buy it.", "click[buy now]"
 
 def _shop_query(shop):
     """The goal's own words if they bring the product within two pages, else its title."""
-    goal, options = shop.goal, shop.goal["goal_options"]
+    goal = shop.goal
     own = f"{' '.join(goal['attributes'])} {goal['query']}"
-    options = " ".join(options.values() if isinstance(options, dict) else options)
+    options = " ".join(goal_options(goal))
     for text in (own, f"{own} {options}", goal["name"], goal["instruction_text"]):
         query = " ".join(re.sub(r"[\[\]]", " ", text).split())
         if shop.sought in shop.catalogue.search(query.lower().split(" "))[:2 * shop.page_size]:
             break
     return query
 
+def goal_options(goal):
+    """The options that a goal asks for; of human goals they are a list, else {name: value}."""
+    options = goal["goal_options"]
+    return [*options.values()] if isinstance(options, dict) else options
+
 def _missing_option(shop):
     """An option of the goal that is still to be clicked, or None."""
-    wanted = shop.goal["goal_options"]
+    wanted, chosen = shop.goal["goal_options"], shop.options
     offered = {value: name for value, name in shop.clickables.items()
                if name and parse_shop_action(f"click[{value}]")[1] == value}
     if isinstance(wanted, dict):
-        chosen = shop.options
-        return next((x for x, name in offered.items() if wanted.get(name) == x != chosen.get(name)), None)
+        return next((value for value, name in offered.items()
+                     if wanted.get(name) == value != chosen.get(name)), None)
     for want in wanted:
         close = [value for value in offered if token_set_ratio(value, want) > 85]
-        if close and not set(close) & set(shop.options.values()):
+        if close and not set(close) & set(chosen.values()):
             return min(close, key=lambda value: (value != want, len(value)))
     return None
 
@@ -1623,8 +1654,8 @@ class SearchQA:
             raise UserError(f"timeout={timeout} must be a number of 1 or more")
         self.topk, self.max_turns = topk, max_turns
         self.skill_names = list(SEARCH_CATEGORIES)
-        library = read_skills(skills, SEARCH_SKILLS, self.skill_names,
-                              {"compare": ("comparison",)})
+        aliases = {"compare": ("comparison",)}
+        library = read_skills(skills, SEARCH_SKILLS, self.skill_names, aliases)
         self.skill = self.all_skills = partial(skill_text, library)
         path = find_data("search", data)
         self.builtin = path is None
@@ -1776,9 +1807,10 @@ mistakes: Common mistakes: answering from memory while searches are left; repeat
 SEARCH_CATEGORIES = DIRECT, ATTRIBUTE, HOPS, COMPARE = tuple(SEARCH_SKILLS)[1:5]
 SEARCH_DATASETS = "NQ TriviaQA PopQA HotpotQA 2Wiki MuSiQue Bamboogle".split()  # paper's columns
 COMPARING = re.compile(
-    r"^(which|who|what|where|are|is|was|were|do|does|did|between)\b.*\bor\b|\b(both|same|share)\b.*\band\b"
-    r"|\band\b.*\b(both|same|share|in common)\b|\b(older|elder|younger|earlier|later|first|larger|bigger"
-    r"|smaller|longer|taller|higher|more|fewer)\b.*(\bor\b|\bof\b.*\band\b)", re.I)
+    r"^(which|who|what|where|are|is|was|were|do|does|did|between)\b.*\bor\b"
+    r"|\b(both|same|share)\b.*\band\b|\band\b.*\b(both|same|share|in common)\b"
+    r"|\b(older|elder|younger|earlier|later|first|larger|bigger|smaller|longer|taller|higher"
+    r"|more|fewer)\b.*(\bor\b|\bof\b.*\band\b)", re.I)
 RELATION = re.compile(r"\b(of|by|whose|that|who|which|where|when|birthplace)\b|['\u2019]s\b", re.I)
 PROPERTY = re.compile(
     r"\b(occupation|genre|capital|director|producer|screenwriter|composer|author|religion|sport"
@@ -1786,31 +1818,35 @@ PROPERTY = re.compile(
 
 def search_category(text, group):
     """Skill category: of the data set where that tells, else of the question, on whole words."""
-    known = {"NQ": DIRECT, "TriviaQA": DIRECT, "PopQA": ATTRIBUTE, **{x: x for x in SEARCH_CATEGORIES}}
+    known = {"NQ": DIRECT, "TriviaQA": DIRECT, "PopQA": ATTRIBUTE}
+    known |= {category: category for category in SEARCH_CATEGORIES}  # the built-in world's groups
     if group in known or COMPARING.search(text[:1000]):
         return known.get(group, COMPARE)
     if group in SEARCH_DATASETS or len(RELATION.findall(text.partition(" ")[2])) > 1:
         return HOPS
     return ATTRIBUTE if PROPERTY.search(text) else DIRECT
 
-MAX_QUERY, MAX_ANSWER, MAX_PASSAGE, MAX_REPLY = 400, 1000, 4000, 1 << 28  # characters; bytes of a server
+MAX_QUERY, MAX_ANSWER, MAX_PASSAGE = 400, 1000, 4000  # characters
+MAX_REPLY = 1 << 28  # bytes of a server
 
 def normalize_answer(text):
-    """SQuAD's normalisation: lower case, no ASCII punctuation, no articles (Search-R1, qa_em.py)."""
+    """SQuAD's normalisation (qa_em.py of Search-R1): lower case, no punctuation, no articles."""
     text = re.sub(r"[!-/:-@[-`{-~]", "", text.lower())
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 def score_answer(prediction, golden):
-    """(exact match, F1), the best over the golden answers; in F1 yes, no, noanswer count as a whole."""
-    said, golden, best = normalize_answer(prediction), list(map(normalize_answer, golden)), 0.0
+    """(exact match, best F1) over the golden answers. F1 takes yes, no and noanswer as a whole."""
+    said, golden, best = normalize_answer(prediction), [*map(normalize_answer, golden)], 0.0
     for answer in golden:
         if said == answer or not {said, answer} & {"yes", "no", "noanswer"}:
             shared = (Counter(said.split()) & Counter(answer.split())).total()
             best = max(best, 2 * shared / max(1, len(said.split()) + len(answer.split())))
     return float(said in golden), best
 
+# ---- question files ----
 Question = namedtuple("Question", "id text answers group chain", defaults=((),))
-DATASET_ALIASES = {x.lower(): x for x in SEARCH_DATASETS} | {"hotpot": "HotpotQA", "2wikimultihopqa": "2Wiki"}
+DATASET_ALIASES = {x.lower(): x for x in SEARCH_DATASETS}
+DATASET_ALIASES |= {"hotpot": "HotpotQA", "2wikimultihopqa": "2Wiki"}
 
 def read_rows(path):
     """Yields (number, dict) of a .jsonl, .jsonl.gz, .json (an array) or (by pyarrow) .parquet file.
@@ -1832,7 +1868,7 @@ def read_rows(path):
                 if line.strip():
                     yield number, dict(json.loads(line).items())  # AttributeError: no object
     except ImportError:
-        raise UserError(f"{path}: parquet needs pyarrow; pip install pyarrow, or use JSONL") from None
+        raise UserError(f"{path} needs pyarrow; pip install pyarrow, or use JSONL") from None
     except Exception as error:  # what gzip, json and pyarrow raise for damaged bytes
         raise UserError(f"{path}, line {number}: {one_line(str(error))}; correct the file, which "
                         "needs one JSON object a line") from None
@@ -1856,7 +1892,8 @@ def read_answers(value):
 def read_question(path, number, row):
     """One row, in any of the known layouts, as a Question. UserError naming the line."""
     row = {key.lower(): value for key, value in row.items()}
-    extra, reward = (x if isinstance(x, dict) else {} for x in map(row.get, ("extra_info", "reward_model")))
+    extra, reward = (x if isinstance(x, dict) else {}
+                     for x in map(row.get, ("extra_info", "reward_model")))
     truth = reward.get("ground_truth")
     truth = truth["target"] if isinstance(truth, dict) and "target" in truth else truth
     given = (row.get("golden_answers"), truth,
@@ -1866,14 +1903,12 @@ def read_question(path, number, row):
     text = row.get("question") or extra.get("question")
     plain = answers and all(isinstance(answer, (str, int, float)) for answer in answers)
     if not isinstance(text, str) or not text.strip() or not plain:
-        raise UserError(f"{path}, line {number}: no `question` with answers (golden_answers, "
-                        "answers, answer or reward_model.ground_truth.target: a text or a list of "
-                        "texts); correct or delete it")
+        raise UserError(f"{path}, line {number}: no `question` with texts in golden_answers, "
+                        "answers, answer or reward_model.ground_truth.target; correct or delete it")
     named = str(row.get("data_source") or row.get("dataset") or "")
-    for name in (named or path.name, named or path.parent.name):
+    for name in [named] if named else (path.name, path.parent.name, path.parent.parent.name):
         words = re.split("[^a-z0-9]+", name.lower())
-        found = {DATASET_ALIASES[word] for word in words if word in DATASET_ALIASES}
-        if found:
+        if found := {DATASET_ALIASES[word] for word in words if word in DATASET_ALIASES}:
             break
     group = found.pop() if len(found) == 1 else named or "other"
     key = row.get("id", row.get("idx", extra.get("index")))
@@ -1883,52 +1918,65 @@ def read_question(path, number, row):
 
 def load_questions(path):
     """({split: {id: Question}}, passage files, other files) of a file or a folder and its folders.
-    Split: by the file's name (train, dev, val, test); else test where other names tell, else by a
-    hash of the id (20 % test). Wordings of another split leave train."""
+    Split: by the name of the file or its folder (train, dev, val, test); else test where other
+    names tell, else by a hash of the id (20 % test). Wordings of another split leave train."""
     splits, passages, others = {"train": {}, "test": {}}, [], []
     files = [path]
     if path.is_dir():
-        files = sorted(file for file in (*path.glob("[!.]*"), *path.glob("[!.]*/[!.]*"))
-                       if file.is_file())
+        files = sorted(x for x in [*path.glob("[!.]*"), *path.glob("[!.]*/[!.]*")] if x.is_file())
     names = {file: re.search("(?<![a-z])(?:train|test|dev|val)", file.name.lower())
+             or re.fullmatch("(train|test|dev|val)(idation)?", file.parent.name.lower())
              for file in files}
     for file, named in names.items():
-        readable = file == path or file.name.endswith((".jsonl", ".jsonl.gz", ".parquet"))
-        if not readable and file.suffix == ".json":
-            with open(file, "rb") as start:
-                readable = start.read(9).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
-        rows = read_rows(file) if readable else ()
-        kind = others
-        for count, (number, row) in enumerate(rows):
-            keys = set(map(str.lower, row))
-            if file != path and not count and not {"question", "extra_info"} & keys:
-                kind = passages if "contents" in keys or {"title", "text"} <= keys else others
-                break  # another kind of file: passages, predictions
-            kind = []
+        rows = read_rows(file) if file == path or _may_hold_rows(file) else iter(())
+        first = next(rows, (0, {}))
+        keys = set(map(str.lower, first[1]))
+        if file != path and not {"question", "extra_info"} & keys:
+            is_corpus = "contents" in keys or {"title", "text"} <= keys
+            (passages if is_corpus else others).append(file)
+            continue
+        for number, row in itertools.chain([first] * (first[0] > 0), rows):
             question = read_question(file, number, row)
             drawn = "test" if int(panel_hash([question.id])[:4], 16) < 0.2 * 65536 else "train"
             drawn = "test" if any(names.values()) else drawn
-            split = splits.setdefault(named[0].replace("val", "dev") if named else drawn, {})
+            if named:
+                drawn = re.match("train|test|dev", named[0].replace("val", "dev"))[0]
+            split = splits.setdefault(drawn, {})
             if any(other.get(question.id, question).text != question.text
                    for other in splits.values()):
                 question = question._replace(id=f"{question.id}-{panel_hash([question.text])}")
+            if question.id in split:  # the answers of both rows are right
+                answers = split[question.id].answers + question.answers
+                question = question._replace(answers=tuple(dict.fromkeys(answers)))
             split[question.id] = question
-        kind.append(file)
-    held = {normalize_answer(q.text) for name in splits if name != "train" for q in splits[name].values()}
-    splits["train"] = {key: q for key, q in splits["train"].items() if normalize_answer(q.text) not in held}
+    held = {normalize_answer(question.text) for name, rows in splits.items() if name != "train"
+            for question in rows.values()}
+    splits["train"] = {key: question for key, question in splits["train"].items()
+                       if normalize_answer(question.text) not in held}
     return splits, passages, others
 
+def _may_hold_rows(file):
+    """Whether a file beside others is JSONL, parquet or a JSON array."""
+    if file.suffix != ".json":
+        return file.name.endswith((".jsonl", ".jsonl.gz", ".parquet"))
+    with open(file, "rb") as start:
+        return start.read(9).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
+
 # ---- the engines: search(queries, k) gives a list of passages for each query ----
+def opener(url):
+    """urllib's function that opens a URL, for this machine without a proxy."""
+    if re.match(r"(?i)https?://([^/@]*@)?(localhost|127\.|0\.0\.0\.0|\[::1?\])", url):
+        return urllib.request.build_opener(urllib.request.ProxyHandler({})).open
+    return urllib.request.urlopen
+
 class SearchServer:
-    """Client of Search-R1's server. Failures are retried with doubling delay (s), refusals (4xx) never."""
+    """Client of Search-R1's server. Failures are retried after doubling delays, refusals never."""
     def __init__(self, url, timeout=30.0, retries=4, delay=1.0):
         if not re.match(r"https?://[^/]", str(url)):
-            raise UserError(f"search_url {url!r} is no http address such as http://127.0.0.1:8000/retrieve")
+            raise UserError(f"search_url {url!r} must be like http://127.0.0.1:8000/retrieve")
         self.url = url if re.match(r"https?://[^/]+/.", url) else url.rstrip("/") + "/retrieve"
         self.timeout, self.retries, self.delay = timeout, retries, delay
-        self._open = urllib.request.urlopen
-        if re.match(r"https?://(localhost|127\.|\[::1\])", url):  # no proxy can reach that
-            self._open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
+        self._open = opener(url)
 
     def search(self, queries, k):
         """[[passage, ...] of each query], by one POST for all."""
@@ -1940,8 +1988,8 @@ class SearchServer:
                 problem = one_line(f"{type(error).__name__}: {error}")
                 if getattr(error, "code", 500) < 500 and error.code != 429:
                     break  # refused: repeating it cannot help
-        raise UserError(f"search server {self.url} failed {attempt + 1} times ({problem}); check that it "
-                        "answers POST /retrieve, then run again (a saved training with --resume)")
+        raise UserError(f"search server {self.url} failed {attempt + 1} times ({problem}); check "
+                        "it, then run again (a saved training with --resume)")
 
     def _ask(self, queries, k):
         body = json.dumps({"queries": queries, "topk": k, "return_scores": True}).encode()
@@ -1952,7 +2000,8 @@ class SearchServer:
                 reply += chunk
                 if len(reply) > MAX_REPLY or time.monotonic() > deadline:
                     raise TimeoutError("the reply takes too long or is too large")
-        found = [[x["document"]["contents"].strip() for x in hits] for hits in json.loads(reply)["result"]]
+        found = [[hit["document"]["contents"].strip() for hit in hits]
+                 for hits in json.loads(reply)["result"]]
         if len(found) != len(queries):
             raise ValueError(f"{len(found)} results for {len(queries)} queries")
         return found
@@ -1965,10 +2014,11 @@ class SearchEngine:
 
     def search(self, queries, k):
         """[[passage, ...] of each query], best first."""
-        return [[self.passages[i].decode() for i in self._index.search(query, k)[0]] for query in queries]
+        found = (self._index.search(query, k)[0] for query in queries)
+        return [[self.passages[i].decode() for i in indices] for indices in found]
 
 def read_corpus(path):
-    """Yields the passages of a file of {"id", "contents"} lines. UserError naming the line, or for none."""
+    """Yields the passages of a file of {"id", "contents"} lines. UserError names a broken one."""
     path, number = Path(str(path)).expanduser(), 0
     for number, row in tqdm(read_rows(path), "indexing passages", delay=5):
         if isinstance(row.get("text"), str) and "title" in row and "contents" not in row:
@@ -1981,7 +2031,7 @@ def read_corpus(path):
 
 # ---- the built-in world ----
 def build_world(seed):
-    """({split: {id: Question}}, passages) drawn from `seed`. The splits share neither people nor places."""
+    """({split: {id: Question}}, passages) from `seed`; splits share neither people nor places."""
     rng = random.Random(seed)
     syllables = "ba dor fi gel kan lur mo nev pit ra sol tun ve zim hu cor lin po".split()
     names = ["".join(parts).title() for parts in itertools.product(syllables, repeat=3)]
@@ -1995,9 +2045,10 @@ def build_world(seed):
                   for year in rng.sample(range(300, 1900), n)]
         works = [(f"The {rng.choice(signs)} {names.pop()}", rng.choice(kinds), maker, year)
                  for maker, year in zip(people, rng.sample(range(400, 1980), n))]
-        passages += [f'"{t}"\n{t} is a town in {region}, on the river {river}.' for t, river, region in towns]
-        passages += [f'"{p}"\n{p} was born in {town[0]} in {year}.' for p, town, year in people]
-        passages += [f'"{w}"\n{w} is a {kind} of {year} by {maker[0]}.' for w, kind, maker, year in works]
+        pages = [(x, f"is a town in {region}, on the river {river}") for x, river, region in towns]
+        pages += [(name, f"was born in {town[0]} in {year}") for name, town, year in people]
+        pages += [(x, f"is a {kind} of {year} by {maker[0]}") for x, kind, maker, year in works]
+        passages += [f'"{title}"\n{title} {told}.' for title, told in pages]
         for work, other in zip(works, works[1:] + works[:1]):
             for category, text, answer, *chain in _world_questions(work, other):
                 key = f"world/{split}/{category}/{len(splits[split]):04d}"
@@ -2008,20 +2059,23 @@ def _world_questions(work, other):
     """(category, question, answer, queries that lead to it) about a work and another one."""
     title, kind, (name, (town, river, _), born), year = work
     title2, _, (name2, town2, born2), year2 = other
-    older, earlier = town if born < born2 else town2[0], name if year < year2 else name2
+    older = town if born < born2 else town2[0]
+    earlier = name if year < year2 else name2
     return (
         (DIRECT, f"Who made the {kind} {title}?", name, title),
         (DIRECT, f"In which year was the {kind} {title} made?", year, title),
         (ATTRIBUTE, f"In which town was {name} born?", town, name),
         (ATTRIBUTE, f"In which year was {name} born?", born, name),
         (HOPS, f"In which town was the maker of {title} born?", town, title, f"{name} born"),
-        (HOPS, f"Which river flows through the birthplace of {name}?", river, name, f"{town} river"),
+        (HOPS, f"Which river flows through the birthplace of {name}?", river, name,
+         f"{town} river"),
         (COMPARE, f"Where was the older of {name} and {name2} born?", older, name, name2),
         (COMPARE, f"Who made the earlier of {title} and {title2}?", earlier, title, title2))
 
 # ---- the expert ----
 def search_expert(session):
-    """(thought, query, answer) of an expert, who answers without a query, once a passage states an answer."""
+    """(thought, query, answer) of an expert. It answers, without a query, once a passage states an
+    answer or the last turn has come."""
     turn, (_, task, answers, _, chain) = len(session.turns), session.question
     if chain:
         query = chain[turn] if turn < len(chain) else ""
@@ -2037,8 +2091,9 @@ def search_expert(session):
 
 # ======== BM25 as Lucene computes it, in numpy ====================================================
 class BM25:
-    """An inverted index over texts, 6 bytes a posting. docs[starts[t]:starts[t + 1]] are the documents with
-    term t, rising; codes is what they score by: term frequency (at most 255) * 256 + length byte."""
+    """An inverted index over texts, 6 bytes a posting. docs[starts[t]:starts[t + 1]] are the
+    documents with term t, rising; codes is what they score by: term frequency (at most 255) * 256
+    + length byte."""
     K1, B = np.float32(0.9), np.float32(0.4)  # Anserini's
     tie_rank = None  # an array: equal scores are ordered by it instead of by index
 
@@ -2058,20 +2113,22 @@ class BM25:
         self.docs = np.repeat(np.arange(self.n_docs, dtype=np.int32), sizes)[order]
         length_bytes = (np.searchsorted(BYTE_LENGTHS, lengths, "right") - 1).astype(np.uint16)
         self.codes = np.asarray(frequencies, np.uint16)[order] * 256 + length_bytes[self.docs]
-        self.starts = np.concatenate([[0], np.cumsum(np.bincount(terms, minlength=len(self.terms)))])
+        counts = np.bincount(terms, minlength=len(self.terms))
+        self.starts = np.concatenate([[0], np.cumsum(counts)])
         mean = np.float32(sum(lengths) / max(self.n_docs, 1)) or np.float32(1)
         norms = self.K1 * ((1 - self.B) + self.B * BYTE_LENGTHS.astype(np.float32) / mean)
         tf = np.arange(256, dtype=np.float32)[:, None]
         self._saturation = (1 + tf * (1 / norms)).ravel()  # of each code
 
     def search(self, query, k=10):
-        """(indices, float32 scores as Lucene's) of at most k documents with a query term, best first."""
-        counts = Counter(self.terms[term] for term in map(analyse_word, words(query)) if term in self.terms)
+        """(indices, float32 scores as Lucene's) of the best k documents with a query term."""
+        terms = (self.terms.get(analyse_word(word)) for word in words(query))
         scores = np.zeros(self.n_docs)
-        for term, count in counts.items():
+        for term, count in Counter(term for term in terms if term is not None).items():
             low, high = self.starts[term:term + 2]
             df = high - low
-            weight = np.float32(count) * np.float32(np.log(1 + (self.n_docs - df + 0.5) / (df + 0.5)))
+            idf = np.float32(np.log(1 + (self.n_docs - df + 0.5) / (df + 0.5)))
+            weight = np.float32(count) * idf
             gain = weight - weight / self._saturation.take(self.codes[low:high])
             docs = self.docs[low:high].astype(np.intp)
             np.add.at(scores, docs, gain.astype(float))  # without these casts 10 times slower
@@ -2087,26 +2144,29 @@ class BM25:
 BYTE_LENGTHS = np.array([n if n < 40 else 24 + ((8 | n & 7) << ((n >> 3) - 4)) for n in range(256)])
 
 # ---- Lucene's text analysis: Unicode words, English filters, Porter's stemmer ----
-STOP_WORDS = frozenset("""a an and are as at be but by for if in into is it no not of on or such that
-the their then there these they this to was will with""".split())
-# UAX #29, as far as real text needs it. Character classes that Python's \w does not separate: ideographs with
-# hiragana, numerals that are part of no word, marks and joiners of the character before, emoji.
-_CJK = "\u2e80-\u2fdf\u3005\u3007\u3041-\u309f\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+STOP_WORDS = frozenset("""a an and are as at be but by for if in into is it no not of on or such
+that the their then there these they this to was will with""".split())
+# UAX #29, as far as real text needs it. Character classes that Python's \w does not separate:
+# ideographs with hiragana, numerals that are part of no word, scripts without spaces, katakana,
+# marks and joiners of the character before, emoji.
+_CJK = ("\u2e80-\u2fdf\u3005\u3007\u3041-\u309f\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+        "\U00020000-\U0003ffff")
 _NUMERALS = ("\u00b2\u00b3\u00b9\u00bc-\u00be\u2070-\u2089\u2150-\u215f\u2460-\u249b\u24ea-\u24ff"
              "\u2776-\u2793")
 _SOUTHEAST = ("\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u1950-\u19df\u1a20-\u1aad\ua9e0-\ua9ff"
               "\uaa60-\uaadf")
 _KATAKANA = ("\u3031-\u3035\u309b\u309c\u30a0-\u30fa\u30fc-\u30ff\u31f0-\u31ff\u32d0-\u32fe"
              "\u3300-\u3357\uff66-\uff9d")
-_EXTEND = "\u00ad\u200b-\u200f\u2060-\u2064\ufeff\uff9e\uff9f" + "".join(  # and all combining marks
+_EXTEND = "\u00ad\u200c-\u200f\u202a-\u202e\u2060-\u206f\ufeff\uff9e\uff9f" + "".join(  # and marks
     char for char in map(chr, (*range(0x300, 0x12000), *range(0xe0100, 0xe01f0)))
     if unicodedata.category(char) in ("Mn", "Mc", "Me"))
 _PICTURE = (
-    "\u00a9\u00ae\u203c\u2049\u2122\u2139\u2194-\u2199\u21a9\u21aa\u231a\u231b\u2328\u2388\u23cf\u23e9-\u23f3"
-    "\u23f8-\u23fa\u24c2\u25aa\u25ab\u25b6\u25c0\u25fb-\u25fe\u2600-\u2605\u2607-\u2612\u2614-\u2685"
-    "\u2690-\u2705\u2708-\u2712\u2714\u2716\u271d\u2721\u2728\u2733\u2734\u2744\u2747\u274c\u274e"
-    "\u2753-\u2755\u2757\u2763-\u2767\u2795-\u2797\u27a1\u27b0\u27bf\u2934\u2935\u2b05-\u2b07\u2b1b\u2b1c"
-    "\u2b50\u2b55\u3030\u303d\u3297\u3299\U0001f000-\U0001f3fa\U0001f400-\U0001faff")
+    "\u00a9\u00ae\u203c\u2049\u2122\u2139\u2194-\u2199\u21a9\u21aa\u231a\u231b\u2328\u2388\u23cf"
+    "\u23e9-\u23f3\u23f8-\u23fa\u24c2\u25aa\u25ab\u25b6\u25c0\u25fb-\u25fe\u2600-\u2605"
+    "\u2607-\u2612\u2614-\u2685\u2690-\u2705\u2708-\u2712\u2714\u2716\u271d\u2721\u2728\u2733"
+    "\u2734\u2744\u2747\u274c\u274e\u2753-\u2755\u2757\u2763-\u2767\u2795-\u2797\u27a1\u27b0"
+    "\u27bf\u2934\u2935\u2b05-\u2b07\u2b1b\u2b1c\u2b50\u2b55\u3030\u303d\u3297\u3299"
+    "\U0001f000-\U0001f3fa\U0001f400-\U0001faff")
 _IN_WORD = ":.'\u00b7\u2018\u2019\u2024\u2027\ufe55\uff07\uff0e\uff1a"  # between two letters
 _IN_NUMBER = ".,;'\u066c\u2018\u2019\u2024\u2044\uff07\uff0c\uff0e\uff1b"  # between two digits
 _LETTER = rf"(?:[^\W\d_{_CJK}{_NUMERALS}{_SOUTHEAST}{_KATAKANA}\uff9e\uff9f][{_EXTEND}]*)"
@@ -2118,8 +2178,8 @@ _WORD = re.compile(rf"""
     | (?: (?=[{_SOUTHEAST}]) [^\W\d_] [{_EXTEND}]* )+     # Thai, Lao, Burmese, Khmer: not separated
     | [{_PICTURE}] (?:\u200d[{_PICTURE}] | [{_EXTEND}\U0001f3fb-\U0001f3ff])*  # with skin tones
     """, re.X)
-_ASCII_WORD = re.compile(  # the same for ASCII, twice as fast
-    r"(?:[A-Za-z]+(?:[:.'][A-Za-z]+)*|[0-9]+(?:[.,;'][0-9]+)*|_+)+")
+# The same for ASCII, twice as fast.
+_ASCII_WORD = re.compile(r"(?:[A-Za-z]+(?:[:.'][A-Za-z]+)*|[0-9]+(?:[.,;'][0-9]+)*|_+)+")
 
 def words(text):
     """The tokens of a text before the filters, in linear time, at most 255 characters each."""
@@ -2134,11 +2194,12 @@ def analyse_word(word):
     return "" if word in STOP_WORDS or not word.strip("_") else porter_stem(word)
 
 _PORTER_RULES = [dict(rule.split(":") for rule in rules.split()) for rules in (  # steps 2 to 4
-    "ational:ate tional:tion enci:ence anci:ance izer:ize bli:ble alli:al entli:ent eli:e ousli:ous "
-    "ization:ize ation:ate ator:ate alism:al iveness:ive fulness:ful ousness:ous aliti:al iviti:ive "
-    "biliti:ble logi:log",
+    """ational:ate tional:tion enci:ence anci:ance izer:ize bli:ble alli:al entli:ent eli:e
+    ousli:ous ization:ize ation:ate ator:ate alism:al iveness:ive fulness:ful ousness:ous aliti:al
+    iviti:ive biliti:ble logi:log""",
     "icate:ic ative: alize:al iciti:ic ical:ic ful: ness:",
-    "al: ance: ence: er: ic: able: ible: ant: ement: ment: ent: ion: ou: ism: ate: iti: ous: ive: ize:")]
+    """al: ance: ence: er: ic: able: ible: ant: ement: ment: ent: ion: ou: ism: ate: iti: ous: ive:
+    ize:""")]
 _PORTER_SUFFIXES = [re.compile(rf"({'|'.join(rules)})\Z") for rules in _PORTER_RULES]
 
 def _kinds(word):
@@ -2176,8 +2237,9 @@ def porter_stem(word):
             stem, suffix = word[:found.start()], found[0]
             if _measure(stem) > least and (suffix != "ion" or stem.endswith(("s", "t"))):
                 word = stem + new[suffix]
-    if word.endswith("e") and _measure(word[:-1]) > _ends_cvc(word[:-1]):  # m > 1, or m = 1 and not *o
-        word = word[:-1]
+    stem = word[:-1]
+    if word.endswith("e") and _measure(stem) > _ends_cvc(stem):  # m > 1, or m = 1 and not *o
+        word = stem
     return word[:-1] if word.endswith("ll") and _measure(word) > 1 else word
 
 # ======== Command line ============================================================================
@@ -2186,44 +2248,46 @@ def play(name, task=None):
     env = open_env(name)
     task = task or random.choice(env.tasks(env.splits[0]))
     session, line = env.start(task), ""
-    print(f"{env.source}\ntask {task}: type the bare command; ? lists what there is, ! plays the expert's "
-          "move, Ctrl-D leaves")
+    print(env.source)
+    print(f"task {task}: type a command; ? lists them, ! plays the expert's move, Ctrl-D leaves")
     while not session.done and len(session.turns) < {"webshop": 15, "search": 4}.get(name, 50):
         if line != "?":
             print("\n" + "".join(c for c in session.prompt() if c.isprintable() or c == "\n"))
         line = input("> ").strip() or "?"
         if line == "?":
-            print("\n".join(session.commands))
+            print("\n".join(getattr(session, "commands", ["this environment lists no commands"])))
             continue
         kind, _, words = line.partition(" ")  # "search a lamp" of Search-QA has its own tag
         tag, words = (kind, words) if f"</{kind}>" in env.stop else ("action", line)
         typed = line if line.startswith("<") else f"<{tag}>{words}</{tag}>"
         response = session.expert() if line == "!" else f"<think></think>{typed}"
         env.step([session], [response])
-        print(response * (line == "!") + "that cannot be played now: a turn is lost" * (not session.admissible))
-    print(f"{'won' if session.won else 'lost'} after {len(session.turns)} turns, score {session.score:g}; "
-          f"success was: {one_line(session.goal, 2000)}")
+        refused = "" if session.admissible else "that cannot be played now: a turn is lost"
+        print(response * (line == "!") + refused)
+    print(f"{'won' if session.won else 'lost'} after {len(session.turns)} turns, score "
+          f"{session.score:g}; success was: {one_line(session.goal, 2000)}")
 
 def main(argv=None):
-    """python envs.py download NAME [DIR], or play NAME [TASK]; returns the exit status."""
+    """Does what a command line says, the process's own by default; returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
     fetch = {"alfworld": download_alfworld, "webshop": download_webshop,
              "webshop-full": partial(download_webshop, full=True)}
     try:
         if {"-h", "--help"} & set(argv):
             print(__doc__)
-            return 0
-        if argv[:1] == ["play"] and len(argv) in (2, 3):
-            return play(*argv[1:]) or 0
-        if len(argv) not in (2, 3) or argv[0] != "download" or argv[1] not in fetch:
+        elif argv[:1] == ["play"] and len(argv) in (2, 3):
+            play(*argv[1:])
+        elif argv[:1] == ["download"] and len(argv) in (2, 3) and argv[1] in fetch:
+            name = argv[1].removesuffix("-full")
+            default = os.environ.get(name.upper() + "_DATA") or f"~/.cache/{name}"
+            folder = (argv + [default])[2]
+            fetch[argv[1]](Path(os.path.expanduser(os.path.expandvars(folder))))
+        else:
             known = ["download", "play", *fetch]
-            close = [difflib.get_close_matches(word, known, 1) for word in argv]
-            meant = f"; did you mean {' '.join(sum(close, []))}?" * any(close)
+            close = sum((difflib.get_close_matches(word, known, 1) for word in argv), [])
+            meant = f"; did you mean {' '.join(close)}?" if close else ""
             raise UserError(f"usage: python envs.py download {'|'.join(fetch)} [DIR], or "
                             f"python envs.py play alfworld|webshop|search [TASK]{meant}")
-        name = argv[1].removesuffix("-full")
-        default = os.environ.get(name.upper() + "_DATA") or f"~/.cache/{name}"
-        fetch[argv[1]](Path(os.path.expanduser(os.path.expandvars((argv + [default])[2]))))
     except (UserError, OSError) as error:  # OSError: a read-only folder, a full disk
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -4891,7 +4891,7 @@ PROBLEM = """(define (problem p) (:domain alfred) (:objects agent1 - agent
  (canContain FridgeType AppleType))
 (:goal (and (exists (?r - receptacle) (exists (?o - object) (and (objectType ?o AppleType)
  (receptacleType ?r ShelfType) (isCool ?o) (inReceptacle ?o ?r)
- (not (exists (?k - object ?a - agent) (and (objectType ?k KnifeType) (holds ?a ?k)))))))))"""
+ (not (holds agent1 Knife_bar_1)))))))"""
 PLAN = ["go to fridge 1", "open fridge 1", "take apple 2 from fridge 1",
         "cool apple 2 with fridge 1", "go to shelf 2", "move apple 2 to shelf 2"]
 TRIALS = [f"train/pick_cool_then_place_in_recep-Apple-None-Shelf-1/trial_{i}" for i in (1, 2)]
