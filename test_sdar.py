@@ -6726,8 +6726,8 @@ def test_goals_tell_what_success_is():
 
 def ended(valid=(True, True), **session):
     """An episode that has not been won."""
-    turns = [sdar.Turn([0], valid=v, cut=not v) for v in valid]
-    session = types.SimpleNamespace(won=False, done=False, group="Pick", **session)
+    turns = [sdar.Turn([0], [0], valid=v, cut=not v) for v in valid]
+    session = types.SimpleNamespace(won=False, done=False, group="Pick", score=0, **session)
     return sdar.Episode("task", session, turns=turns)
 
 def test_failures_are_told_apart():
@@ -6746,9 +6746,9 @@ def test_outcomes_count_failures_types_and_cut_responses():
     won.session.won = True
     other = ended((False, True, True, True), found_object=False)
     other.session.group = "Heat"
-    found = sdar.outcomes([won, ended(), other])
-    assert found == {"failures": {"out_of_turns": 1, "object_never_found": 1},
-                     "success_by_type": {"Pick": [1, 2], "Heat": [0, 1]}, "cut": 1 / 8}
+    found = sdar.episode_metrics([won, ended(), other])
+    assert found["failures"] == {"out_of_turns": 1, "object_never_found": 1}
+    assert found["success_by_type"] == {"Pick": [1, 2], "Heat": [0, 1]} and found["cut"] == 1 / 8
 
 @pytest.mark.parametrize("name", ["alfworld", "webshop", "search"])
 def test_the_logs_have_the_new_metrics(logged, name):
