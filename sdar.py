@@ -2302,9 +2302,8 @@ def save_checkpoint(state, s):
         part.rename(final)
     except Exception as error:                        # every library has its own
         shutil.rmtree(part, ignore_errors=True)
-        kept = "the previous checkpoint is whole: " if checkpoints(s.out) else ""
-        raise OSError(f"cannot save to {folder}: {first_line(error)}; {kept}make room, then "
-                      f"python sdar.py --resume {s.out}") from None
+        raise OSError(f"cannot save to {folder}: {first_line(error)}; make room, then python "
+                      f"sdar.py --resume {s.out}") from None
     for old in checkpoints(s.out)[:-KEEP]:
         shutil.rmtree(old)
 
@@ -2423,9 +2422,8 @@ def validate(state, env, s):
 
 STOPS = [n for n in signal.Signals if n.name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
          and signal.getsignal(n) != signal.SIG_IGN]    # nohup ignores SIGHUP
-TERMINALS = [number for number in (1, 2) if os.isatty(number)]
-
-DELAYED = []    # per open `uninterrupted` block, the STOPS that came in it
+TERMINALS = [number for number in (1, 2) if os.isatty(number)]    # those of stdout and stderr
+DELAYED = []    # for each open `uninterrupted` block, the STOPS that came within it
 
 def stop(number, frame=None):
     """Handler of all STOPS: end as with Ctrl-C, which saves the run."""
@@ -2448,7 +2446,7 @@ def uninterrupted():
         stop(came[0])
 
 def save_and_say(state, s):
-    """Save a run that is being stopped."""
+    """Save a run that is being stopped, and print how it is continued."""
     with uninterrupted():
         save_checkpoint(state, s)
         print(f"\nstopped and saved after step {state.step}; continue with: python sdar.py "
@@ -2484,11 +2482,11 @@ def make_parser(s=Settings()):
             group = parser.add_argument_group(HEADINGS[f.name])
         value = getattr(s, f.name)
         shown = "" if value in ("", False) else f" (default: {value})"
-        options = {"help": (f.metadata["help"] + shown).replace("%", "%%"), "action": "store_true"}
-        if not isinstance(f.default, bool):
-            options |= {"action": "store", "type": type(f.default), "choices": choices_of(f),
-                        "metavar": None if choices_of(f) else f.name.upper()}
-        group.add_argument(flag(f.name), **options)
+        text = (f.metadata["help"] + shown).replace("%", "%%")
+        kind = {"type": type(f.default), "choices": choices_of(f)}
+        if isinstance(f.default, bool):
+            kind = {"action": "store_true"}
+        group.add_argument(flag(f.name), help=text, **kind)
     return parser
 
 def preset(explicit):
@@ -2499,7 +2497,7 @@ def preset(explicit):
             s = replace(s, **values)
     file = Path(last_checkpoint(s.model) or "", "state.json")
     saved = read_json(file, "")["settings"] if s.model != "tiny" and file.is_file() else {}
-    names = INHERITED if saved.get("env") == s.env else INHERITED[:-3]
+    names = INHERITED if saved.get("env") == s.env else INHERITED[:-3]     # not the world
     return replace(s, **{name: saved[name] for name in names if name in saved} | explicit)
 
 def is_path(name, value):

@@ -3360,7 +3360,8 @@ def test_metrics_of_episodes_by_hand():
                          shortened=shortened, group=group)
 
     def episode(turns, won=False, reward=0.0, score=0.0):
-        return sdar.Episode("a", types.SimpleNamespace(won=won, score=score), "", reward, turns)
+        session = types.SimpleNamespace(won=won, score=score, group="a", done=False)
+        return sdar.Episode("a", session, "", reward, turns)
 
     last = [turn(1, 8, True, True, False, 1)]
     m = sdar.episode_metrics([
