@@ -2186,7 +2186,7 @@ def log_step(state, episodes, m, s):
         line += f"  kl {m['kl']:.4f}"
     if m["updates_skipped"]:
         line += f"  {m['updates_skipped']} of {m['updates']} updates skipped: not finite"
-    print(f"{line}  grad {m['grad_norm']:.2f}  {m['seconds']:.1f} s ({phases})", flush=True)
+    print(f"{line}  grad {m['grad_norm']:.2f}  {m['seconds']:.1f} s ({phases})")
 
 # ======== 19. Files: logs and checkpoints =========================================================
 RESUMED = ("step", "warm_step", "cursor", "bandit", "memory", "began")    # of State
@@ -2292,8 +2292,8 @@ def save_checkpoint(state, s):
         save_model(state.policy, part)
         pairs = zip(state.policy.model.parameters(), state.masters)
         masters = [None if master is p else master for p, master in pairs]
-        optimizer = {"optimizer": state.optimizer.state_dict(), "masters": masters}
-        torch.save(optimizer, part / "optimizer.pt")
+        torch.save({"optimizer": state.optimizer.state_dict(), "masters": masters},
+                   part / "optimizer.pt")
         rest = {name: getattr(state, name) for name in RESUMED} | {"settings": asdict(s)}
         write_text(part / "state.json", json.dumps(rest, indent=1))
         for path in part.iterdir():
@@ -2360,7 +2360,7 @@ def start_or_resume(s, env, resume):
         envs.panel(env, s.val_split or env.splits[1], s.val_episodes)    # fails now, not later
     began = {"training tasks": envs.panel_hash(env.tasks(env.splits[0])),
              "skills": envs.panel_hash([env.all_skills()])}
-    print(env.source, flush=True)
+    print(env.source)
     out = Path(s.out)
     if resume is None and (out / "config.json").exists():
         raise UserError(f"{out} holds a run: continue it with --resume {out}, or change --out")
@@ -2369,7 +2369,7 @@ def start_or_resume(s, env, resume):
         for what, name in (("training tasks", "--data"), ("skills", "--skills")):
             if state.began[what] != began[what]:
                 raise UserError(f"{out} began with other {what}; give those with {name}")
-        print(f"resumed from {checkpoints(out)[-1]}", flush=True)
+        print(f"resumed from {checkpoints(out)[-1]}")
     else:                                              # a run that was killed early starts again
         policy = load_policy(s.model, s.device, tiny_texts(env, s), s.seed)
         state = make_state(policy, s, 0.98 if s.warm_start else 0.999)   # faster beta2 for cloning
@@ -2385,8 +2385,7 @@ def start_or_resume(s, env, resume):
         signal.signal(number, stop)
     model = state.policy.model
     size = f"{model.num_parameters() / 1e6:.2f}M parameters, {model.dtype}, {model.device}"
-    print(f"{s.model}: {size}; {s.algo}, {s.groups} x {s.group_size} episodes a step; log in {out}",
-          flush=True)
+    print(f"{s.model}: {size}; {s.algo}, {s.groups} x {s.group_size} episodes a step; log in {out}")
     return state
 
 def reference_policy(state, s):
@@ -2413,8 +2412,7 @@ def validate(state, env, s):
     episodes = rollout(state.policy, env, ids, s, s.val_temperature, generator,
                        label=f"validation on {split}")
     m = episode_metrics(episodes)
-    print(f"validation after step {state.step}: {rate_text(m)} on {split}, panel {digest}",
-          flush=True)
+    print(f"validation after step {state.step}: {rate_text(m)} on {split}, panel {digest}")
     kept = ("episodes", "successes", "success", "success_95", "score", "turns", "valid",
             "failures", "success_by_type", "cut")
     row = {"step": state.step, "warm_step": state.warm_step, "split": split, "panel": digest}
@@ -2450,7 +2448,7 @@ def save_and_say(state, s):
     with uninterrupted():
         save_checkpoint(state, s)
         print(f"\nstopped and saved after step {state.step}; continue with: python sdar.py "
-              f"--resume {s.out}", flush=True)
+              f"--resume {s.out}")
 
 def flag(name):
     """The command-line flag of a setting."""
@@ -2464,7 +2462,7 @@ def make_parser(s=Settings()):
     """The command line of sdar.py, one flag per field of Settings; --help shows the values of s."""
     parser = argparse.ArgumentParser(
         prog="sdar.py", usage="python sdar.py [--env ENV] [--model MODEL] [flags]",
-        description=__doc__, argument_default=argparse.SUPPRESS, allow_abbrev=False,
+        description=__doc__, argument_default=argparse.SUPPRESS, allow_abbrev=False, add_help=False,
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=100),
         epilog=f"The defaults shown are those of --env {s.env} --model {s.model} --algo {s.algo}.")
 
@@ -2474,9 +2472,11 @@ def make_parser(s=Settings()):
         fail(f"{message}; " + (f"did you mean {close[0]}?" if close else "see sdar.py --help"))
 
     parser.error = error
-    parser.add_argument("--resume", metavar="RUN", help="continue the run in this folder")
-    parser.add_argument("--config", metavar="FILE", help="repeat the run of this config.json, with "
-                        "what other flags change")
+    add = parser.add_argument
+    add("-h", "--help", action="store_true", help="show this text and exit")
+    add("--resume", metavar="RUN", help="continue the run in this folder")
+    add("--config", metavar="FILE", help="repeat the run of this config.json, with what other "
+        "flags change")
     for f in fields(Settings):
         if f.name in HEADINGS:
             group = parser.add_argument_group(HEADINGS[f.name])
@@ -2509,15 +2509,15 @@ def is_path(name, value):
 
 def read_settings(argv):
     """(Settings, run folder to resume or None) of a command line."""
-    argv = sys.argv[1:] if argv is None else argv
-    flags = [word for word in argv if word not in ("-h", "--help")]
-    explicit = vars(make_parser().parse_args(flags))
+    explicit = vars(make_parser().parse_args(argv))
     for name, value in explicit.items():
         if is_path(name, value):
             explicit[name] = str(envs.existing(flag(name), value))
     resume = explicit.pop("resume", None)
-    if len(flags) < len(argv):
-        make_parser(preset(explicit)).parse_args(["--help"])
+    if explicit.pop("help", False):
+        explicit.pop("config", None)
+        make_parser(preset(explicit)).print_help()
+        sys.exit(0)
     s = resumed_settings(resume, explicit) if resume else new_settings(explicit)
     check_settings(s)
     return s, resume
@@ -2554,7 +2554,7 @@ def read_config(path, missing):
     return Settings(**saved)
 
 def told_settings(path):
-    """{name: value} of what a run had been told: in its config.json, but not from its presets."""
+    """{name: value} of the settings in a run's config.json that its presets did not choose."""
     saved = read_config(path, f"{path} cannot be read; give the config.json of a run")
     check_settings(replace(saved, track="none"))       # this machine may lack the tracker's package
     main = {name: getattr(saved, name) for name in ("env", "algo", "recipe", "model")}
@@ -2596,7 +2596,8 @@ def fail(message):
 
 def run_command(function):
     """function(), with a user's mistake, a full disk or too little memory as one line."""
-    sys.stdout.reconfigure(errors="replace")          # a task may hold what a terminal cannot show
+    # a task may hold what a terminal cannot show; a log file is read while the run goes on
+    sys.stdout.reconfigure(errors="replace", line_buffering=True)
     try:
         return function()
     except (UserError, OSError, SafetensorError) as error:
