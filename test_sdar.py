@@ -3371,8 +3371,9 @@ def test_metrics_of_episodes_by_hand():
     assert m.pop("success_95") == sdar.wilson(1, 4)
     assert m == {"episodes": 4, "successes": 1, "success": 0.25, "reward": 2.5, "score": 0.375,
                  "turns": 1.25, "response_tokens": 28 / 5, "prompt_tokens": 17 / 5, "valid": 0.8,
-                 "admissible": 0.6, "prompts_shortened": 2, "groups_without_variance": 1, "cut": 0.0,
-                 "failures": {"out_of_turns": 2, "malformed": 1}, "success_by_type": {"a": [1, 4]}}
+                 "admissible": 0.6, "prompts_shortened": 2, "groups_without_variance": 1,
+                 "cut": 0.0, "failures": {"out_of_turns": 2, "malformed": 1},
+                 "success_by_type": {"a": [1, 4]}}
 
 def test_the_bandit_tries_every_skill_and_then_exploits(env):
     """UCB: each skill once, then mostly the one that wins; km never uses it."""
