@@ -82,7 +82,7 @@ class Settings:
     model: str = opt("tiny", "Hugging Face name, folder, GGUF file, or `tiny` (0.4M, no download)")
     algo: str = opt("sdar", "method, a row of METHODS")
     recipe: str = opt("paper", "objective of the paper or the public code", ("paper", "released"))
-    out: str = opt("", "run folder (default: runs/ENV-ALGO-MODEL)")
+    out: str = opt("", "run folder")
     seed: int = opt(233, "seed of task order, sampling and initial weights; not of the tasks",
                     above=-2**63)
     device: str = opt("auto", "auto, cpu, cuda, cuda:1, mps")
@@ -2077,14 +2077,10 @@ def episode_metrics(episodes):
     the share of responses that --max-response ended; [won, all] by task type; failures by kind."""
     turns = [t for e in episodes for t in e.turns]
     n = len(episodes)
-    won = sum(bool(e.session.won) for e in episodes)
-    rewards = {}
-    types = {}
-    for e in episodes:
-        rewards.setdefault(e.turns[0].group, set()).add(e.reward)
-        counts = types.setdefault(e.session.group, [0, 0])
-        counts[0] += bool(e.session.won)
-        counts[1] += 1
+    played = Counter(e.session.group for e in episodes)
+    wins = Counter(e.session.group for e in episodes if e.session.won)
+    won = wins.total()
+    rewards = Counter(group for group, _ in {(e.turns[0].group, e.reward) for e in episodes})
     return {"episodes": n, "successes": won, "success": won / n, "success_95": wilson(won, n),
             "reward": fmean(e.reward for e in episodes),
             "score": sum(float(e.session.score) for e in episodes) / n, "turns": len(turns) / n,
@@ -2093,9 +2089,10 @@ def episode_metrics(episodes):
             "valid": fmean(t.valid for t in turns),
             "admissible": fmean(t.admissible for t in turns),
             "prompts_shortened": sum(t.shortened for t in turns),
-            "groups_without_variance": sum(len(values) == 1 for values in rewards.values()),
+            "groups_without_variance": sum(count == 1 for count in rewards.values()),
             "failures": Counter(failure(e) for e in episodes if not e.session.won),
-            "success_by_type": types, "cut": fmean(t.cut for t in turns)}
+            "success_by_type": {name: [wins[name], count] for name, count in played.items()},
+            "cut": fmean(t.cut for t in turns)}
 
 def failure(episode):
     """Why an episode failed: it ended with a wrong purchase or answer; at least half its turns were
@@ -2143,7 +2140,7 @@ def peak_memory(device):
 
 def episode_text(policy, episode, step, s):
     """An episode as a JSON row that can be read alone. Where there is a teacher each turn has its
-    tokens and, in lists of the same length, gap gate, gap and both log-probabilities."""
+    tokens and, in lists of the same length, gate, gap and both log-probabilities."""
     x = episode.session
     row = {"step": step, "task_id": episode.task_id, "task": x.task, "goal": x.goal,
            "skill": episode.skill, "skill_text": episode.skill_text, "won": bool(x.won),
@@ -2158,10 +2155,11 @@ def episode_text(policy, episode, step, s):
             turn["advantage"] = round(t.advantages.mean().item(), 4)
         if t.logp is not None and t.teacher_logp is not None:
             turn["tokens"] = [policy.tokenizer.decode([i]) for i in t.response_ids]
-            values = {"gate": sdar_gate(t.logp, t.teacher_logp, s.beta),
-                      "gap": t.teacher_logp - t.logp, "teacher_logp": t.teacher_logp,
-                      "student_logp": t.logp}
-            turn |= {name: [round(v, 4) for v in x.tolist()] for name, x in values.items()}
+            columns = {"gate": sdar_gate(t.logp, t.teacher_logp, s.beta),
+                       "gap": t.teacher_logp - t.logp, "teacher_logp": t.teacher_logp,
+                       "student_logp": t.logp}
+            for name, values in columns.items():
+                turn[name] = [round(value, 4) for value in values.tolist()]
         row["turns"].append(turn)
     return row
 
@@ -2273,7 +2271,7 @@ def last_checkpoint(path):
     return ([path, *checkpoints(path)] if Path(path).is_dir() else [None])[-1]
 
 def save_model(policy, folder):
-    """Write a model folder as transformers' from_pretrained reads it."""
+    """Write a folder for transformers' from_pretrained."""
     policy.model.save_pretrained(folder)
     policy.tokenizer.save_pretrained(folder)
 
@@ -2401,7 +2399,7 @@ def reference_policy(state, s):
         raise UserError(f"the run cannot go on without its reference policy: {error}") from None
 
 def validate(state, env, s):
-    """Success on the fixed panel, without skills, printed and logged: at the start, every
+    """Print and log the success on the fixed panel, without skills: at the start, every
     --val-every steps and at the end, unless the log has it already."""
     split = s.val_split or env.splits[1]
     due = s.val_every and (state.step % s.val_every == 0 or state.step == s.steps)
@@ -2409,14 +2407,11 @@ def validate(state, env, s):
         return
     ids, digest = envs.panel(env, split, s.val_episodes)
     generator = generator_for(state.policy, s, "validation")
-    episodes = rollout(state.policy, env, ids, s, s.val_temperature, generator,
-                       label=f"validation on {split}")
-    m = episode_metrics(episodes)
+    m = episode_metrics(rollout(state.policy, env, ids, s, s.val_temperature, generator,
+                                label=f"validation on {split}"))
     print(f"validation after step {state.step}: {rate_text(m)} on {split}, panel {digest}")
-    kept = ("episodes", "successes", "success", "success_95", "score", "turns", "valid",
-            "failures", "success_by_type", "cut")
     row = {"step": state.step, "warm_step": state.warm_step, "split": split, "panel": digest}
-    write_log(s, "validation.jsonl", row | {name: m[name] for name in kept})
+    write_log(s, "validation.jsonl", row | m)
 
 STOPS = [n for n in signal.Signals if n.name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
          and signal.getsignal(n) != signal.SIG_IGN]    # nohup ignores SIGHUP
@@ -2495,10 +2490,17 @@ def preset(explicit):
     for key, values in PRESETS.items():
         if set(key.split()) <= {s.env, s.algo, s.recipe, s.model}:
             s = replace(s, **values)
-    file = Path(last_checkpoint(s.model) or "", "state.json")
-    saved = read_json(file, "")["settings"] if s.model != "tiny" and file.is_file() else {}
+    saved = {} if s.model == "tiny" else saved_settings(s.model)
     names = INHERITED if saved.get("env") == s.env else INHERITED[:-3]     # not the world
     return replace(s, **{name: saved[name] for name in names if name in saved} | explicit)
+
+def saved_settings(model):
+    """{name: value} of the run that made a model folder, {} for any other model."""
+    file = Path(last_checkpoint(model) or model, "state.json")
+    saved = read_json(file, "") if file.is_file() else {"settings": {}}
+    if not isinstance(saved, dict) or not isinstance(saved.get("settings"), dict):
+        raise UserError(f"{file} is damaged; delete its folder to use the checkpoint before it")
+    return saved["settings"]
 
 def is_path(name, value):
     """Whether a flag's value is a path. A model may also be one of the hub's: one/two."""
@@ -2514,11 +2516,11 @@ def read_settings(argv):
         if is_path(name, value):
             explicit[name] = str(envs.existing(flag(name), value))
     resume = explicit.pop("resume", None)
-    if explicit.pop("help", False):
-        explicit.pop("config", None)
-        make_parser(preset(explicit)).print_help()
-        sys.exit(0)
+    wants_help = explicit.pop("help", False)
     s = resumed_settings(resume, explicit) if resume else new_settings(explicit)
+    if wants_help:
+        make_parser(s).print_help()
+        sys.exit(0)
     check_settings(s)
     return s, resume
 
@@ -2533,12 +2535,11 @@ def resumed_settings(run, explicit):
     return replace(saved, **explicit, out=run)
 
 def new_settings(explicit):
-    """The Settings of a new run, --config among the flags or not."""
-    config = explicit.pop("config", None)
-    s = preset((told_settings(config) if config else {}) | explicit)
-    if config:                                         # another method may use fewer of them
-        s = replace(s, **{name: getattr(Settings, name) for name in without_effect(s)
-                          if name not in explicit})
+    """The Settings of a new run: of the flags and, below them, of --config."""
+    told = told_settings(explicit.pop("config")) if "config" in explicit else {}
+    s = preset(told | explicit)
+    for name in set(without_effect(s)) & {*told} - {*explicit}:     # another method may use fewer
+        setattr(s, name, getattr(Settings, name))
     short = re.sub(r"[^\w.-]+", "-", f"{Path(s.env).name}-{s.algo}-{Path(s.model).name}")
     s.out = os.path.expandvars(os.path.expanduser(s.out or f"runs/{short}"))
     if any(path.is_file() for path in (Path(s.out), *Path(s.out).parents)):
@@ -2596,8 +2597,7 @@ def fail(message):
 
 def run_command(function):
     """function(), with a user's mistake, a full disk or too little memory as one line."""
-    # a task may hold what a terminal cannot show; a log file is read while the run goes on
-    sys.stdout.reconfigure(errors="replace", line_buffering=True)
+    sys.stdout.reconfigure(errors="replace", line_buffering=True)      # any text, and at once
     try:
         return function()
     except (UserError, OSError, SafetensorError) as error:
