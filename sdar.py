@@ -83,8 +83,7 @@ class Settings:
     algo: str = opt("sdar", "method, a row of METHODS")
     recipe: str = opt("paper", "objective of the paper or the public code", ("paper", "released"))
     out: str = opt("", "run folder")
-    seed: int = opt(233, "seed of task order, sampling and initial weights; not of the tasks",
-                    above=-2**63)
+    seed: int = opt(233, "seed of task order, sampling and initial weights; not of the tasks")
     device: str = opt("auto", "auto, cpu, cuda, cuda:1, mps")
     # data
     data: str = opt("", "the benchmark's folder or archive, or built-in (default: what is found)")
@@ -2570,11 +2569,13 @@ def check_settings(s):
         above = f.metadata["above"]
         kinds = (int, float) if isinstance(f.default, float) else (type(f.default),)
         fits = type(value) in kinds and value in (choices_of(f) or [value])
-        if fits and not isinstance(value, str):
-            fits = (0 <= value if above is None else above < value) and value < 2**63
+        if fits and f.name != "seed" and not isinstance(value, str):
+            fits = (0 <= value if above is None else above < value) and value < math.inf
         if not fits:
             bound = "" if above is None else f"; it must be above {above}"
             raise UserError(f"{flag(f.name)} cannot be {value!r}{bound}")
+    if not -2**63 <= s.seed < 2**63:
+        raise UserError("--seed must be a number of 64 bits")
     if s.track != "none" and importlib.util.find_spec(s.track) is None:
         raise UserError(f"--track {s.track} needs a package: pip install {s.track}")
     if s.steps == s.warm_start == 0:
