@@ -2186,8 +2186,8 @@ def log_step(state, episodes, m, s):
     print(f"{line}  grad {m['grad_norm']:.2f}  {m['seconds']:.1f} s ({phases})")
 
 # ======== 19. Files: logs and checkpoints =========================================================
-RESUMED = ("step", "warm_step", "cursor", "bandit", "memory", "began")    # of State
-KEEP = 2                                                                  # checkpoints
+RESUMED = ("step", "warm_step", "cursor", "bandit", "memory", "began")    # State in state.json
+KEEP = 2                                                                  # checkpoints that stay
 
 def versions():
     """The versions that a run's config.json records; code: the git commit, None without one."""
@@ -2270,7 +2270,7 @@ def last_checkpoint(path):
     return ([path, *checkpoints(path)] if Path(path).is_dir() else [None])[-1]
 
 def save_model(policy, folder):
-    """Write a folder for transformers' from_pretrained."""
+    """Write a model folder for transformers' from_pretrained."""
     policy.model.save_pretrained(folder)
     policy.tokenizer.save_pretrained(folder)
 
@@ -2297,7 +2297,7 @@ def save_checkpoint(state, s):
             with open(path, "rb+") as f:
                 os.fsync(f.fileno())
         part.rename(final)
-    except Exception as error:                        # every library has its own
+    except Exception as error:                        # every library has errors of its own
         shutil.rmtree(part, ignore_errors=True)
         raise OSError(f"cannot save to {folder}: {first_line(error)}; make room, then python "
                       f"sdar.py --resume {s.out}") from None
@@ -2418,7 +2418,7 @@ TERMINALS = [number for number in (1, 2) if os.isatty(number)]    # those of std
 DELAYED = []    # for each open `uninterrupted` block, the STOPS that came within it
 
 def stop(number, frame=None):
-    """Handler of all STOPS: end as with Ctrl-C, which saves the run."""
+    """Handler of all STOPS: KeyboardInterrupt, which saves the run, now or after the block."""
     if DELAYED:
         DELAYED[-1].append(number)
         return
