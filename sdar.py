@@ -2419,12 +2419,11 @@ DELAYED = []    # for each open `uninterrupted` block, the STOPS that came withi
 
 def stop(number, frame=None):
     """Handler of all STOPS: KeyboardInterrupt, which saves the run, now or after the block."""
-    if DELAYED:
-        DELAYED[-1].append(number)
-        return
     for terminal in TERMINALS * (signal.Signals(number).name == "SIGHUP"):
         os.dup2(os.open(os.devnull, os.O_RDWR), terminal)    # it is lost: write elsewhere
-    raise KeyboardInterrupt
+    if not DELAYED:
+        raise KeyboardInterrupt
+    DELAYED[-1].append(number)
 
 @contextlib.contextmanager
 def uninterrupted():
