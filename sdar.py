@@ -82,7 +82,7 @@ class Settings:
     model: str = opt("tiny", "Hugging Face name, folder, GGUF file, or `tiny` (0.3M, no download)")
     algo: str = opt("sdar", "method, a row of METHODS")
     recipe: str = opt("paper", "objective of the paper or the public code", ("paper", "released"))
-    out: str = opt("", "run folder (default: runs/ENV-ALGO-MODEL)")
+    out: str = opt("", "run folder")
     seed: int = opt(233, "seed of task order, sampling and initial weights; not of the tasks")
     device: str = opt("auto", "auto, cpu, cuda, cuda:1, mps")
     # data
@@ -542,7 +542,7 @@ def step_loss(policy, turns, s, method, term, baseline=0.0):
 # ======== 9. Training =============================================================================
 def train(s, resume=None):
     """A whole run. Ctrl-C, SIGTERM or a user's error saves and ends it."""
-    env = training_env(s)
+    env = open_env(s, training=True)
     state = start_or_resume(s, env, resume)
     try:
         clone_experts(state, env, s)
@@ -606,8 +606,8 @@ def learn_step(state, episodes, phases, s):
     count_skills(state.bandit, episodes, s)
     state.step += 1
     state.cursor += s.groups
-    return {"step": state.step, **episode_metrics(episodes), **outcomes(episodes), **metrics,
-            **phases, "peak_memory_mib": peak_memory(state.policy.device)}
+    return {"step": state.step, **episode_metrics(episodes), **metrics, **phases,
+            "peak_memory_mib": peak_memory(state.policy.device)}
 
 # ======== 10. Other objectives: baselines and ablations of the paper ==============================
 
@@ -1217,21 +1217,22 @@ def without_special_tokens(tokenizer, texts):
 
 def fitting(policy, session, s, skill, ids):
     """(ids, False) of a prompt within its budget, else (ids of a shorter one, True)."""
-    budget = s.max_teacher_prompt if skill else s.max_prompt
-    if len(ids) <= budget:
-        return ids, False
-    shorter = [dict(history=n) for n in range(min(s.history, len(session.turns)), -1, -1)]
-    room = len(session.observation)
-    while room > 0:
-        room = room * 3 // 4
-        shorter.append(dict(history=0, room=room))
-    for options in shorter:
-        text = session.prompt(skill, brief=s.prompt_style == "brief", **options)
+    name = "max_teacher_prompt" if skill else "max_prompt"
+    budget = getattr(s, name)
+    over = len(ids) > budget
+    history = min(s.history, len(session.turns))
+    room = None                                        # characters of an observation, None: all
+    while len(ids) > budget:
+        if room == 0:
+            raise UserError(f"a prompt of {len(ids)} tokens cannot be shortened to {budget}; "
+                            f"raise {flag(name)}")
+        if history:
+            history -= 1
+        else:
+            room = (len(session.observation) if room is None else room) * 3 // 4
+        text = session.prompt(skill, history, room, brief=s.prompt_style == "brief")
         ids = encode_chats(policy.tokenizer, [text])[0]
-        if len(ids) <= budget:
-            return ids, True
-    name = "--max-teacher-prompt" if skill else "--max-prompt"
-    raise UserError(f"a prompt of {len(ids)} tokens cannot be shortened to {budget}; raise {name}")
+    return ids, over
 
 def complete_turn(episode, ids, logps, text, end_ids, stop):
     """Fill in the episode's last turn, which the session has just played."""
@@ -2100,13 +2101,14 @@ def update_metrics(results, turns, lr):
             "advantage_min": advantages.min().item(), "advantage_max": advantages.max().item()}
 
 def episode_metrics(episodes):
-    """Metrics of a list of episodes; lengths are means per turn, `turns` is per episode."""
+    """Metrics of a list of episodes: lengths are means per turn, `turns` is per episode, `cut` is
+    the share of responses that --max-response ended; [won, all] by task type; failures by kind."""
     turns = [t for e in episodes for t in e.turns]
     n = len(episodes)
-    won = sum(bool(e.session.won) for e in episodes)
-    rewards = {}
-    for e in episodes:
-        rewards.setdefault(e.turns[0].group, set()).add(e.reward)
+    played = Counter(e.session.group for e in episodes)
+    wins = Counter(e.session.group for e in episodes if e.session.won)
+    won = wins.total()
+    rewards = Counter(group for group, _ in {(e.turns[0].group, e.reward) for e in episodes})
     return {"episodes": n, "successes": won, "success": won / n, "success_95": wilson(won, n),
             "reward": fmean(e.reward for e in episodes),
             "score": sum(float(e.session.score) for e in episodes) / n, "turns": len(turns) / n,
@@ -2115,21 +2117,14 @@ def episode_metrics(episodes):
             "valid": fmean(t.valid for t in turns),
             "admissible": fmean(t.admissible for t in turns),
             "prompts_shortened": sum(t.shortened for t in turns),
-            "groups_without_variance": sum(len(values) == 1 for values in rewards.values())}
-
-def outcomes(episodes):
-    """Counts of a list of episodes: how they failed, [won, all] by task type, and the share of
-    responses that were cut at the limit."""
-    types = {e.session.group: [0, 0] for e in episodes}
-    for e in episodes:
-        types[e.session.group][0] += bool(e.session.won)
-        types[e.session.group][1] += 1
-    return {"failures": Counter(failure(e) for e in episodes if not e.session.won),
-            "success_by_type": types, "cut": fmean(t.cut for e in episodes for t in e.turns)}
+            "groups_without_variance": sum(count == 1 for count in rewards.values()),
+            "failures": Counter(failure(e) for e in episodes if not e.session.won),
+            "success_by_type": {name: [wins[name], count] for name, count in played.items()},
+            "cut": fmean(t.cut for t in turns)}
 
 def failure(episode):
-    """Why an episode has failed: it ended in a wrong purchase or answer; at least half its turns
-    were malformed; ALFWorld's object was never within reach; or it only ran out of turns."""
+    """Why an episode failed: it ended with a wrong purchase or answer; at least half its turns were
+    malformed; ALFWorld's object was never within reach; or it ran out of turns."""
     x = episode.session
     if x.done:
         return "wrong_end"
@@ -2173,7 +2168,7 @@ def peak_memory(device):
 
 def episode_text(policy, episode, step, s):
     """An episode as a JSON row that can be read alone. Where there is a teacher each turn has its
-    tokens and, in lists of the same length, gap gate, gap and both log-probabilities."""
+    tokens and, in lists of the same length, gate, gap and both log-probabilities."""
     x = episode.session
     row = {"step": step, "task_id": episode.task_id, "task": x.task, "goal": x.goal,
            "skill": episode.skill, "skill_text": episode.skill_text, "won": bool(x.won),
@@ -2188,10 +2183,11 @@ def episode_text(policy, episode, step, s):
             turn["advantage"] = round(t.advantages.mean().item(), 4)
         if t.logp is not None and t.teacher_logp is not None:
             turn["tokens"] = [policy.tokenizer.decode([i]) for i in t.response_ids]
-            values = {"gate": sdar_gate(t.logp, t.teacher_logp, s.beta),
-                      "gap": t.teacher_logp - t.logp, "teacher_logp": t.teacher_logp,
-                      "student_logp": t.logp}
-            turn |= {name: [round(v, 4) for v in x.tolist()] for name, x in values.items()}
+            columns = {"gate": sdar_gate(t.logp, t.teacher_logp, s.beta),
+                       "gap": t.teacher_logp - t.logp, "teacher_logp": t.teacher_logp,
+                       "student_logp": t.logp}
+            for name, values in columns.items():
+                turn[name] = [round(value, 4) for value in values.tolist()]
         row["turns"].append(turn)
     return row
 
@@ -2207,29 +2203,26 @@ def log_step(state, episodes, m, s):
     for episode in episodes[::s.group_size][:2]:
         write_log(s, "episodes.jsonl", episode_text(state.policy, episode, state.step, s))
     phases = " ".join(f"{k[8:]} {v:.1f}" for k, v in m.items() if k.startswith("seconds_"))
-    line = f"step {m['step']}/{s.steps}  {rate_text(m)}  turns {m['turns']:.1f}"
-    line += f"  valid {100 * m['valid']:.0f} %"
+    line = (f"step {m['step']}/{s.steps}  {rate_text(m)}  turns {m['turns']:.1f}"
+            f"  valid {100 * m['valid']:.0f} %")
     if "gap" in m:
-        opened = f"{100 * m['gate_active']:.0f} % open"
-        line += f"  gap {m['gap']:+.3f} gate {m['gate']:.3f} ({opened})"
+        line += (f"  gap {m['gap']:+.3f} gate {m['gate']:.3f}"
+                 f" ({100 * m['gate_active']:.0f} % open)")
     if "kl" in m:
         line += f"  kl {m['kl']:.4f}"
     if m["updates_skipped"]:
         line += f"  {m['updates_skipped']} of {m['updates']} updates skipped: not finite"
-    print(f"{line}  grad {m['grad_norm']:.2f}  {m['seconds']:.1f} s ({phases})", flush=True)
+    print(f"{line}  grad {m['grad_norm']:.2f}  {m['seconds']:.1f} s ({phases})")
 
 # ======== 19. Files: logs and checkpoints =========================================================
-RESUMED = ("step", "warm_step", "cursor", "bandit", "memory", "began")    # of State
-KEEP = 2                                                                  # checkpoints
+RESUMED = ("step", "warm_step", "cursor", "bandit", "memory", "began")    # State in state.json
+KEEP = 2                                                                  # checkpoints that stay
 
 def versions():
-    """What a run was made with, for its config.json; code: the git commit, None without one."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    git += "describe --always --dirty --abbrev=40 --exclude=*".split()
-    commit = ""
-    with contextlib.suppress(OSError):                # no git on this machine
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    return {"code": commit or None, "torch": torch.__version__,
+    """The versions that a run's config.json records; code: the git commit, None without one."""
+    git = subprocess.run("git describe --always --dirty --abbrev=40 --exclude='*'", shell=True,
+                         cwd=Path(__file__).parent, capture_output=True, text=True)
+    return {"code": git.stdout.strip() or None, "torch": torch.__version__,
             "transformers": version("transformers")}
 
 def first_line(error):
@@ -2260,8 +2253,8 @@ def write_log(s, name, row):
         numbers = {f"{Path(name).stem}/{key}": value
                    for key, value in (row | types | row.get("failures", {})).items()
                    if isinstance(value, (int, float))}
-        # the steps of the cloning come first
-        tracker(s.track, s.out)(numbers, row["step"] + row.get("warm_step", s.warm_start))
+        step = row["step"] + row.get("warm_step", s.warm_start)       # the cloning comes first
+        tracker(s.track, s.out)(numbers, step)
 
 @functools.cache
 def tracker(kind, run):
@@ -2305,9 +2298,14 @@ def last_checkpoint(path):
     """The newest checkpoint of a run folder, the folder itself if it is a model, else None."""
     return ([path, *checkpoints(path)] if Path(path).is_dir() else [None])[-1]
 
+def save_model(policy, folder):
+    """Write a model folder for transformers' from_pretrained."""
+    policy.model.save_pretrained(folder)
+    policy.tokenizer.save_pretrained(folder)
+
 def save_checkpoint(state, s):
-    """Write RUN/checkpoints/step-N: a model folder for from_pretrained, optimizer.pt, state.json.
-    It gets this name when it is whole, so an interrupted write leaves the previous checkpoint."""
+    """Write RUN/checkpoints/step-N: a model folder, optimizer.pt and state.json. It gets this name
+    when it is whole, so an interrupted write leaves the previous checkpoint."""
     folder = Path(s.out) / "checkpoints"
     kind = f"cloning-{state.warm_step:06d}" if state.warm_step < s.warm_start else "rl"
     final = folder / f"step-{state.step:06d}-{kind}"
@@ -2317,23 +2315,21 @@ def save_checkpoint(state, s):
     try:
         shutil.rmtree(part, ignore_errors=True)       # left by a killed process
         part.mkdir(parents=True)
-        state.policy.model.save_pretrained(part)
-        state.policy.tokenizer.save_pretrained(part)
+        save_model(state.policy, part)
         pairs = zip(state.policy.model.parameters(), state.masters)
         masters = [None if master is p else master for p, master in pairs]
-        optimizer = {"optimizer": state.optimizer.state_dict(), "masters": masters}
-        torch.save(optimizer, part / "optimizer.pt")
+        torch.save({"optimizer": state.optimizer.state_dict(), "masters": masters},
+                   part / "optimizer.pt")
         rest = {name: getattr(state, name) for name in RESUMED} | {"settings": asdict(s)}
         write_text(part / "state.json", json.dumps(rest, indent=1))
         for path in part.iterdir():
             with open(path, "rb+") as f:
                 os.fsync(f.fileno())
         part.rename(final)
-    except Exception as error:                        # every library has its own
+    except Exception as error:                        # every library has errors of its own
         shutil.rmtree(part, ignore_errors=True)
-        kept = "the previous checkpoint is whole: " if checkpoints(s.out) else ""
-        raise OSError(f"cannot save to {folder}: {first_line(error)}; {kept}make room, then "
-                      f"python sdar.py --resume {s.out}") from None
+        raise OSError(f"cannot save to {folder}: {first_line(error)}; make room, then python "
+                      f"sdar.py --resume {s.out}") from None
     for old in checkpoints(s.out)[:-KEEP]:
         shutil.rmtree(old)
 
@@ -2360,8 +2356,9 @@ def load_checkpoint(path, s):
                         f"{first_line(error)[:100]}") from None
 
 # ======== 20. A run from its first line to its last, and the command line =========================
-def open_env(s):
-    """The environment of a run; --env-args 'house=6 detours=2' become arguments of its class."""
+def open_env(s, training=False):
+    """The environment of a run; --env-args 'house=6 detours=2' become arguments of its class. A
+    pretrained model trains on built-in games only if told to."""
     options = {}
     try:
         items = shlex.split(s.env_args)
@@ -2377,16 +2374,10 @@ def open_env(s):
             options[key] = str(envs.existing("corpus", value))
     s.env_args = shlex.join(f"{key}={value}" for key, value in options.items())
     env = envs.open_env(s.env, s.data or None, skills=s.skills or None, **options)
-    s.data = s.data or "built-in" * env.builtin        # --resume never switches to other data
-    return env
-
-def training_env(s):
-    """open_env, except that a pretrained model trains on built-in games only if told to."""
-    said = s.data or s.model == "tiny"
-    env = open_env(s)
-    if env.builtin and not said:
+    if training and env.builtin and not s.data and s.model != "tiny":
         raise UserError(f"there is no {s.env} data: give its folder with --data, or say --data "
                         "built-in to train this model on built-in games")
+    s.data = s.data or "built-in" * env.builtin        # --resume never switches to other data
     return env
 
 def start_or_resume(s, env, resume):
@@ -2395,20 +2386,18 @@ def start_or_resume(s, env, resume):
         envs.panel(env, s.val_split or env.splits[1], s.val_episodes)    # fails now, not later
     began = {"training tasks": envs.panel_hash(env.tasks(env.splits[0])),
              "skills": envs.panel_hash([env.all_skills()])}
-    print(env.source, flush=True)
+    print(env.source)
     out = Path(s.out)
     if resume is None and (out / "config.json").exists():
         raise UserError(f"{out} holds a run: continue it with --resume {out}, or change --out")
     if resume and checkpoints(out):
         state = load_checkpoint(checkpoints(out)[-1], s)
-        for what in began:
+        for what, name in (("training tasks", "--data"), ("skills", "--skills")):
             if state.began[what] != began[what]:
-                raise UserError(f"{out} began with other {what}; give those with "
-                                f"{'--skills' if what == 'skills' else '--data'}")
-        print(f"resumed from {checkpoints(out)[-1]}", flush=True)
+                raise UserError(f"{out} began with other {what}; give those with {name}")
+        print(f"resumed from {checkpoints(out)[-1]}")
     else:                                              # a run that was killed early starts again
-        texts = tiny_texts(env, s) if s.model == "tiny" else ()
-        policy = load_policy(s.model, s.device, texts, s.seed)
+        policy = load_policy(s.model, s.device, tiny_texts(env, s), s.seed)
         state = make_state(policy, s, 0.98 if s.warm_start else 0.999)   # faster beta2 for cloning
         state.began = began
     state.teacher = load_teacher(state.policy, s)
@@ -2418,10 +2407,11 @@ def start_or_resume(s, env, resume):
     if s.track != "none":
         tracker(s.track, s.out)
     cut_logs(state, s)
+    for number in STOPS:                               # from here on there is something to save
+        signal.signal(number, stop)
     model = state.policy.model
     size = f"{model.num_parameters() / 1e6:.2f}M parameters, {model.dtype}, {model.device}"
-    print(f"{s.model}: {size}; {s.algo}, {s.groups} x {s.group_size} episodes a step; log in {out}",
-          flush=True)
+    print(f"{s.model}: {size}; {s.algo}, {s.groups} x {s.group_size} episodes a step; log in {out}")
     return state
 
 def reference_policy(state, s):
@@ -2431,14 +2421,13 @@ def reference_policy(state, s):
     folder = Path(s.out) / "reference"
     try:
         if state.step == 0:
-            state.policy.model.save_pretrained(folder)
-            state.policy.tokenizer.save_pretrained(folder)
+            save_model(state.policy, folder)
         return load_policy(str(folder), s.device).model.requires_grad_(False)
     except (UserError, OSError, ValueError) as error:
         raise UserError(f"the run cannot go on without its reference policy: {error}") from None
 
 def validate(state, env, s):
-    """Success on the fixed panel, without skills, printed and logged: at the start, every
+    """Print and log the success on the fixed panel, without skills: at the start, every
     --val-every steps and at the end, unless the log has it already."""
     split = s.val_split or env.splits[1]
     due = s.val_every and (state.step % s.val_every == 0 or state.step == s.steps)
@@ -2446,47 +2435,42 @@ def validate(state, env, s):
         return
     ids, digest = envs.panel(env, split, s.val_episodes)
     generator = generator_for(state.policy, s, "validation")
-    episodes = rollout(state.policy, env, ids, s, s.val_temperature, generator,
-                       label=f"validation on {split}")
-    m = episode_metrics(episodes)
-    print(f"validation after step {state.step}: {rate_text(m)} on {split}, panel {digest}",
-          flush=True)
-    m |= outcomes(episodes)
-    kept = ("episodes", "successes", "success", "success_95", "score", "turns", "valid",
-            "failures", "success_by_type", "cut")
+    m = episode_metrics(rollout(state.policy, env, ids, s, s.val_temperature, generator,
+                                label=f"validation on {split}"))
+    print(f"validation after step {state.step}: {rate_text(m)} on {split}, panel {digest}")
     row = {"step": state.step, "warm_step": state.warm_step, "split": split, "panel": digest}
-    write_log(s, "validation.jsonl", row | {name: m[name] for name in kept})
+    write_log(s, "validation.jsonl", row | m)
 
 STOPS = [n for n in signal.Signals if n.name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
          and signal.getsignal(n) != signal.SIG_IGN]    # nohup ignores SIGHUP
-TERMINALS = [number for number in (1, 2) if os.isatty(number)]
+TERMINALS = [number for number in (1, 2) if os.isatty(number)]    # those of stdout and stderr
+DELAYED = []    # for each open `uninterrupted` block, the STOPS that came within it
 
 def stop(number, frame=None):
-    """Handler of all STOPS: end as with Ctrl-C, which saves the run."""
+    """Handler of all STOPS: KeyboardInterrupt, which saves the run, now or after the block."""
     for terminal in TERMINALS * (signal.Signals(number).name == "SIGHUP"):
         os.dup2(os.open(os.devnull, os.O_RDWR), terminal)    # it is lost: write elsewhere
-    raise KeyboardInterrupt
+    if not DELAYED:
+        raise KeyboardInterrupt
+    DELAYED[-1].append(number)
 
 @contextlib.contextmanager
 def uninterrupted():
     """Delay Ctrl-C and the other STOPS until the block ends."""
-    pending = []
-    previous = {number: signal.signal(number, lambda number, _: pending.append(number))
-                for number in STOPS}
+    DELAYED.append([])
     try:
         yield
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-    if pending:
-        stop(pending[0])
+        came = DELAYED.pop()
+    if came:
+        stop(came[0])
 
 def save_and_say(state, s):
-    """Save a run that is being stopped."""
+    """Save a run that is being stopped, and print how it is continued."""
     with uninterrupted():
         save_checkpoint(state, s)
         print(f"\nstopped and saved after step {state.step}; continue with: python sdar.py "
-              f"--resume {s.out}", flush=True)
+              f"--resume {s.out}")
 
 def flag(name):
     """The command-line flag of a setting."""
@@ -2500,7 +2484,7 @@ def make_parser(s=Settings()):
     """The command line of sdar.py, one flag per field of Settings; --help shows the values of s."""
     parser = argparse.ArgumentParser(
         prog="sdar.py", usage="python sdar.py [--env ENV] [--model MODEL] [flags]",
-        description=__doc__, argument_default=argparse.SUPPRESS, allow_abbrev=False,
+        description=__doc__, argument_default=argparse.SUPPRESS, allow_abbrev=False, add_help=False,
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=100),
         epilog=f"The defaults shown are those of --env {s.env} --model {s.model} --algo {s.algo}.")
 
@@ -2510,19 +2494,21 @@ def make_parser(s=Settings()):
         fail(f"{message}; " + (f"did you mean {close[0]}?" if close else "see sdar.py --help"))
 
     parser.error = error
-    parser.add_argument("--resume", metavar="RUN", help="continue the run in this folder")
-    parser.add_argument("--config", metavar="FILE", help="repeat the run of this config.json, with "
-                        "what other flags change")
+    add = parser.add_argument
+    add("-h", "--help", action="store_true", help="show this text and exit")
+    add("--resume", metavar="RUN", help="continue the run in this folder")
+    add("--config", metavar="FILE", help="repeat the run of this config.json, with what other "
+        "flags change")
     for f in fields(Settings):
         if f.name in HEADINGS:
             group = parser.add_argument_group(HEADINGS[f.name])
         value = getattr(s, f.name)
         shown = "" if value in ("", False) else f" (default: {value})"
-        options = {"help": (f.metadata["help"] + shown).replace("%", "%%"), "action": "store_true"}
-        if not isinstance(f.default, bool):
-            options |= {"action": "store", "type": type(f.default), "choices": choices_of(f),
-                        "metavar": None if choices_of(f) else f.name.upper()}
-        group.add_argument(flag(f.name), **options)
+        text = (f.metadata["help"] + shown).replace("%", "%%")
+        kind = {"type": type(f.default), "choices": choices_of(f)}
+        if isinstance(f.default, bool):
+            kind = {"action": "store_true"}
+        group.add_argument(flag(f.name), help=text, **kind)
     return parser
 
 def preset(explicit):
@@ -2531,10 +2517,17 @@ def preset(explicit):
     for key, values in PRESETS.items():
         if set(key.split()) <= {s.env, s.algo, s.recipe, s.model}:
             s = replace(s, **values)
-    file = Path(last_checkpoint(s.model) or "", "state.json")
-    saved = read_json(file, "")["settings"] if s.model != "tiny" and file.is_file() else {}
-    names = INHERITED if saved.get("env") == s.env else INHERITED[:-3]
+    saved = {} if s.model == "tiny" else saved_settings(s.model)
+    names = INHERITED if saved.get("env") == s.env else INHERITED[:-3]     # not the world
     return replace(s, **{name: saved[name] for name in names if name in saved} | explicit)
+
+def saved_settings(model):
+    """{name: value} of the run that made a model folder, {} for any other model."""
+    file = Path(last_checkpoint(model) or model, "state.json")
+    saved = read_json(file, "") if file.is_file() else {"settings": {}}
+    if not isinstance(saved, dict) or not isinstance(saved.get("settings"), dict):
+        raise UserError(f"{file} is damaged; delete its folder to use the checkpoint before it")
+    return saved["settings"]
 
 def is_path(name, value):
     """Whether a flag's value is a path. A model may also be one of the hub's: one/two."""
@@ -2544,68 +2537,70 @@ def is_path(name, value):
     return home or value.endswith(".gguf") or Path(value).exists()
 
 def read_settings(argv):
-    """(Settings, run folder to resume or None): a new run's, see preset; with --resume or --config
-    a run's own settings, then flags."""
-    argv = sys.argv[1:] if argv is None else argv
-    flags = [word for word in argv if word not in ("-h", "--help")]
-    explicit = vars(make_parser().parse_args(flags))
+    """(Settings, run folder to resume or None) of a command line."""
+    explicit = vars(make_parser().parse_args(argv))
     for name, value in explicit.items():
         if is_path(name, value):
             explicit[name] = str(envs.existing(flag(name), value))
     resume = explicit.pop("resume", None)
-    config = explicit.pop("config", None)
-    if len(flags) < len(argv):
-        make_parser(preset(explicit)).parse_args(["--help"])
-    if resume and config:
-        raise UserError("--config cannot change within a run; start a new one with --out")
-    if resume:
-        for name in sorted(set(explicit) - set(MAY_CHANGE)):
-            raise UserError(f"{flag(name)} cannot change within a run; start a new one with --out")
-        for folder in Path(resume).parents[:2]:
-            if checkpoints(folder):
-                raise UserError(f"{resume} is a part of a run; continue it with --resume {folder}")
-        saved = read_config(Path(resume) / "config.json", f"{resume} holds no run (no config.json)")
-        s = Settings(**{**saved, **explicit, "out": resume})
-    else:
-        s = preset({**(told_settings(config) if config else {}), **explicit})
-        if config:                                     # another method may use fewer of them
-            s = replace(s, **{name: getattr(Settings, name) for name in without_effect(s)
-                              if name not in explicit})
-        short = re.sub(r"[^\w.-]+", "-", f"{Path(s.env).name}-{s.algo}-{Path(s.model).name}")
-        s.out = os.path.expandvars(os.path.expanduser(s.out or f"runs/{short}"))
-        if any(path.is_file() for path in (Path(s.out), *Path(s.out).parents)):
-            raise UserError(f"--out {s.out} is a file or in one; give a folder")
+    wants_help = explicit.pop("help", False)
+    s = resumed_settings(resume, explicit) if resume else new_settings(explicit)
+    if wants_help:
+        make_parser(s).print_help()
+        sys.exit(0)
     check_settings(s)
     return s, resume
 
+def resumed_settings(run, explicit):
+    """The Settings of a run, with those changes that --resume may make."""
+    for name in sorted(set(explicit) - set(MAY_CHANGE)):
+        raise UserError(f"{flag(name)} cannot change within a run; start a new one with --out")
+    for folder in Path(run).parents[:2]:
+        if checkpoints(folder):
+            raise UserError(f"{run} is a part of a run; continue it with --resume {folder}")
+    saved = read_config(Path(run) / "config.json", f"{run} holds no run (no config.json)")
+    return replace(saved, **explicit, out=run)
+
+def new_settings(explicit):
+    """The Settings of a new run: of the flags and, below them, of --config."""
+    told = told_settings(explicit.pop("config")) if "config" in explicit else {}
+    s = preset(told | explicit)
+    for name in set(without_effect(s)) & {*told} - {*explicit}:     # another method may use fewer
+        setattr(s, name, getattr(Settings, name))
+    short = re.sub(r"[^\w.-]+", "-", f"{Path(s.env).name}-{s.algo}-{Path(s.model).name}")
+    s.out = os.path.expandvars(os.path.expanduser(s.out or f"runs/{short}"))
+    if any(path.is_file() for path in (Path(s.out), *Path(s.out).parents)):
+        raise UserError(f"--out {s.out} is a file or in one; give a folder")
+    return s
+
 def read_config(path, missing):
-    """The settings in a run's config.json; UserError if they are not those of this version."""
+    """The Settings in a run's config.json; UserError if they are not those of this version."""
     saved = read_json(path, missing)
-    names = {f.name for f in fields(Settings)}
-    if not isinstance(saved, dict) or set(saved) - {"versions"} != names:
+    if not isinstance(saved, dict) or {*saved} - {"versions"} != {f.name for f in fields(Settings)}:
         raise UserError(f"{path} is damaged or another version's; start a new run")
-    return {name: value for name, value in saved.items() if name != "versions"}
+    saved.pop("versions", None)
+    return Settings(**saved)
 
 def told_settings(path):
-    """What a run had been told: all in its config.json but its folder and its presets' values."""
+    """{name: value} of the settings in a run's config.json that its presets did not choose."""
     saved = read_config(path, f"{path} cannot be read; give the config.json of a run")
-    check_settings(Settings(**{**saved, "track": "none"}))     # this machine may lack its package
-    main = {name: saved[name] for name in ("env", "algo", "recipe", "model")}
-    plain = preset(main)
-    told = {name: value for name, value in saved.items() if value != getattr(plain, name)}
-    return told | main | {"out": ""}
+    check_settings(replace(saved, track="none"))       # this machine may lack the tracker's package
+    main = {name: getattr(saved, name) for name in ("env", "algo", "recipe", "model")}
+    plain = asdict(preset(main))
+    return main | {name: value for name, value in asdict(saved).items()
+                   if value != plain[name] and name != "out"}
 
 def check_settings(s):
     """UserError for the first setting that cannot work, or has no effect on the method."""
     for f in fields(s):                               # a config.json may hold anything
         value = getattr(s, f.name)
-        least = f.metadata["above"]
+        above = f.metadata["above"]
         kinds = (int, float) if isinstance(f.default, float) else (type(f.default),)
-        wrong = type(value) not in kinds or value not in (choices_of(f) or [value])
-        if not wrong and not isinstance(value, str) and f.name != "seed":
-            wrong = not (0 <= value < math.inf if least is None else least < value < math.inf)
-        if wrong:
-            bound = "" if least is None else f"; it must be above {least}"
+        fits = type(value) in kinds and value in (choices_of(f) or [value])
+        if fits and f.name != "seed" and not isinstance(value, str):
+            fits = (0 <= value if above is None else above < value) and value < math.inf
+        if not fits:
+            bound = "" if above is None else f"; it must be above {above}"
             raise UserError(f"{flag(f.name)} cannot be {value!r}{bound}")
     if not -2**63 <= s.seed < 2**63:
         raise UserError("--seed must be a number of 64 bits")
@@ -2631,7 +2626,7 @@ def fail(message):
 
 def run_command(function):
     """function(), with a user's mistake, a full disk or too little memory as one line."""
-    sys.stdout.reconfigure(errors="replace")          # a task may hold what a terminal cannot show
+    sys.stdout.reconfigure(errors="replace", line_buffering=True)      # any text, and at once
     try:
         return function()
     except (UserError, OSError, SafetensorError) as error:
@@ -2646,8 +2641,6 @@ def run_command(function):
 
 def main(argv=None):
     """The command line."""
-    for number in STOPS:
-        signal.signal(number, stop)
     run_command(lambda: train(*read_settings(argv)))
 
 if __name__ == "__main__":

@@ -3375,7 +3375,8 @@ def test_metrics_of_episodes_by_hand():
                          shortened=shortened, group=group)
 
     def episode(turns, won=False, reward=0.0, score=0.0):
-        return sdar.Episode("a", types.SimpleNamespace(won=won, score=score), "", reward, turns)
+        session = types.SimpleNamespace(won=won, score=score, group="a", done=False)
+        return sdar.Episode("a", session, "", reward, turns)
 
     last = [turn(1, 8, True, True, False, 1)]
     m = sdar.episode_metrics([
@@ -3385,7 +3386,9 @@ def test_metrics_of_episodes_by_hand():
     assert m.pop("success_95") == sdar.wilson(1, 4)
     assert m == {"episodes": 4, "successes": 1, "success": 0.25, "reward": 2.5, "score": 0.375,
                  "turns": 1.25, "response_tokens": 28 / 5, "prompt_tokens": 17 / 5, "valid": 0.8,
-                 "admissible": 0.6, "prompts_shortened": 2, "groups_without_variance": 1}
+                 "admissible": 0.6, "prompts_shortened": 2, "groups_without_variance": 1,
+                 "cut": 0.0, "failures": {"out_of_turns": 2, "malformed": 1},
+                 "success_by_type": {"a": [1, 4]}}
 
 def test_the_bandit_tries_every_skill_and_then_exploits(env):
     """UCB: each skill once, then mostly the one that wins; km never uses it."""
@@ -6741,8 +6744,8 @@ def test_goals_tell_what_success_is():
 
 def ended(valid=(True, True), **session):
     """An episode that has not been won."""
-    turns = [sdar.Turn([0], valid=v, cut=not v) for v in valid]
-    session = types.SimpleNamespace(won=False, done=False, group="Pick", **session)
+    turns = [sdar.Turn([0], [0], valid=v, cut=not v) for v in valid]
+    session = types.SimpleNamespace(won=False, done=False, group="Pick", score=0, **session)
     return sdar.Episode("task", session, turns=turns)
 
 def test_failures_are_told_apart():
@@ -6761,9 +6764,9 @@ def test_outcomes_count_failures_types_and_cut_responses():
     won.session.won = True
     other = ended((False, True, True, True), found_object=False)
     other.session.group = "Heat"
-    found = sdar.outcomes([won, ended(), other])
-    assert found == {"failures": {"out_of_turns": 1, "object_never_found": 1},
-                     "success_by_type": {"Pick": [1, 2], "Heat": [0, 1]}, "cut": 1 / 8}
+    found = sdar.episode_metrics([won, ended(), other])
+    assert found["failures"] == {"out_of_turns": 1, "object_never_found": 1}
+    assert found["success_by_type"] == {"Pick": [1, 2], "Heat": [0, 1]} and found["cut"] == 1 / 8
 
 @pytest.mark.parametrize("name", ["alfworld", "webshop", "search"])
 def test_the_logs_have_the_new_metrics(logged, name):
