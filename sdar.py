@@ -2431,13 +2431,15 @@ def validate(state, env, s):
     --val-every steps and at the end, unless the log has it already."""
     split = s.val_split or env.splits[1]
     due = s.val_every and (state.step % s.val_every == 0 or state.step == s.steps)
-    if not due or state.step in [x["step"] for x in read_lines(Path(s.out) / "validation.jsonl")]:
+    earlier = read_lines(Path(s.out) / "validation.jsonl")
+    if not due or state.step in [x["step"] for x in earlier]:
         return
     ids, digest = envs.panel(env, split, s.val_episodes)
     generator = generator_for(state.policy, s, "validation")
     m = episode_metrics(rollout(state.policy, env, ids, s, s.val_temperature, generator,
                                 label=f"validation on {split}"))
-    print(f"validation after step {state.step}: {rate_text(m)} on {split}, panel {digest}")
+    blocks = "".join("▁▂▃▄▅▆▇█"[int(7.99 * x["success"])] for x in [*earlier, m])
+    print(f"validation after step {state.step}: {rate_text(m)} on {split}, panel {digest}  {blocks}")
     row = {"step": state.step, "warm_step": state.warm_step, "split": split, "panel": digest}
     write_log(s, "validation.jsonl", row | m)
 
