@@ -148,6 +148,9 @@ def random_turns(policy=None, seed=0):
             for name in ("logp", "old_logp", "teacher_logp", "ref_logp"):
                 noise = torch.rand(len(response), generator=g, dtype=F64) - 0.5
                 setattr(turn, name, own + noise * (4 if policy is None else 1))
+            names = ("divergence", "teacher_entropy", "entropy", "action")    # of SGCD and PaW
+            turn.extra = {name: torch.zeros(len(response), dtype=torch.bool if name == "action"
+                                            else F64) for name in names}
             turns.append(turn)
     return turns
 
