@@ -149,6 +149,42 @@ def download(url, path, sha256=None):
     finally:
         part.unlink(missing_ok=True)
 
+def post_json(name, url, body, read, timeout=30.0, retries=4, delay=1.0, total=math.inf):
+    """read(reply in bytes) of the server `name` to a POST of `body` as JSON. After an error or None
+    from `read` it tries again with doubling delay (s), but not after a refusal (4xx). A try has
+    `timeout` seconds, all together `total`. UserError if the last try failed, None if `read`
+    returned None."""
+    ends = time.monotonic() + total
+    for attempt in range(retries + 1):
+        time.sleep(min(30.0, delay * 2 ** (attempt - 1)) if attempt else 0)
+        problem = ""
+        try:
+            found = read(_post(url, body, max(0.1, min(timeout, ends - time.monotonic()))))
+            if found is not None:
+                return found
+        except Exception as error:  # whatever a network or a broken server does to a request
+            problem = one_line(f"{type(error).__name__}: {error}")
+            if getattr(error, "code", 500) < 500 and error.code != 429:
+                break  # refused: repeating it cannot help
+    if problem:
+        raise UserError(f"{name} {url} failed {attempt + 1} times ({problem}); check that it "
+                        "answers there, then run again (a saved training with --resume)")
+
+def _post(url, body, timeout):
+    """The reply to a POST of `body` as JSON, at most MAX_REPLY bytes within `timeout` seconds."""
+    kind = {"Content-Type": "application/json"}
+    request = urllib.request.Request(url, json.dumps(body).encode(), kind)
+    # no proxy can reach this machine's own servers
+    local = re.match(r"(?i)https?://([^/@]*@)?(localhost|127\.|0\.0\.0\.0|\[::1?\])", url)
+    opener = urllib.request.build_opener(*[urllib.request.ProxyHandler({})] * bool(local))
+    deadline, reply = time.monotonic() + timeout, b""
+    with opener.open(request, timeout=timeout) as connection:
+        while chunk := connection.read1(1 << 20):
+            reply += chunk
+            if len(reply) > MAX_REPLY or time.monotonic() > deadline:
+                raise TimeoutError("the reply takes too long or is too large")
+    return reply
+
 def panel_hash(texts):
     """First 12 hex digits of the sha256 of the texts joined by newlines."""
     return hashlib.sha256("\n".join(texts).encode("utf-8", "replace")).hexdigest()[:12]
@@ -1963,48 +1999,25 @@ def _may_hold_rows(file):
         return start.read(9).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
 
 # ---- the engines: search(queries, k) gives a list of passages for each query ----
-def opener(url):
-    """urllib's function that opens a URL, for this machine without a proxy."""
-    if re.match(r"(?i)https?://([^/@]*@)?(localhost|127\.|0\.0\.0\.0|\[::1?\])", url):
-        return urllib.request.build_opener(urllib.request.ProxyHandler({})).open
-    return urllib.request.urlopen
-
 class SearchServer:
-    """Client of Search-R1's server. Failures are retried after doubling delays, refusals never."""
+    """Client of Search-R1's server, see post_json."""
     def __init__(self, url, timeout=30.0, retries=4, delay=1.0):
         if not re.match(r"https?://[^/]", str(url)):
             raise UserError(f"search_url {url!r} must be like http://127.0.0.1:8000/retrieve")
         self.url = url if re.match(r"https?://[^/]+/.", url) else url.rstrip("/") + "/retrieve"
-        self.timeout, self.retries, self.delay = timeout, retries, delay
-        self._open = opener(url)
+        self.patience = timeout, retries, delay
 
     def search(self, queries, k):
         """[[passage, ...] of each query], by one POST for all."""
-        for attempt in range(self.retries + 1):
-            time.sleep(min(30.0, self.delay * 2 ** (attempt - 1)) if attempt else 0)
-            try:
-                return self._ask(queries, k)
-            except Exception as error:  # whatever a network or a broken server does to a request
-                problem = one_line(f"{type(error).__name__}: {error}")
-                if getattr(error, "code", 500) < 500 and error.code != 429:
-                    break  # refused: repeating it cannot help
-        raise UserError(f"search server {self.url} failed {attempt + 1} times ({problem}); check "
-                        "it, then run again (a saved training with --resume)")
+        def read(reply):
+            found = [[hit["document"]["contents"].strip() for hit in hits]
+                     for hits in json.loads(reply)["result"]]
+            if len(found) != len(queries):
+                raise ValueError(f"{len(found)} results for {len(queries)} queries")
+            return found
 
-    def _ask(self, queries, k):
-        body = json.dumps({"queries": queries, "topk": k, "return_scores": True}).encode()
-        request = urllib.request.Request(self.url, body, {"Content-Type": "application/json"})
-        deadline, reply = time.monotonic() + self.timeout, b""
-        with self._open(request, timeout=self.timeout) as connection:
-            while chunk := connection.read1(1 << 20):
-                reply += chunk
-                if len(reply) > MAX_REPLY or time.monotonic() > deadline:
-                    raise TimeoutError("the reply takes too long or is too large")
-        found = [[hit["document"]["contents"].strip() for hit in hits]
-                 for hits in json.loads(reply)["result"]]
-        if len(found) != len(queries):
-            raise ValueError(f"{len(found)} results for {len(queries)} queries")
-        return found
+        body = {"queries": queries, "topk": k, "return_scores": True}
+        return post_json("search server", self.url, body, read, *self.patience)
 
 class SearchEngine:
     """BM25 over passages, an iterable of texts, which are kept as UTF-8."""

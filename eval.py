@@ -839,6 +839,7 @@ def bench_step(policy, env, s):
     0.4 of --max-response is the mean, as measured for SmolLM2-135M-Instruct on ALFWorld."""
     ending = range(math.ceil(len(policy.head.weight) / (0.4 * s.max_response)))
     state = sdar.make_state(replace(policy, end_ids=frozenset(ending), closing_ids=frozenset()), s)
+    state.teacher = sdar.load_teacher(policy, s)
     needed = s.kl or "reference" in sdar.method_of(s).needs
     reference = copy.deepcopy(policy.model) if needed else None
     for part in (replace(s, max_turns=1), s):         # one turn to warm up

@@ -37,7 +37,6 @@ import difflib
 import functools
 import hashlib
 import importlib.util
-import http.client
 import json
 import math
 import os
@@ -51,7 +50,6 @@ import sys
 import time
 import types
 from collections import Counter
-import urllib.request
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -160,8 +158,8 @@ PRESETS = {  # a row applies if all its words are the run's env, algo, recipe or
     "tiny webshop": dict(mini_batch=256, lr=1e-4),
 }
 SUCCESS_REWARD = {"alfworld": 10.0, "webshop": 10.0, "search": 1.0}  # of others 1; else 0
-MAY_CHANGE = ("data device max_prompt max_teacher_prompt micro_tokens rollout_rows save_every "
-              "skills small_gpu steps track val_episodes val_every val_split").split()  # --resume
+MAY_CHANGE = ("data device judge max_prompt max_teacher_prompt micro_tokens rollout_rows skills "
+              "save_every small_gpu steps track val_episodes val_every val_split").split()
 INHERITED = ("prompt_style history max_prompt max_teacher_prompt max_response lr max_turns "
              "env_args data").split()    # by a new run from the run in --model
 
@@ -612,8 +610,8 @@ def learn_step(state, episodes, phases, s):
 # ======== 10. Other objectives: baselines and ablations of the paper ==============================
 
 def skill_sd_tokens(logp, teacher_logp, old_logp, limit_d=math.inf, limit_rho=math.inf):
-    """Skill-SD's rho_t k_t, (B, T): d = logp - teacher, k = exp(-d) - 1 + d, rho = exp(logp - old),
-    both with gradient. The public code cuts -d and log rho at limits."""
+    """Skill-SD's rho * k, (B, T): d = logp - teacher, k = exp(-d) - 1 + d, rho = exp(logp - old),
+    both with gradient. The public code limits -d and log rho."""
     d = logp - teacher_logp.detach()
     log_rho = logp - old_logp.detach()
     return log_rho.clamp(max=limit_rho).exp() * ((-d).clamp(max=limit_d).exp() - 1 + d)
@@ -632,37 +630,36 @@ def gate_values(b, s):
 
 def sdar_variant(b, s):
     """SDAR's term, without lambda, for every --gate and --divergence, (B, T)."""
-    if s.divergence == "sampled":
-        return (gate_values(b, s) - b.baseline) * (b.teacher - b.logp)
-    return gate_values(b, s) * b.compare(DIVERGENCES[s.divergence])
+    exact = DIVERGENCES.get(s.divergence)
+    return (gate_values(b, s) - b.baseline) * (b.compare(exact) if exact else b.teacher - b.logp)
+
+def kl(p, q):
+    """KL(p || q) in nats (n,), from log-probabilities (n, V)."""
+    return (p.exp() * (p - q)).sum(-1)
 
 def jensen_shannon(p, q):
-    """[KL(pi || M) + KL(pi_T || M)] / 2 with M = (pi + pi_T) / 2."""
+    """[KL(p || M) + KL(q || M)] / 2 with M = (p + q) / 2, as `kl`."""
     m = torch.logaddexp(p, q) - math.log(2)
     return 0.5 * (p.exp() * (p - m) + q.exp() * (q - m)).sum(-1)
 
-DIVERGENCES = {  # from p = log pi and q = log pi_T, both (n, V), to nats (n,)
-    "reverse-kl": lambda p, q: (p.exp() * (p - q)).sum(-1),
-    "forward-kl": lambda p, q: (q.exp() * (q - p)).sum(-1),
-    "jsd": jensen_shannon,
-}
-
-ENTROPY_BONUS = 0.001  # --recipe released: of the public code, in every method's loss
+# of p = log pi and q = log pi_T
+DIVERGENCES = {"reverse-kl": kl, "forward-kl": lambda p, q: kl(q, p), "jsd": jensen_shannon}
+ENTROPY_BONUS = 0.001     # --recipe released: in every method's loss
 
 RELEASED = {  # --recipe released: methods whose public code differs from the paper
-    "opsd": replace(METHODS["sdar"], advantages=METHODS["opsd"].advantages),
+    "opsd": Method("teacher", METHODS["opsd"].advantages, sdar, uses=METHODS["sdar"].uses),
     "grpo+opsd": Method("teacher", uses="lam divergence retrieval",
-                        term=lambda b, s: sdar(b, replace(s, beta=0.0, gate="gap"))),
-    "skill-sd": Method("teacher", uses="lam beta retrieval", term=lambda b, s: s.lam *
-                       skill_sd_tokens(b.logp, b.teacher, b.old, limit_d=20, limit_rho=10)),
-    "rlsd": replace(METHODS["rlsd"], advantages=lambda b, s, state: rlsd_advantages(
-        grpo(b, s), b.old, b.teacher, s.lam * max(0.0, 1 - state.step / 100))),
+                        term=lambda b, s: sdar(b, replace(s, beta=0.0))),    # the gate is 1/2
+    "skill-sd": Method("teacher", uses="lam beta retrieval", term=lambda b, s:
+                       s.lam * skill_sd_tokens(b.logp, b.teacher, b.old, 20, 10)),
+    "rlsd": Method("teacher old", uses="lam beta retrieval", advantages=lambda b, s, state:
+                   rlsd_advantages(grpo(b, s), b.old, b.teacher,
+                                   s.lam * max(0.0, 1 - state.step / 100))),
 }
 
 def method_of(s):
     """The Method that a run trains with."""
-    released = RELEASED if s.recipe == "released" else {}
-    return released.get(s.algo, METHODS[s.algo])
+    return (RELEASED if s.recipe == "released" else {}).get(s.algo, METHODS[s.algo])
 
 def without_effect(s):
     """Settings of other methods that have no effect on this run's."""
@@ -676,98 +673,94 @@ def mean_gate(turns, s):
 
 # ======== 10b. Follow-ups of SDAR: GiGPO and six methods on the same backbone =====================
 # SDAR's own term is off in all of them. [D]: our choice where a paper is silent or contradicts
-# itself. docs/methods.md has one equation for each and what differs from the papers.
+# itself; docs/methods.md says what differs from each paper. Section 10c has what they prepare
+# before the scoring and their rows of METHODS.
 
-def gigpo(b, s, state=None, step_weight=1.0, std=None):
-    """GiGPO (2505.10978), as UCOB uses it: A = A_episode + step_weight * A_step, (B, T).
+def by_group(function, groups, *values):
+    """function(the values of a group's rows), in these rows, for each group; groups: (B,)."""
+    result = torch.zeros_like(values[0])
+    for group in groups.unique():
+        rows = groups == group
+        result[rows] = function(*(v[rows] for v in values))
+    return result
 
-    A_episode = R - mean_G R; A_step = V - mean V over the group's turns in the same state, 0 for a
-    lone turn; V is the discounted return to go. Search-QA (std): both are divided by their standard
-    deviation, and states are alike from 0.9 on. [D]: A_episode over rollouts, so that with std and
-    step_weight 0 this is GRPO; a success is worth 10 everywhere; the penalty as in GRPO."""
-    std = s.env == "search" if std is None else std
-    reward = 10.0 * (b.reward > 0).double()                                             # (B,)
-    states = shared_states(b.turns, 0.9 if std else 1.0)                                # (B,)
+def gigpo(b, s, state=None, step_weight=1.0):
+    """GiGPO (2505.10978), (B, T): A = R - mean_G R + step_weight (V - mean of V in the same state),
+    minus GRPO's penalty; V is the return to go. On Search-QA both are divided by their standard
+    deviation, and states are equal from a similarity of 0.9. [D]: the mean of R is over rollouts;
+    a success is worth 10 on every benchmark."""
+    search = s.env == "search"
+    states = shared_states(b.turns, 0.9 if search else 1.0)                             # (B,)
     shared = states.bincount()[states] > 1
     b.log |= {"states": int(states.max()) + 1, "rows_in_shared_states": shared.sum().item(),
               "share_in_shared_states": shared.double().mean().item()}
-    step = step_weight * relative(returns_to_go(b), states, std)
-    if std:
-        return grpo(b, s) + step.float()[:, None]
+    value = returns_to_go(b)
+    if search:
+        step = group_normalized_advantages(value, states) * shared
+        return grpo(b, s) + step_weight * step[:, None]
     first = b.number == 0
-    episode = relative(reward[first], b.group[first])[b.rollout]
-    values = episode + step - s.invalid_penalty * (~b.valid).double()
+    reward = 10.0 * (b.reward[first] > 0).double()      # (episodes,), in the order of b.rollout
+    values = minus_mean(reward, b.group[first])[b.rollout] + step_weight * minus_mean(value, states)
+    values = values - s.invalid_penalty * (~b.valid).double()                           # (B,)
     return values.float()[:, None].expand(b.mask.shape)
 
 def returns_to_go(b, gamma=0.95):
     """V (B,): 10 for a success, times gamma for each turn that still follows."""
-    last = torch.zeros(int(b.rollout.max()) + 1, dtype=torch.long)
-    last = last.scatter_reduce(0, b.rollout, b.number, "amax")                         # (episodes,)
-    return 10.0 * (b.reward > 0).double() * gamma ** (last[b.rollout] - b.number)
+    last = by_group(torch.max, b.rollout, b.number)                                     # (B,)
+    return 10.0 * (b.reward > 0).double() * gamma ** (last - b.number)
 
-def relative(values, groups, std=False):
-    """values (N,) minus the mean of their group, with std divided by its standard deviation; a lone
-    value and a group of equal values get exactly 0."""
-    result = torch.zeros_like(values)
-    for group in groups.unique():
-        rows = groups == group
-        v = values[rows]
-        if v.max() > v.min():
-            result[rows] = (v - v.mean()) / (v.std() + 1e-6 if std else 1)
-    return result
+def minus_mean(values, groups):
+    """values (N,) minus their group's mean; equal values, or a lone one, give exactly 0."""
+    return by_group(lambda v: v - (v.mean() if v.max() > v.min() else v), groups, values)
 
 def shared_states(turns, similarity=1.0):
-    """The number (B,) of each turn's state. Turns of one group share a state if their observations
-    are equal, or for similarity < 1 as alike as that, by difflib's ratio over words [D]."""
-    seen = {}                                # {group: {observation: the first one that is like it}}
+    """The number (B,) of each turn's state. Turns of a group share it if their observations are
+    equal; with similarity < 1, if difflib's ratio of their words is at least this [D]."""
+    first = {}                               # {group: {observation: the first one that is like it}}
+    numbers = {}                             # {(group, first observation): number}
     for t in turns:
-        known = seen.setdefault(t.group, {})
+        known = first.setdefault(t.group, {})
         if t.observation not in known:
-            like = (first for first in known.values()
-                    if similarity < 1 and alike(first, t.observation, similarity))
+            like = (x for x in known.values()
+                    if similarity < 1 and alike(x, t.observation, similarity))
             known[t.observation] = next(like, t.observation)
-    names = [(t.group, seen[t.group][t.observation]) for t in turns]
-    order = {name: i for i, name in enumerate(dict.fromkeys(names))}
-    return torch.tensor([order[name] for name in names])
+        numbers.setdefault((t.group, known[t.observation]), len(numbers))
+    return torch.tensor([numbers[t.group, first[t.group][t.observation]] for t in turns])
 
 def alike(text, other, least):
-    """Whether difflib's ratio of two texts, over words, is at least `least`."""
+    """Whether difflib's ratio of the two texts' words is at least `least`."""
     m = difflib.SequenceMatcher(None, text.split(), other.split(), False)
     return m.real_quick_ratio() >= least and m.quick_ratio() >= least and m.ratio() >= least
 
 def atod(b, s, state):
-    """ATOD (2606.27814): from distillation to RL, A = kappa w (log pi_T - log pi_old) + rho A_GRPO,
-    (B, T), with p = min(step / 80, 1), kappa = max(0.1, 1 - 0.9 p), rho = 1 + p.
-
-    [D]: the first step is 0; the penalty of malformed turns stays in A_GRPO. The teacher reads the
-    plain prompt. Without --teacher-model it is the model itself with the skill: atod_self."""
+    """ATOD (2606.27814), (B, T): A = kappa w (log pi_T - log pi_old) + rho A_GRPO, where kappa =
+    max(0.1, 1 - 0.9 p), rho = 1 + p, p = min(step / 80, 1); the first step is 0 [D]. The teacher is
+    --teacher-model and reads the plain prompt."""
     p = min(state.step / 80, 1.0)
     w = atod_weights(b.old, b.teacher, b.mask, b.rollout)                               # (B,)
     pull = max(0.1, 1 - 0.9 * p) * w[:, None] * (b.teacher - b.old)
     return pull + (1 + p) * grpo(b, s)
 
 def atod_weights(old, teacher, mask, rollout):
-    """w = 1 - (1 - d)(1 - h) of each turn, (B,): d is the mean |log pi_T - log pi_old|, h the mean
-    surprise -log pi_old, each from 0 to 1 over the turns of its rollout, 0.5 if they are equal. A
+    """w = 1 - (1 - d)(1 - h) of each turn, (B,): d is its mean |log pi_T - log pi_old|, h its mean
+    -log pi_old, each scaled to [0, 1] over the turns of its rollout (0.5 if these are equal). A
     turn without tokens is left out and gets 0 [D]."""
-    count = mask.sum(1)                                                                 # (B,)
-    product = torch.ones(len(mask), dtype=old.dtype)
-    for values in ((old - teacher).abs(), -old):
-        mean = values.masked_fill(~mask, 0).sum(1) / count.clamp(min=1)
-        for episode in rollout.unique():
-            rows = (rollout == episode) & (count > 0)
-            low, high = torch.aminmax(mean[rows]) if rows.any() else (0.0, 0.0)
-            scaled = (mean[rows] - low) / (high - low) if high - low >= 1e-8 else 0.5
-            product[rows] *= 1 - scaled
-    return 1 - product
+    def scaled(values):
+        mean = (values.masked_fill(~mask, 0).sum(1) / mask.sum(1))[live]
+        low, high = (by_group(f, rollout[live], mean) for f in (torch.amin, torch.amax))
+        return torch.where(high - low < 1e-8, 0.5, (mean - low) / (high - low))
 
-ROLE_VALUES = {"D": 1.0, "E": 0.5, "N": -0.1, "R": -0.5}    # decisive, exploration, no progress,
-                                                            # regression; "": no role, 0
+    live = mask.any(1)                                                                  # (B,)
+    w = torch.zeros_like(old[:, 0])
+    w[live] = 1 - (1 - scaled((old - teacher).abs())) * (1 - scaled(-old))
+    return w
+
+# of decisive progress, useful exploration, no progress, regression; without a role 0
+ROLE_VALUES = {"D": 1.0, "E": 0.5, "N": -0.1, "R": -0.5}
 
 def triage(b, s, state=None, lam=None, whiten=True):
-    """TRIAGE (2606.32017): a = A_GRPO + lam * c[role], (B, T), then whitened over the turns of the
-    step. lam is 0.2, on Search-QA 0.4; c is ROLE_VALUES. [D]: population standard deviation, eps
-    1e-6. The paper's binary rewards are ours; the penalty of malformed turns stays in A_GRPO."""
+    """TRIAGE (2606.32017), (B, T): A_GRPO + lam c[role], whitened over the turns of the step; c is
+    ROLE_VALUES, lam 0.2, on Search-QA 0.4. [D]: population standard deviation, eps 1e-6."""
     lam = (0.4 if s.env == "search" else 0.2) if lam is None else lam
     c = torch.tensor([ROLE_VALUES.get(t.role, 0.0) for t in b.turns])                   # (B,)
     a = grpo(b, s)[:, 0] + lam * c
@@ -777,79 +770,69 @@ def triage(b, s, state=None, lam=None, whiten=True):
     return a[:, None].expand(b.mask.shape)
 
 def sgcd(b, s, state=None, gamma=1.0):
-    """SGCD (2606.12634): A_GRPO * W, (B, T), where W from 1 to 2 is larger on tokens about which a
-    teacher that has read the siblings' attempts confidently disagrees.
-
-    [D]: groups that are not mixed keep W = 1 instead of being left out and drawn again (their A is
-    0 but for the penalty of malformed turns). A response is a turn's, the paper's a rollout's."""
-    zeros = torch.zeros(b.mask.shape)                  # without references
-    d, h = (b.extra.get(name, zeros) for name in ("divergence", "teacher_entropy"))
-    w = sgcd_weights(d, h, b.mask, gamma)
+    """SGCD (2606.12634), (B, T): A_GRPO * W, where W from 1 to 2 is larger on tokens about which a
+    teacher that has read the siblings' attempts confidently disagrees. [D]: in groups that are not
+    mixed W = 1."""
+    w = sgcd_weights(b.extra["divergence"], b.extra["teacher_entropy"], b.mask, gamma)
     b.log["sgcd_weight"] = w[b.mask].mean().item()
     return grpo(b, s) * w
 
 def sgcd_weights(d, h, mask, gamma=1.0):
-    """W = clip(1 + gamma s, 1, 2), (B, T). d is scaled to (d - min) / (max - min + 0.1) over the
-    response; s is this number, but all tokens of a segment have that of its first token. A segment
-    starts above 0.15 and goes on while the teacher's entropy h is at most 1.5 times that at its
-    start, for at most a fifth of the response (rounded down, at least 1 [D]); the token that ends
-    it may start one [D]. No literals are masked [D]: our references quote actions only."""
+    """W = clip(1 + gamma s, 1, 2), (B, T). s is d scaled to (d - min) / (max - min + 0.1) over the
+    turn's response [D], except that the tokens of a segment share the s of its first one. A segment
+    starts where s > 0.15 and lasts while the teacher's entropy h is at most 1.5 times that of its
+    start, for at most a fifth of the response (rounded down, at least one token [D]); the token
+    that ends it may start the next [D]."""
+    low = d.masked_fill(~mask, math.inf).amin(1, True)                                  # (B, 1)
+    high = d.masked_fill(~mask, -math.inf).amax(1, True)
     w = torch.ones_like(d)
     for i, n in enumerate(mask.sum(1).tolist()):
-        low, high = torch.aminmax(d[i, :n]) if n else (0.0, 0.0)
-        scaled = ((d[i, :n] - low) / (high - low + 0.1)).tolist()
-        spread = h[i, :n].tolist()
-        t = 0
-        while t < n:
-            end = t + 1
-            while (scaled[t] > 0.15 and end < min(n, t + max(1, n // 5))
-                   and spread[end] <= 1.5 * spread[t]):
-                end += 1
-            w[i, t:end] = 1 + gamma * scaled[t]
-            t = end
+        s = ((d[i] - low[i]) / (high[i] - low[i] + 0.1)).tolist()
+        entropy = h[i].tolist()
+        start = 0
+        for t in range(n):
+            lasts = t - start < max(1, n // 5) and entropy[t] <= 1.5 * entropy[start]
+            if not (s[start] > 0.15 and lasts):
+                start = t
+            w[i, t] = 1 + gamma * s[start]
     return w.clamp(1, 2)
 
 def disagreement(p, q, token, k=100):
-    """(n, 2): KL(pi || pi_T) and the entropy of pi_T in nats, from their log-probabilities (n, V),
-    on the teacher's k likeliest words, the sampled token (n,) and one bucket for all others."""
+    """(KL(pi || pi_T), entropy of pi_T), in nats, (n, 2), of log-probabilities (n, V), over the
+    teacher's k likeliest words, the sampled token (n,) and one bucket for all others."""
     kept = torch.zeros_like(q, dtype=torch.bool)
     kept.scatter_(1, q.topk(min(k, q.shape[1])).indices, True).scatter_(1, token[:, None], True)
+
     def grouped(x):
         rest = x.masked_fill(kept, -math.inf).logsumexp(1, True)
         return torch.cat([x.masked_fill(~kept, -math.inf), rest], 1)
+
     p = grouped(p)
     q = grouped(q)
-    kl = (p.exp() * (p - q)).nan_to_num(0).sum(1)      # NaN: words in the bucket
-    return torch.stack([kl, -(q.exp() * q).nan_to_num(0).sum(1)], 1)
+    terms = (p.exp() * (p - q), -q.exp() * q)          # NaN where a word is in the bucket
+    return torch.stack([x.nan_to_num(0).sum(1) for x in terms], 1)
 
-def craft(b, s, state, p2=True):
-    """CRAFT (2606.29476) before the update: GRPO's advantages; in b.extra each token's credit c and
-    this step's weights lambda and mu; in state.memory the rate E that sets the next step's.
-
-    p2: E <- 0.95 E + 0.05 rho, where rho is the share of tokens with |c| > 0.1, held at 0.5 for ten
-    steps; lambda = 0.005 + 0.015 E, mu = 0.005 + 0.015 (1 - E). Without: both 0.01. [D]: siblings
-    are turns of equal number; gaps are those of the rollout policy, because siblings may be in
-    another mini-batch; the credit uses A without the penalty of malformed turns."""
+def craft(b, s, state):
+    """CRAFT (2606.29476): GRPO's advantages, (B, T), and in b.extra each token's credit c, lambda =
+    0.005 + 0.015 E and mu = 0.005 + 0.015 (1 - E). E, in state.memory, is 0.5 for ten steps, then
+    E <- 0.95 E + 0.05 (share of tokens with |c| > 0.1). [D]: siblings are turns with the same
+    number; gaps are the rollout policy's; c ignores the penalty of malformed turns."""
     a = grpo(b, replace(s, invalid_penalty=0.0))[:, 0]                                  # (B,)
     gap = (b.teacher - b.old).masked_fill(~b.mask, 0)
-    credit = torch.zeros_like(gap)
     place = torch.stack([b.group, b.number], 1).unique(dim=0, return_inverse=True)[1]   # (B,)
-    for rows in [place == i for i in place.unique()]:
-        credit[rows] = craft_credit(gap[rows], b.mask[rows], a[rows], s.craft_sign)
+    credit = by_group(lambda *rows: craft_credit(*rows, s.craft_sign), place, gap, b.mask, a)
     rate = state.memory.get("craft_rate", 0.5)
-    lam = 0.005 + 0.015 * rate if p2 else 0.01
-    mu = 0.005 + 0.015 * (1 - rate) if p2 else 0.01
     share = (credit.abs() > 0.1)[b.mask].double().mean().item()
     state.memory["craft_rate"] = rate if state.step < 10 else 0.95 * rate + 0.05 * share
-    weights = {"lambda": torch.full_like(gap, lam), "mu": torch.full_like(gap, mu)}
-    b.extra |= weights | {"credit": credit}
-    b.log |= {"craft_lambda": lam, "craft_mu": mu, "craft_share": share}
+    weights = {"lambda": 0.005 + 0.015 * rate, "mu": 0.005 + 0.015 * (1 - rate)}
+    b.extra |= {name: torch.full_like(gap, x) for name, x in weights.items()} | {"credit": credit}
+    b.log |= {f"craft_{name}": x for name, x in weights.items()} | {"craft_share": share}
     return grpo(b, s)
 
 def craft_credit(gap, live, advantages, sign="paper"):
-    """c = sign(x) (2 sigmoid(5 |x|) - 1), (G, T), of turns that are siblings: x_i = sum_j w_j A_j -
-    A_i over the others, w their softmax of gap D (G, T); live (G, T): there is a token. Where fewer
-    than two are live x is A_i D_i (paper), or 0 (loo)."""
+    """c = sign(x) (2 sigmoid(5 |x|) - 1), (G, T), of G siblings: x_i = sum_j w_j A_j - A_i over the
+    others, w = softmax of their gaps D (G, T). live (G, T): there is a token. Where fewer than two
+    are live x is A_i D_i (paper) or 0 (loo)."""
     own = torch.eye(len(gap), dtype=torch.bool)[:, :, None]
     logits = gap.masked_fill(~live, -math.inf)[None].masked_fill(own, -math.inf)        # (G, G, T)
     w = logits.softmax(1).nan_to_num(0)                # NaN: no other one is live
@@ -860,85 +843,73 @@ def craft_credit(gap, live, advantages, sign="paper"):
     return x.sign() * (2 * torch.sigmoid(5 * x.abs()) - 1)
 
 def craft_term(b, s, p1=True, p2=True, p3=True):
-    """CRAFT's two terms: -lambda c log pi and mu KL, where the KL (p3) is x for c > 0, -x for c < 0
-    and k3 for c = 0, x = log pi - log pi_ref. --craft-sign loo, a repair that is not CRAFT, has
-    +lambda c log pi [D]; why: docs/gate.md. p1 off: SDAR's term; all three off: SDAR's loss. Both
-    means are the backbone's, over trajectories [D]. --kl adds its own term."""
-    c = b.extra["credit"]
+    """-lambda c log pi + mu KL, (B, T), where the KL is x = log pi - log pi_ref for c > 0, -x for
+    c < 0, k3 for c = 0. --craft-sign loo, a repair that is not CRAFT (docs/gate.md): +lambda [D].
+    Without p1, SDAR's term for the credit; p2, both weights 0.01; p3, k3; all three, SDAR."""
+    c, lam, mu = (b.extra[name] for name in ("credit", "lambda", "mu"))
+    if not p2:
+        lam = mu = 0.01
     k3 = k3_kl(b.logp, b.ref)
-    kl = torch.where(c == 0, k3, c.sign() * (b.logp - b.ref)) if p3 else k3
-    credit = (1 if s.craft_sign == "loo" else -1) * b.extra["lambda"] * c * b.logp
-    value = credit if p1 else sdar(b, s)
-    return value + b.extra["mu"] * kl if p2 or p3 else value
+    signed = torch.where(c == 0, k3, c.sign() * (b.logp - b.ref)) if p3 else k3
+    credit = (1 if s.craft_sign == "loo" else -1) * lam * c * b.logp if p1 else sdar(b, s)
+    return credit + mu * signed if p2 or p3 else credit
 
 def ucob_pairs(state, episodes, s, targets="code"):
-    """Method.rows of UCOB (2606.29502, its CBSD part): pairs at shared states, as turns to score.
-
-    Half of each group acts with the skill, see Method.acts. In a state the winner is the turn with
-    the largest return to go V; the two others with the smallest V, more than 0.05 below, are its
-    targets ("paper": only those that acted in the other view). The student reads the target's
-    prompt in the view that the winner did not have, the teacher the winner's own; both score the
-    winner's response, whose tokens weigh min(gap / 0.2, 2), those of the action twice as much.
-    With our fixed skills instead of a memory that the policy writes: ucob_cbsd_fixed_bank."""
+    """UCOB (2606.29502, its CBSD part): pairs of turns in one state, as turns to score. Half of a
+    group acts with the skill. In a state the turn with the largest return to go V wins, its targets
+    are the two with the smallest V, more than 0.05 below ("paper": only those that acted in the
+    other view). The student reads the target's prompt in the view that the winner did not have, the
+    teacher the winner's own. The skills stay as they are: ucob_cbsd_fixed_bank."""
     turns = [t for e in episodes for t in e.turns]
-    value = returns_to_go(batch_of(turns)).tolist()
-    places = {}
-    for i, place in enumerate(shared_states(turns).tolist()):
-        if turns[i].valid and turns[i].response_ids:
-            places.setdefault(place, []).append(i)
+    values = returns_to_go(batch_of(turns)).tolist()
+    states = {}
+    for t, value, number in zip(turns, values, shared_states(turns).tolist()):
+        if t.valid and t.response_ids:
+            states.setdefault(number, []).append((value, t))
     rows = []
-    for members in places.values():
-        best = max(members, key=lambda i: value[i])    # ties: the first
-        winner = turns[best]
-        worse = [i for i in members if value[best] - value[i] > 0.05]
+    for members in states.values():
+        best, winner = max(members, key=lambda x: x[0])              # ties: the first
+        emphasis = 1.0 + action_tokens(state.policy, winner)                            # (T,)
+        worse = sorted((x for x in members if best - x[0] > 0.05), key=lambda x: x[0])
         if targets == "paper":
-            worse = [i for i in worse if (turns[i].rollout - winner.rollout) % 2]
-        for i in sorted(worse, key=lambda i: value[i])[:2]:
-            same = (turns[i].rollout - winner.rollout) % 2 == 0
-            row = Turn(turns[i].other_ids if same else turns[i].prompt_ids, winner.response_ids,
+            worse = [(v, t) for v, t in worse if (t.rollout - winner.rollout) % 2]
+        for v, t in worse[:2]:
+            same_view = (t.rollout - winner.rollout) % 2 == 0
+            row = Turn(t.other_ids if same_view else t.prompt_ids, winner.response_ids,
                        winner.prompt_ids, teacher_logp=winner.old_logp)
-            emphasis = 1.0 + action_tokens(state.policy, winner)                        # (T,)
-            row.extra["scale"] = min((value[best] - value[i]) / 0.2, 2.0) * emphasis
+            row.extra["scale"] = min((best - v) / 0.2, 2.0) * emphasis                  # w_j
             rows.append(row)
-    tokens = sum(len(row.response_ids) for row in rows)
     for row in rows:
-        row.weight = 0.1 * optimizer_steps(turns, s) / tokens
+        row.weight = 0.1 * optimizer_steps(turns, s) / sum(len(x.response_ids) for x in rows)
     return rows
 
 def ucob_term(b, s):
-    """g w_j KL(q' || p') of each token of the pairs, (B, T), g = sigmoid(5 (log q - log p)). [D]: g
-    takes log q from the policy that sampled, which differs from q after the first mini-batch."""
+    """g w_j KL(q' || p') on the winner's response, (B, T), g = sigmoid(5 (log q - log p)), w_j =
+    min((V_b - V_j) / 0.2, 2), twice that in its action. [D]: g takes log q from the policy that
+    sampled, which differs from q after the first mini-batch."""
     return sdar_gate(b.logp, b.teacher, 5.0) * b.extra["scale"] * b.compare(top_kl)
 
 def top_kl(p, q, k=32):
     """KL(q' || p') in nats (n,) of log-probabilities (n, V), both renormalised on q's top k."""
     q, top = q.topk(min(k, q.shape[1]))
-    p = p.gather(1, top).log_softmax(-1)
-    q = q.log_softmax(-1)
-    return (q.exp() * (q - p)).sum(-1)
+    return kl(q.log_softmax(-1), p.gather(1, top).log_softmax(-1))
 
 def paw(b, s, state, alpha=0.75):
-    """PaW (2606.02388): GRPO, and in b.extra["world"] each turn's weight in the world loss.
-
-    S is the share alpha of the turns with a next observation, rounded up [D], whose action had the
-    highest mean entropy under the rollout policy, over the whole vocabulary [D]. A group's
-    weight is lambda_g = 1 - its success rate, spread over its turns in S; mean over all groups."""
-    pool = [i for i, t in enumerate(b.turns) if t.after]
+    """PaW (2606.02388): GRPO's advantages, (B, T), and b.extra["world"], each turn's weight in the
+    world loss: 1 - the group's success rate, shared by its turns in S; mean over groups. S: of the
+    turns with a next observation the share alpha, rounded up [D], whose actions have the highest
+    mean entropy, over the whole vocabulary [D]."""
+    action = b.extra["action"] & b.mask
+    mean = b.extra["entropy"].masked_fill(~action, 0).sum(1) / action.sum(1).clamp(min=1)
+    pool = torch.tensor([bool(t.after) for t in b.turns])                               # (B,)
+    order = mean.masked_fill(~pool, -math.inf).argsort(descending=True, stable=True)
+    chosen = order[:math.ceil(alpha * int(pool.sum()))]                                 # (S,)
     first = b.number == 0
-    chosen = []
-    if pool:
-        action = b.extra["action"] & b.mask
-        total = b.extra["entropy"].masked_fill(~action, 0).sum(1)                       # (B,)
-        mean = (total / action.sum(1).clamp(min=1)).tolist()
-        chosen = sorted(pool, key=lambda i: -mean[i])[:math.ceil(alpha * len(pool))]
-    world = torch.zeros(b.mask.shape)
-    groups = b.group.unique().tolist()
-    for group in groups:
-        rows = [i for i in chosen if b.turns[i].group == group]
-        won = (b.reward[first & (b.group == group)] > 0).double().mean().item()
-        if rows:
-            world[rows] = (1 - won) / len(rows) / len(groups) * optimizer_steps(b.turns, s)
-    b.extra["world"] = world
+    won = by_group(torch.mean, b.group[first], (b.reward[first] > 0).double())[b.rollout]
+    weight = (1 - won[chosen]) / b.group[chosen].bincount()[b.group[chosen]]
+    weight = weight / len(b.group.unique()) * optimizer_steps(b.turns, s)
+    b.extra["world"] = torch.zeros(b.mask.shape)
+    b.extra["world"][chosen] = weight.float()[:, None]
     b.log["world_turns"] = len(chosen)
     return grpo(b, s)
 
@@ -951,12 +922,13 @@ def paw_loss(b, rho=0.2):
     return (b.extra["world"][:, 0] * rows).sum()
 
 # ======== 10c. What the follow-ups prepare before the scoring, and their rows of METHODS ==========
+
 def load_teacher(policy, s):
     """ATOD's frozen --teacher-model, None without one. UserError if its tokenizer is another."""
-    if s.algo == "atod" and not s.teacher_model:
-        print("no --teacher-model: the model itself with the skill teaches (atod_self), which is "
-              "not the paper's ATOD", flush=True)
     if not s.teacher_model:
+        if s.algo == "atod":
+            print("no --teacher-model: the model itself with the skill teaches (atod_self), which "
+                  "is not the paper's ATOD", flush=True)
         return None
     teacher = load_policy(s.teacher_model, s.device)
     if teacher.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
@@ -965,50 +937,49 @@ def load_teacher(policy, s):
     return teacher.model.requires_grad_(False)
 
 def add_roles(state, env, episodes, s):
-    """Method.prepare of TRIAGE: sets turn.role, by rule or by the chat server of --judge. A reply
-    that names no role is N, counted in the log."""
+    """Method.prepare of TRIAGE: sets turn.role, by --judge or roles_by_rule; N where no reply of
+    the judge names one, counted in the log."""
+    turns = [t for e in episodes for t in e.turns]
     if s.judge:
-        texts = [judge_prompt(e, i) for e in episodes for i in range(len(e.turns))]
-        replies = ask(s.judge, texts, read_role)
-        roles = [role or "N" for role in replies]
+        texts = [JUDGE_PROMPT + as_text(e, t) for e in episodes for t in e.turns]
+        roles = ask(s.judge, texts, read_role)
     else:
         roles = [role for e in episodes for role in roles_by_rule(e)]
-    for t, role in zip([t for e in episodes for t in e.turns], roles):
-        t.role = role
-    shares = {f"share_role_{role}": roles.count(role) / len(roles) for role in ROLE_VALUES}
-    return shares | ({"judge_failures": replies.count(None)} if s.judge else {})
-
-# actions of ALFWorld and WebShop that change the state: what is held, heated, chosen or bought
-CHANGES = re.compile(r"(take|put|move|heat|cool|clean|use|slice|open) |click\[(?!(b0\w{8}|next >|"
-                     r"< prev|back to search|description|features|reviews|attributes)\])")
+    for t, role in zip(turns, roles):
+        t.role = role or "N"
+    shares = {f"share_role_{x}": sum(t.role == x for t in turns) / len(turns) for x in ROLE_VALUES}
+    return shares | ({"judge_failures": roles.count(None)} if s.judge else {})
 
 def steps_of(episode):
     """[(turn, what the agent saw after it)]"""
     after = [t.observation for t in episode.turns[1:]]
     return list(zip(episode.turns, [*after, episode.session.observation]))
 
+# actions of ALFWorld and WebShop that change the state: what is held, heated, chosen or bought
+CHANGES = re.compile(r"(take|put|move|heat|cool|clean|use|slice|open) |click\[(?!(b0\w{8}|next >|"
+                     r"< prev|back to search|description|features|reviews|attributes)\])")
+
 def roles_by_rule(episode):
     """A role per turn by rule, which is not TRIAGE's judge [D]. R: action and result repeat since
     the last D, or a second invalid turn in a row. N: invalid. D: a change of state, or the last
     turn of an episode with a score (it sees the outcome). E: a new observation. Else N."""
     roles = []
-    repeated = set()
     shown = {episode.turns[0].observation}
+    repeated = set()
     invalid = False
     for t, result in steps_of(episode):
         again = invalid
         invalid = not (t.valid and t.admissible)
         scores = t is episode.turns[-1] and episode.session.score > 0
         if (t.action, result) in repeated or (invalid and again):
-            role = "R"
+            roles.append("R")
         elif invalid:
-            role = "N"
+            roles.append("N")
         elif scores or CHANGES.match(t.action):
-            role = "D"
+            roles.append("D")
             repeated = set()
         else:
-            role = "N" if result in shown else "E"
-        roles.append(role)
+            roles.append("N" if result in shown else "E")
         repeated.add((t.action, result))
         shown.add(result)
     return roles
@@ -1020,86 +991,67 @@ Rules: a first inspection is E, a repeated one without change R. An invalid acti
 repeated invalid one R. The right take, place, heat, cool or buy is D. Choosing an attribute again \
 is R. A harmless repetition after completion is N, walking past empty places too. A wrong object \
 or product is R.
-Task: {task}
-{steps}
-Answer with JSON only: {{"role": "D", "E", "N" or "R", "evidence": "a quotation from above"}}"""
+Answer with JSON only: {"role": "D", "E", "N" or "R", "evidence": "a quotation from below"}
+"""
 
-def judge_prompt(episode, number, window=5):
-    """The question about one turn, with at most `window` turns before and after it."""
-    lines = []
-    for t, result in steps_of(episode)[max(0, number - window):number + window + 1]:
-        mark = "THE STEP TO JUDGE" if t.number == number else "step"
-        seen = envs.one_line(result, 600)
-        lines.append(f"{mark} {t.number + 1}: action {envs.one_line(t.action)!r}, result {seen!r}")
-    return JUDGE_PROMPT.format(task=envs.one_line(episode.session.task, 600),
-                               steps="\n".join(lines))
+def as_text(episode, judged=None, window=5):
+    """The task and all turns with the outcome, or without it the turns around the judged one."""
+    lines = ["Task: " + envs.one_line(episode.session.task, 600)]
+    if judged is None:
+        lines.append(f"Attempt that {'succeeded' if episode.reward else 'failed'}:")
+    for t, result in steps_of(episode):
+        if judged is None or abs(t.number - judged.number) <= window:
+            mark = "THE STEP TO JUDGE" if t is judged else "step"
+            seen = envs.one_line(result, 600 if judged else 200)
+            lines.append(f"{mark} {t.number + 1}: action {envs.one_line(t.action)!r}, "
+                         f"result {seen!r}")
+    return "\n".join(lines)
 
 def read_role(reply):
-    """The role in a judge's reply; ValueError if it has none, or quotes no evidence."""
+    """The role in a judge's reply, None if it names none or quotes no evidence."""
     answer = json.loads(re.findall(r"\{[^{}]*\}", reply)[-1])
-    if answer["role"] not in ROLE_VALUES or not isinstance(answer["evidence"], str):
-        raise ValueError("no role")
-    return answer["role"]
-
-def add_references(state, env, episodes, s):
-    """Method.prepare of SGCD: in mixed groups, where some won and some did not, the teacher's
-    prompt is the turn's own with a reference before it, by --judge or sibling_reference_plain. Sets
-    turn.extra["divergence"] and ["teacher_entropy"], 0 where there is no reference."""
-    policy = state.policy
-    groups = {}
-    for e in episodes:
-        groups.setdefault(e.turns[0].group, []).append(e)
-    mixed = [e for e in episodes
-             if len({bool(x.reward) for x in groups[e.turns[0].group]}) == 2]
-    siblings = [[x for x in groups[e.turns[0].group] if x is not e] for e in mixed]
-    references = [sibling_reference_plain(others) for others in siblings]
-    metrics = {"mixed_groups": len({e.turns[0].group for e in mixed})}
-    if s.judge:
-        digests = ask(s.judge, list(map(digest_prompt, siblings)), read_digest)
-        references = [digest or plain for digest, plain in zip(digests, references)]
-        metrics["judge_failures"] = digests.count(None)
-    for e, reference in zip(mixed, references):
-        for t in e.turns:
-            t.other_ids = with_reference(policy, t.prompt_ids, reference, s)
-    for t in [t for e in episodes for t in e.turns]:
-        t.extra = dict.fromkeys(("divergence", "teacher_entropy"), torch.zeros(len(t.response_ids)))
-    compare_prompts(policy, [t for e in mixed for t in e.turns], s, disagreement,
-                    ("divergence", "teacher_entropy"))
-    return metrics
-
-def sibling_reference_plain(siblings):
-    """A reference without a language model, which is not SGCD's [D]: the actions of the shortest
-    success and of the longest failure among the siblings, never the rollout's own."""
-    won = [e for e in siblings if e.reward]
-    lost = [e for e in siblings if not e.reward]
-    shown = [("succeeded", min(won, key=lambda e: len(e.turns)))] if won else []
-    shown += [("failed", max(lost, key=lambda e: len(e.turns)))] if lost else []
-    return "\n".join(f"Another attempt that {how}: " + " > ".join(
-        envs.one_line(t.action) for t in e.turns) for how, e in shown)
+    known = answer["role"] in ROLE_VALUES and isinstance(answer["evidence"], str)
+    return answer["role"] if known else None
 
 DIGEST_PROMPT = """\
 Several attempts at one task follow. Write advice for another attempt, in at most 150 words: \
 checks that the successes made, branches to take again, branches that failed and why, where they \
 part.
-Task: {task}
-{attempts}"""
+"""
 
-def digest_prompt(siblings):
-    """The question for a digest of the siblings' attempts."""
-    lines = []
-    for e in siblings:
-        steps = [f"{envs.one_line(t.action)} (before it: {envs.one_line(t.observation)})"
-                 for t in e.turns]
-        lines.append(f"Attempt that {'succeeded' if e.reward else 'failed'}: " + "; ".join(steps))
-    return DIGEST_PROMPT.format(task=envs.one_line(siblings[0].session.task, 600),
-                                attempts="\n".join(lines)[:50_000])
+def add_references(state, env, episodes, s):
+    """Method.prepare of SGCD: in mixed groups, where some won and some did not, the teacher reads
+    a reference before the turn's own prompt, by --judge or sibling_reference_plain. Sets
+    turn.extra["divergence"] and ["teacher_entropy"], 0 where there is no reference."""
+    names = ("divergence", "teacher_entropy")
+    for t in [t for e in episodes for t in e.turns]:
+        t.extra = dict.fromkeys(names, torch.zeros(len(t.response_ids)))
+    groups = [episodes[i:i + s.group_size] for i in range(0, len(episodes), s.group_size)]
+    mixed = [group for group in groups if len({bool(e.reward) for e in group}) == 2]
+    metrics = {"mixed_groups": len(mixed)}
+    siblings = [[x for x in group if x is not e] for group in mixed for e in group]
+    references = list(map(sibling_reference_plain, siblings))
+    if s.judge:
+        texts = [DIGEST_PROMPT + "\n".join(map(as_text, others)) for others in siblings]
+        digests = ask(s.judge, [text[:50_000] for text in texts], lambda reply:
+                      reply.rpartition("</think>")[2].strip()[:2000] or None)
+        references = [digest or plain for digest, plain in zip(digests, references)]
+        metrics["judge_failures"] = digests.count(None)
+    taught = [e for group in mixed for e in group]
+    for e, reference in zip(taught, references):
+        for t in e.turns:
+            t.other_ids = with_reference(state.policy, t.prompt_ids, reference, s)
+    compare_prompts(state.policy, [t for e in taught for t in e.turns], s, disagreement, names)
+    return metrics
 
-def read_digest(reply):
-    """A digest of at most 2,000 characters; ValueError if it is empty."""
-    text = reply.rpartition("</think>")[2].strip()[:2000]
-    if not text:
-        raise ValueError("empty")
-    return text
+def sibling_reference_plain(siblings):
+    """A reference without a language model, which is not SGCD's [D]: the actions of the shortest
+    success and of the longest failure among the siblings, never the rollout's own."""
+    won = min((e.turns for e in siblings if e.reward), key=len, default=())
+    lost = max((e.turns for e in siblings if not e.reward), key=len, default=())
+    return "\n".join(f"Another attempt that {how}: " + " > ".join(
+        envs.one_line(t.action) for t in turns)
+        for how, turns in (("succeeded", won), ("failed", lost)) if turns)
 
 def with_reference(policy, prompt_ids, text, s):
     """prompt_ids with the text at the start of the user message, cut where --max-teacher-prompt is
@@ -1112,55 +1064,41 @@ def with_reference(policy, prompt_ids, text, s):
     return prompt_ids[:n] + ids[:room] + prompt_ids[n:]
 
 def add_next_observations(state, env, episodes, s):
-    """Method.prepare of PaW: each turn but the last reads the bare next observation after its
-    response, at most --max-response tokens of it [D]; extra["action"] marks its action."""
-    policy = state.policy
-    turns = [t for e in episodes for t in e.turns]
-    texts = [t.observation for e in episodes for t in e.turns[1:]]
-    texts = without_special_tokens(policy.tokenizer, texts)
-    ids = iter(policy.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else ())
-    for t in [t for e in episodes for t in e.turns[:-1]]:
-        t.after = next(ids)[:s.max_response]
-    for t in turns:
-        t.extra["action"] = action_tokens(policy, t)
+    """Method.prepare of PaW: after its response each turn reads the bare next observation, at most
+    --max-response tokens of it [D]; the last one reads none. extra["action"] marks its action."""
+    tokenizer = state.policy.tokenizer
+    for e in episodes:
+        texts = without_special_tokens(tokenizer, [t.observation for t in e.turns])
+        encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        for t, ids in zip(e.turns, encoded[1:]):
+            t.after = ids[:s.max_response]
+        for t in e.turns:
+            t.extra["action"] = action_tokens(state.policy, t)
 
 def action_tokens(policy, turn):
     """(T,) bool: the response's tokens inside the tags of its action; all if it has none [D]."""
     pieces = policy.tokenizer.batch_decode([[i] for i in turn.response_ids])
     found = re.search(r"<(action|search|answer)>(.+?)</\1>", "".join(pieces), re.I | re.S)
-    if not found:
-        return torch.ones(len(pieces), dtype=torch.bool)
-    ends = torch.tensor([len(piece) for piece in pieces]).cumsum(0)                     # (T,)
-    starts = ends - torch.tensor([len(piece) for piece in pieces])
-    return (ends > found.start(2)) & (starts < found.end(2))
+    start, end = found.span(2) if found else (-1, math.inf)
+    lengths = torch.tensor([len(piece) for piece in pieces])                            # (T,)
+    ends = lengths.cumsum(0)
+    return (ends > start) & (ends - lengths < end)
 
-def ask(url, texts, read, tries=4, timeout=300.0, delay=1.0):
+def ask(url, texts, read, seconds=300.0):
     """[read(reply)] of an OpenAI-compatible chat server, URL[#MODEL], to each text, at temperature
-    0, 16 at a time; None where no reply could be read in `tries`. UserError if the server cannot be
-    reached. A reply is data: of at most 1 MiB its last 20,000 characters go to `read`."""
+    0, 16 at a time; None if four replies cannot be read. UserError if the server fails, or takes
+    longer than `seconds`. A reply is data: of at most 1 MiB the last 20,000 characters are read."""
     base, _, model = url.partition("#")
     address = base.rstrip("/").removesuffix("/v1") + "/v1/chat/completions"
 
+    def content(reply):
+        with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):
+            return read(json.loads(reply[:1 << 20])["choices"][0]["message"]["content"][-20_000:])
+
     def one(text):
-        body = {"model": model or "default", "temperature": 0,
-                "messages": [{"role": "user", "content": text}]}
-        for attempt in range(tries):
-            time.sleep(delay * attempt)
-            problem = ""
-            try:
-                request = urllib.request.Request(address, json.dumps(body).encode(),
-                                                 {"Content-Type": "application/json"})
-                with urllib.request.urlopen(request, timeout=timeout) as connection:
-                    raw = connection.read(1 << 20)
-            except (OSError, ValueError, http.client.HTTPException) as error:
-                problem = f"{type(error).__name__}: {first_line(error)}"
-                continue
-            with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):
-                return read(json.loads(raw)["choices"][0]["message"]["content"][-20_000:])
-        if problem:
-            raise UserError(f"--judge {base} cannot be used ({problem}); check that a chat server "
-                            "answers there, then continue with --resume")
-        return None
+        messages = [{"role": "user", "content": text}]
+        body = {"model": model or "default", "temperature": 0, "messages": messages}
+        return envs.post_json("--judge", address, body, content, seconds, retries=3, total=seconds)
 
     with ThreadPoolExecutor(16) as pool:               # an error cancels what has not begun
         return list(pool.map(one, texts))
