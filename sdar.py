@@ -1324,9 +1324,9 @@ def sample(logits, temperature, generator):
     return token[:, 0], p.gather(1, token)[:, 0].log()
 
 def decode(policy, rows, look, temperature, generator):
-    """The next tokens of these rows, at most `look`, and their log-probabilities, (n, steps) each; a
-    GPU may still be working on them when this returns. An ended row keeps stepping, in slot 0,
-    where its attention is cheapest."""
+    """The next tokens of these rows and their log-probabilities, (n, steps <= look) each; a GPU may
+    still be working on them when this returns. An ended row keeps stepping, in slot 0, where its
+    attention is cheapest."""
     kv = policy.cache
     for j, row in enumerate(rows):
         if row.ended and row.slot > look:
@@ -2377,7 +2377,8 @@ def validate(state, env, s):
     m = episode_metrics(rollout(state.policy, env, ids, s, s.val_temperature, generator,
                                 label=f"validation on {split}"))
     blocks = "".join("▁▂▃▄▅▆▇█"[int(7.99 * x["success"])] for x in [*earlier, m])
-    print(f"validation after step {state.step}: {rate_text(m)} on {split}, panel {digest}  {blocks}")
+    print(f"validation after step {state.step}: {rate_text(m)} on {split}, panel {digest}  "
+          f"{blocks}")
     row = {"step": state.step, "warm_step": state.warm_step, "split": split, "panel": digest}
     write_log(s, "validation.jsonl", row | m)
 

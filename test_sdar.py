@@ -2605,7 +2605,8 @@ def test_thinking_is_demanded_unless_the_prompt_has_closed_it(policy, env, monke
     for closed in (False, True):
         mine = dataclasses.replace(policy, think_closed=closed)
         script = iter(ids)
-        monkeypatch.setattr(sdar, "sample", lambda *_: (torch.tensor([next(script)]), torch.zeros(1)))
+        monkeypatch.setattr(sdar, "sample", lambda *_: (torch.tensor([next(script)]),
+                                                        torch.zeros(1)))
         s = settings(max_turns=1, max_response=len(ids))
         episode, = sdar.rollout(mine, env, env.tasks("train")[:1], s, 0, None)
         assert episode.turns[0].text == "<action>look</action>"
