@@ -37,6 +37,7 @@ import difflib
 import functools
 import hashlib
 import importlib.util
+import io
 import http.client
 import json
 import math
@@ -1316,6 +1317,9 @@ def generate(policy, waiting, s, temperature, stop, generator, limits=None):
     response ids} of those that have ended. The caller may put further prompts into `waiting` before
     it asks for more, so an episode need not wait for the others' turns. A response ends with EOS,
     a closing tag of `stop`, or at limits[key] tokens (default: s.max_response)."""
+    if policy.plain:
+        yield from plain_generate(policy, waiting, s, temperature, stop, generator, limits)
+        return
     look = STEPS_PER_LOOK.get(policy.device.type, 1)
     refill = REFILL_AT.get(policy.device.type, 1)
     rows = []
@@ -1678,6 +1682,8 @@ class Policy:
     opened: str = ""          # "<think>" where the template opens the think block in the prompt
     special_ids: frozenset = frozenset()    # token ids that are no text: end, padding, roles
     cache: object = None      # KeyValues of the last generation, reused by the next
+    plain: str = ""           # why transformers' generate decodes instead of section 12, and
+    pads: bool = False        # whether it then may decode prompts together
 
     device = property(lambda self: self.model.device)
     head = property(lambda self: self.model.get_output_embeddings())    # (n, D) -> (n, V)
@@ -1698,9 +1704,6 @@ def pick_device(name):
 def load_policy(name, device="auto", texts=(), seed=233):
     """A Policy, in bf16, on a CPU in fp32. name: Hugging Face model, folder (a run stands for its
     last checkpoint), .gguf file, or `tiny`, which is built from `texts`."""
-    from transformers import logging
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
     device = pick_device(device)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     model, tokenizer = build_tiny(texts, seed) if name == "tiny" else read_model(name, dtype)
@@ -1731,7 +1734,10 @@ def load_policy(name, device="auto", texts=(), seed=233):
 def read_model(name, dtype):
     """(model, tokenizer) from a folder, a GGUF file or the hub; UserError if that fails, or if the
     model would start with random or quantised weights."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, logging
+    logging.set_verbosity_error()
+    logging.enable_progress_bar()
+    print(f"loading {name}", flush=True)
     path = Path(name)
     folder = path.parent if path.suffix == ".gguf" else last_checkpoint(path) or name
     file = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
@@ -1740,8 +1746,9 @@ def read_model(name, dtype):
                         "merge_and_unload), save that, and give its folder")
     try:
         tokenizer = read_tokenizer(folder, file)
-        model, report = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **file)
+        with contextlib.redirect_stderr(sys.stderr if sys.stderr.isatty() else io.StringIO()):
+            model, report = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **file)
     except Exception as error:          # a folder or file can be wrong in any way
         if out_of_memory(error):
             raise
@@ -1817,52 +1824,106 @@ def text_fault(policy):
 @torch.no_grad()
 def model_fault(policy):
     """Why a model cannot be trained, or "". transformers' generate continues two prompts of unequal
-    length; decode_step and the pass without a cache must give its tokens the same logits."""
-    from transformers import DynamicCache
+    length; the pass without a cache must give its tokens the same logits. Where the decoding of
+    section 12 does not, policy.plain is the reason, and generate decodes."""
     model = policy.model
-    layers = {type(layer).__name__ for layer in DynamicCache(config=model.config).layers}
-    layers |= {*(getattr(model.config, "attention_layers", None) or ())} & {"local"}     # GPT-Neo
-    if odd := ", ".join(sorted(layers - {"DynamicLayer"})):
-        return f"remembers in a way that generation here does not know ({odd})"
     if not all(p.requires_grad for p in model.parameters()):
         return "has frozen weights, perhaps of an adapter, which has to be merged first"
     prompts = encode_chats(policy.tokenizer, ["Hello", "Look at the desk, then at the shelf."])
-    logits, answers = continuations(model, prompts)                                  # (2, 4, V)
+    logits, answers = map(torch.cat, zip(*(continuations(model, [p]) for p in prompts)))
     if logits.isnan().any():
         return "computes logits that are not numbers"
-    tokens = to_device(answers, policy.device)                                          # (2, 4)
-    kv = policy.cache = KeyValues(2, max(map(len, prompts)) + 4, policy.device)
-    kv.slot[:] = to_device([len(prompt) for prompt in prompts], policy.device)
-    decoded = [prefill(policy, prompts, [0, 1], Settings())]                            # (2, V)
-    for token in tokens.T[:3]:
-        kv.token[:] = token
-        decoded.append(decode_step(policy, kv, 2, kv.length))
-        kv.slot += 1
-    policy.cache = None
+    limit = (3e-3 if model.dtype == torch.float32 else 0.3) * logits.float().std()
 
     def logps(logits):                                                       # (2, 4, V) -> (2, 4)
-        return log_softmax(logits, 1).gather(-1, tokens[..., None])[..., 0]
+        return log_softmax(logits, 1).gather(-1, answers[..., None])[..., 0]
 
-    ways = {"when decoding here": logps(torch.stack(decoded, 1))}
-    for way, training in (("in training mode", True), ("without a cache, by its head", False)):
-        ways[way] = response_logps(model.train(training), prompts, answers, Settings())[0]
-    limit = (3e-3 if model.dtype == torch.float32 else 0.3) * logits.float().std()
-    wrong = [way for way, x in ways.items() if not (x - logps(logits)).norm() <= limit]
-    return f"computes other log-probabilities {wrong[-1]}" if wrong else ""
+    def same(logp):
+        return bool((logp - logps(logits)).norm() <= limit)
 
-def continuations(model, prompts, count=4):
-    """Logits (B, count, V) and token ids with which transformers' generate continues the prompts,
-    greedily and one by one."""
-    logits = []
-    answers = []
-    for prompt in prompts:
-        ids = to_device([prompt], model.device)                                         # (1, L)
-        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count,
-                             min_new_tokens=count, do_sample=False, num_beams=1,
-                             output_logits=True, return_dict_in_generate=True)
-        logits.append(torch.cat(out.logits))                                            # (count, V)
-        answers.append(out.sequences[0, -count:].tolist())
-    return torch.stack(logits), answers
+    for way, training in (("without a cache, by its head", False), ("in training mode", True)):
+        scored = response_logps(model.train(training), prompts, answers.tolist(), Settings())[0]
+        model.eval()
+        if not same(scored):
+            return f"computes other log-probabilities {way}"
+    policy.plain = other_memory(model)
+    try:
+        if not policy.plain and not same(logps(decoded(policy, prompts, answers))):
+            policy.plain = "other log-probabilities"
+    except Exception as error:          # a model may expect anything of its cache
+        if out_of_memory(error):
+            raise
+        policy.plain = type(error).__name__
+    policy.pads = bool(policy.plain) and same(logps(continuations(model, prompts)[0]))
+    return ""
+
+def other_memory(model):
+    """The layers of a model that remember otherwise than by all keys and values, "" without any."""
+    from transformers import DynamicCache
+    layers = {type(layer).__name__ for layer in DynamicCache(config=model.config).layers}
+    layers |= {*(getattr(model.config, "attention_layers", None) or ())} & {"local"}     # GPT-Neo
+    return ", ".join(sorted(layers - {"DynamicLayer"}))
+
+def decoded(policy, prompts, tokens):
+    """Logits (B, T, V) with which decode_step reads tokens (B, T) after the prompts."""
+    rows = len(prompts)
+    kv = policy.cache = KeyValues(rows, max(map(len, prompts)) + tokens.shape[1], policy.device)
+    kv.slot[:] = to_device([len(prompt) for prompt in prompts], policy.device)
+    logits = [prefill(policy, prompts, list(range(rows)), Settings())]                  # (B, V)
+    for token in tokens.T[:-1]:
+        kv.token[:] = token
+        logits.append(decode_step(policy, kv, rows, kv.length))
+        kv.slot += 1
+    policy.cache = None
+    return torch.stack(logits, 1)
+
+def continuations(model, prompts):
+    """Logits (B, 4, V) and ids (B, 4) with which transformers' generate continues the prompts."""
+    out = run_generate(model, prompts, 4, output_logits=True, return_dict_in_generate=True)
+    return torch.stack(out.logits, 1), out.sequences[:, -4:]
+
+def run_generate(model, prompts, count, **options):
+    """transformers' generate on prompts, padded on the left: the likeliest token, `count` times.
+    The model's own generation_config, with its penalties and its ends, plays no part."""
+    from transformers import GenerationConfig
+    width = max(map(len, prompts))
+    ids = to_device([[0] * (width - len(p)) + list(p) for p in prompts], model.device)  # (B, L)
+    lengths = to_device([len(p) for p in prompts], model.device)                        # (B,)
+    mask = torch.arange(width, device=model.device) >= width - lengths[:, None]         # (B, L)
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        return model.generate(ids, attention_mask=mask.long(), max_new_tokens=count, **options)
+    finally:
+        model.generation_config = own
+
+def plain_generate(policy, waiting, s, temperature, stop, generator, limits):
+    """`generate` for models that do not fit it, without policy.pads one prompt at a time, because
+    transformers' own batches are wrong for some (RWKV)."""
+    size = s.rollout_rows if policy.pads else 1
+    while waiting:
+        keys = sorted(waiting, key=lambda key: len(waiting[key]))
+        rows = [Row(key, (limits or {}).get(key, s.max_response), 0) for key in keys]
+        for first in range(0, len(rows), size):
+            fill_rows(policy, rows[first:first + size], waiting, temperature, stop, generator)
+        waiting.clear()
+        yield {row.prompt: row.ids for row in sorted(rows, key=lambda row: row.prompt)}
+
+def fill_rows(policy, rows, prompts, temperature, stop, generator):
+    """Let transformers' generate decode rows.ids, with our way to sample and to end a response."""
+    def choose(ids, logits):
+        token = sample(logits, temperature, generator)                                  # (B,)
+        return torch.full_like(logits, -math.inf).scatter(1, token[:, None], 0.0)
+
+    def ended(ids, scores, **options):
+        for row, token in zip(rows, ids[:, -1].tolist()):
+            if not row.ended:
+                extend(policy, row, [token], stop)
+        return to_device([row.ended for row in rows], policy.device)
+
+    run_generate(policy.model, [prompts[row.prompt] for row in rows],
+                 max(row.limit for row in rows), logits_processor=[choose],
+                 stopping_criteria=[ended])
 
 def check_lengths(policy, s):
     """UserError, or a line for rotary positions, if a prompt with its response can be too long."""
@@ -1878,7 +1939,44 @@ def check_lengths(policy, s):
     notes = [line] * (need > known)
     if "strftime_now" in str(policy.tokenizer.chat_template):
         notes.append(f"the chat template prints the date, here always {DAY:%d %b %Y}")
+    if policy.plain:
+        notes.append(f"{s.model} does not fit the decoding here ({policy.plain}); it decodes "
+                     "through transformers' generate, which is slower")
     print("".join(f"note: {note}\n" for note in notes), end="", flush=True)
+
+def check_room(state, s):
+    """A line on what the run needs besides activations; UserError if that is not there."""
+    device = state.policy.device
+    weights = next(state.policy.model.parameters())
+    model = state.policy.model.num_parameters() * weights.element_size()
+    masters = 4 * state.policy.model.num_parameters()  # as many bytes as gradients
+    moments = 0 if state.optimizer.state else 2 * masters
+    reference = model * bool(s.kl or "reference" in method_of(s).needs)
+    checkpoint = model + (2 + (weights is not state.masters[0])) * masters
+    kept = len(checkpoints(s.out))
+    saves = math.ceil((s.steps - state.step) / s.save_every) + (state.warm_step < s.warm_start)
+    needs = {Path(s.out): (min(KEEP + 1, kept + saves) - kept) * checkpoint + (not kept) * reference,
+             torch.device("cpu") if s.small_gpu else device: moments + masters}
+    needs[device] = needs.get(device, 0) + reference
+    texts = []
+    for place, need in needs.items():
+        free = free_space(place)
+        texts.append(f"{need / 1e9:.2f} of {free / 1e9:.1f} GB on {place}")
+        if need > free:
+            raise UserError(f"the run needs {texts[-1]}, besides weights and activations; make "
+                            "room, take a smaller model, --kl 0 (no reference) or --small-gpu")
+    print(f"needs, besides weights and activations: {', '.join(texts)}", flush=True)
+
+def free_space(place):
+    """Free bytes on a device or in a folder; inf where that is not known."""
+    if isinstance(place, Path):
+        return shutil.disk_usage(place).free
+    if place.type == "cuda":
+        cached = torch.cuda.memory_reserved(place) - torch.cuda.memory_allocated(place)
+        return torch.cuda.mem_get_info(place)[0] + cached
+    file = Path("/proc/meminfo")                       # of Linux
+    found = re.search(r"MemAvailable:\s+(\d+)", file.read_text()) if file.exists() else None
+    return int(found[1]) * 1024 if found and place.type == "cpu" else math.inf
 
 TINY = dict(width=96, layers=3, vocabulary=640)
 TINY_TEMPLATE = (
@@ -2276,6 +2374,30 @@ def last_checkpoint(path):
     """The newest checkpoint of a run folder, the folder itself if it is a model, else None."""
     return ([path, *checkpoints(path)] if Path(path).is_dir() else [None])[-1]
 
+def save_model(policy, folder, **options):
+    """Write a model folder for from_pretrained."""
+    from transformers import logging
+    logging.disable_progress_bar()
+    generic = type(policy.tokenizer).__name__ == "TokenizersBackend"
+    if generic and policy.model.config.model_type == "qwen2":
+        # AutoTokenizer would take Qwen's own pre-tokenizer, except where code of the folder is
+        # named (here none), which it does not run: then it takes tokenizer.json as it is
+        policy.tokenizer.init_kwargs["auto_map"] = [None, None]
+    policy.model.save_pretrained(folder, **options)
+    policy.tokenizer.save_pretrained(folder)
+
+def check_saving(state, s):
+    """UserError if the model, of which one small tensor is saved now, cannot be saved later."""
+    part = Path(s.out) / "writing"
+    weights = state.policy.model.named_parameters()
+    try:
+        save_model(state.policy, part, state_dict=dict([min(weights, key=lambda x: x[1].numel())]))
+    except Exception as error:                        # every library has its own
+        raise UserError(f"a checkpoint of {s.model} could not be saved: {first_line(error)}; "
+                        "take another model or --out") from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
 def save_checkpoint(state, s):
     """Write RUN/checkpoints/step-N: a model folder for from_pretrained, optimizer.pt, state.json.
     It gets this name when it is whole, so an interrupted write leaves the previous checkpoint."""
@@ -2288,8 +2410,7 @@ def save_checkpoint(state, s):
     try:
         shutil.rmtree(part, ignore_errors=True)       # left by a killed process
         part.mkdir(parents=True)
-        state.policy.model.save_pretrained(part)
-        state.policy.tokenizer.save_pretrained(part)
+        save_model(state.policy, part)
         pairs = zip(state.policy.model.parameters(), state.masters)
         masters = [None if master is p else master for p, master in pairs]
         optimizer = {"optimizer": state.optimizer.state_dict(), "masters": masters}
@@ -2301,9 +2422,11 @@ def save_checkpoint(state, s):
                 os.fsync(f.fileno())
         part.rename(final)
     except Exception as error:                        # every library has its own
+        full = "No space left" in str(error) or not shutil.disk_usage(s.out).free >> 20
         shutil.rmtree(part, ignore_errors=True)
         kept = "the previous checkpoint is whole: " if checkpoints(s.out) else ""
-        raise OSError(f"cannot save to {folder}: {first_line(error)}; {kept}make room, then "
+        advice = "make room" if full else "put that right"
+        raise OSError(f"cannot save to {folder}: {first_line(error)}; {kept}{advice}, then "
                       f"python sdar.py --resume {s.out}") from None
     for old in checkpoints(s.out)[:-KEEP]:
         shutil.rmtree(old)
@@ -2385,6 +2508,8 @@ def start_or_resume(s, env, resume):
     state.teacher = load_teacher(state.policy, s)
     check_lengths(state.policy, s)
     out.mkdir(parents=True, exist_ok=True)
+    check_room(state, s)
+    check_saving(state, s)
     write_text(out / "config.json", json.dumps(asdict(s) | {"versions": versions()}, indent=1))
     if s.track != "none":
         tracker(s.track, s.out)
@@ -2402,11 +2527,13 @@ def reference_policy(state, s):
     folder = Path(s.out) / "reference"
     try:
         if state.step == 0:
-            state.policy.model.save_pretrained(folder)
-            state.policy.tokenizer.save_pretrained(folder)
+            save_model(state.policy, folder)
         return load_policy(str(folder), s.device).model.requires_grad_(False)
-    except (UserError, OSError, ValueError) as error:
-        raise UserError(f"the run cannot go on without its reference policy: {error}") from None
+    except Exception as error:
+        if out_of_memory(error):
+            raise
+        raise UserError("the run cannot go on without its reference policy: "
+                        f"{first_line(error)}") from None
 
 def validate(state, env, s):
     """Success on the fixed panel, without skills, printed and logged: at the start, every
