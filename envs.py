@@ -1917,6 +1917,12 @@ def load_questions(path):
     return splits, passages, others
 
 # ---- the engines: search(queries, k) gives a list of passages for each query ----
+def opener(url):
+    """urllib's function that opens a URL; without a proxy for this machine, which no proxy reaches."""
+    if re.match(r"https?://(localhost|127\.|0\.0\.0\.0|\[::1?\])", url):
+        return urllib.request.build_opener(urllib.request.ProxyHandler({})).open
+    return urllib.request.urlopen
+
 class SearchServer:
     """Client of Search-R1's server. Failures are retried with doubling delay (s), refusals (4xx) never."""
     def __init__(self, url, timeout=30.0, retries=4, delay=1.0):
@@ -1924,9 +1930,7 @@ class SearchServer:
             raise UserError(f"search_url {url!r} is no http address such as http://127.0.0.1:8000/retrieve")
         self.url = url if re.match(r"https?://[^/]+/.", url) else url.rstrip("/") + "/retrieve"
         self.timeout, self.retries, self.delay = timeout, retries, delay
-        self._open = urllib.request.urlopen
-        if re.match(r"https?://(localhost|127\.|\[::1\])", url):  # no proxy can reach that
-            self._open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
+        self._open = opener(url)
 
     def search(self, queries, k):
         """[[passage, ...] of each query], by one POST for all."""

@@ -17,6 +17,7 @@ intervals. An interrupted evaluation, started again, continues after the last 1,
 import argparse
 import contextlib
 import copy
+import difflib
 import json
 import math
 import os
@@ -75,8 +76,8 @@ RLSD 87.9 75.0 90.9 75.0 73.1 68.4 79.7 | 41.5 58.6 42.3 40.4 40.2 16.8 66.9 43.
 SDAR 97.1 62.5 100 61.9 75.0 84.2 84.4 | 44.8 58.1 44.3 38.6 36.2 15.7 66.1 43.4 | 85.0 68.0
 """.splitlines())
 ORIGIN = """\
-Published: Qwen2.5-3B-Instruct, arXiv 2605.15155; another protocol (128 sampled tasks). Most cells
-of Bamboogle, and so of Search-QA's Avg, fit a plain mean of batches of 124 questions and 1."""
+Published: Qwen2.5-3B-Instruct, arXiv 2605.15155; another protocol (128 sampled tasks)."""
+BAMBOOGLE = """Most cells of Bamboogle, and so of Avg, fit a plain mean of batches of 124 questions and 1."""
 NOTE = "Intervals: of one run, Wilson's over its episodes; of several, Student's over their rates."
 INTERVALS = """\
 Intervals: Newcombe's method 10 (score: Student's t; Avg of Search-QA: joined over data sets); p:
@@ -332,7 +333,12 @@ def print_summary(result):
                      percent(g["valid"]), percent(g["admissible"]),
                      *(row.get(g["group"], "-") for row in paper)])
     print(render(rows))
-    print(ORIGIN if paper else "Built-in tasks: nothing published compares with them.")
+    print(origin(result["env"]) if paper else
+          "Built-in tasks: nothing published compares with them.")
+
+def origin(env_name):
+    """Where the published rows of a benchmark are from."""
+    return f"{ORIGIN}\n{BAMBOOGLE}" if env_name == "search" else ORIGIN
 
 # ======== Reading evaluations: compare, table, gates, plot ========================================
 
@@ -420,7 +426,7 @@ def table(argv):
     for tasks, base in sorted({(r["tasks"], r["base_model"]) for r in newest.values()}):
         results = [r for r in newest.values() if (r["tasks"], r["base_model"]) == (tasks, base)]
         print(f"{tasks}, model {base}\n\n{render(method_table(results), flags.markdown)}\n\n"
-              f"{ORIGIN}\n{NOTE}\n")
+              f"{origin(results[0]['env'])}\n{NOTE}\n")
         if rows := followup_rows(results):
             rows = [["published by", "model and method", "percent"], *rows]
             print(f"Follow-ups: other code, prompts and metrics, not a ranking, not confirmed by "
@@ -791,6 +797,9 @@ COMMANDS = {"compare": compare, "table": table, "gates": gates, "plot": plot, "b
 def main(argv=None):
     """The command line; a user's mistake is one line and exit status 2."""
     argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] not in COMMANDS and not argv[0].startswith("-"):
+        close = difflib.get_close_matches(argv[0], COMMANDS, 1) or ["--model"]
+        sdar.fail(f"there is no command {argv[0]!r}; did you mean {close[0]}?")
     command, *rest = argv if argv and argv[0] in COMMANDS else ["", *argv]
 
     def run():

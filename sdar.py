@@ -160,8 +160,8 @@ PRESETS = {  # a row applies if all its words are the run's env, algo, recipe or
     "tiny webshop": dict(mini_batch=256, lr=1e-4),
 }
 SUCCESS_REWARD = {"alfworld": 10.0, "webshop": 10.0, "search": 1.0}  # of others 1; else 0
-MAY_CHANGE = ("data device max_prompt max_teacher_prompt micro_tokens rollout_rows save_every "
-              "skills small_gpu steps track val_episodes val_every val_split").split()  # --resume
+MAY_CHANGE = ("data device judge max_prompt max_teacher_prompt micro_tokens rollout_rows "
+              "save_every skills small_gpu steps track val_episodes val_every val_split").split()  # --resume
 INHERITED = ("prompt_style history max_prompt max_teacher_prompt max_response lr max_turns "
              "env_args data").split()    # by a new run from the run in --model
 
@@ -1132,29 +1132,39 @@ def action_tokens(policy, turn):
     starts = ends - torch.tensor([len(piece) for piece in pieces])
     return (ends > found.start(2)) & (starts < found.end(2))
 
-def ask(url, texts, read, tries=4, timeout=300.0, delay=1.0):
+def ask(url, texts, read, tries=4, timeout=120.0, delay=1.0, patience=300.0):
     """[read(reply)] of an OpenAI-compatible chat server, URL[#MODEL], to each text, at temperature
     0, 16 at a time; None where no reply could be read in `tries`. UserError if the server cannot be
-    reached. A reply is data: of at most 1 MiB its last 20,000 characters go to `read`."""
+    reached, is silent for `timeout` or has not answered after `patience` seconds. A reply is data:
+    of at most 1 MiB its last 20,000 characters go to `read`."""
     base, _, model = url.partition("#")
     address = base.rstrip("/").removesuffix("/v1") + "/v1/chat/completions"
+    open_url = envs.opener(base)
 
     def one(text):
         body = {"model": model or "default", "temperature": 0,
                 "messages": [{"role": "user", "content": text}]}
+        end = time.monotonic() + patience
+        problem = ""
         for attempt in range(tries):
+            if time.monotonic() > end:
+                break
             time.sleep(delay * attempt)
             problem = ""
+            raw = b""
             try:
                 request = urllib.request.Request(address, json.dumps(body).encode(),
                                                  {"Content-Type": "application/json"})
-                with urllib.request.urlopen(request, timeout=timeout) as connection:
-                    raw = connection.read(1 << 20)
+                with open_url(request, timeout=timeout) as connection:
+                    while len(raw) < 1 << 20 and (part := connection.read1(1 << 16)):
+                        raw += part
+                        if time.monotonic() > end:
+                            raise TimeoutError(f"no whole answer in {patience:.0f} s")
             except (OSError, ValueError, http.client.HTTPException) as error:
                 problem = f"{type(error).__name__}: {first_line(error)}"
                 continue
             with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):
-                return read(json.loads(raw)["choices"][0]["message"]["content"][-20_000:])
+                return read(json.loads(raw[:1 << 20])["choices"][0]["message"]["content"][-20_000:])
         if problem:
             raise UserError(f"--judge {base} cannot be used ({problem}); check that a chat server "
                             "answers there, then continue with --resume")
@@ -1829,6 +1839,8 @@ def model_fault(policy):
     model = policy.model
     if not all(p.requires_grad for p in model.parameters()):
         return "has frozen weights, perhaps of an adapter, which has to be merged first"
+    if getattr(model.config.get_text_config(), "final_logit_softcapping", None):
+        return "caps its logits, which is not done here"
     prompts = encode_chats(policy.tokenizer, ["Hello", "Look at the desk, then at the shelf."])
     logits, answers = map(torch.cat, zip(*(continuations(model, [p]) for p in prompts)))
     if logits.isnan().any():

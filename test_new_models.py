@@ -1,7 +1,9 @@
 """Tests of models that decode through transformers' generate, and of what a run checks first."""
 
+import dataclasses
 import errno
 import itertools
+import json
 import math
 from pathlib import Path
 
@@ -9,6 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import envs
+import eval as ev
 import sdar
 from envs import UserError
 from test_sdar import (EXPERTS, GPT, SIZES, close, env, folder, handlers, model_settings,
@@ -179,3 +183,41 @@ def test_a_saved_tiny_is_loaded_by_auto_tokenizer(sound, tmp_path):
     for name in ("a", "b"):
         ids = AutoTokenizer.from_pretrained(tmp_path / name)(text)["input_ids"]
         assert ids == policy.tokenizer(text)["input_ids"]
+
+# ======== To be moved: eval.py's commands, the judge ==============================================
+
+@pytest.mark.parametrize("words, shown", [
+    ("comapre a b", "compare?"), ("tabel a", "table?"), ("zzz", "--model?"),
+    ("runs/x --env search", "--model?")])
+def test_an_unknown_command_of_eval_names_the_closest(capsys, words, shown):
+    """As an unknown flag does."""
+    with pytest.raises(SystemExit) as end:
+        ev.main(words.split())
+    assert end.value.code == 2 and capsys.readouterr().err.endswith(f"did you mean {shown}\n")
+
+def test_the_footnote_on_bamboogle_appears_with_search_only():
+    """It is about one of Search-QA's columns."""
+    assert [name for name in ev.COLUMNS if "Bamboogle" in ev.origin(name)] == ["search"]
+
+def test_a_judge_that_drips_is_given_up(monkeypatch):
+    """Its total time is bounded, however often a byte comes; http_proxy is not asked for it."""
+    class Slow:
+        def read1(self, size):
+            clock[0] += 9
+            return b" "
+        __enter__ = lambda self: self
+        __exit__ = lambda self, *error: None
+    clock = [0.0]
+    monkeypatch.setattr(sdar.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(envs, "opener", lambda url: lambda request, timeout: Slow())
+    with pytest.raises(UserError, match="no whole answer in 300 s.*--resume"):
+        sdar.ask("http://127.0.0.1:1", ["?"], sdar.read_role)
+    assert clock[0] < 330
+
+def test_the_judge_may_change_with_resume(tmp_path):
+    """A server that has moved, or none any more."""
+    s = model_settings(algo="triage", judge="http://127.0.0.1:1", out=str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(s)))
+    words = ["--resume", str(tmp_path), "--judge"]
+    assert sdar.read_settings([*words, "http://x"])[0].judge == "http://x"
+    assert sdar.read_settings([*words, ""])[0].judge == ""
