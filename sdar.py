@@ -1164,7 +1164,8 @@ def ask(url, texts, read, tries=4, timeout=120.0, delay=1.0, patience=300.0):
                 problem = f"{type(error).__name__}: {first_line(error)}"
                 continue
             with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):
-                return read(json.loads(raw[:1 << 20])["choices"][0]["message"]["content"][-20_000:])
+                reply = json.loads(raw[:1 << 20])["choices"][0]["message"]["content"]
+                return read(reply[-20_000:])
         if problem:
             raise UserError(f"--judge {base} cannot be used ({problem}); check that a chat server "
                             "answers there, then continue with --resume")
@@ -1186,16 +1187,16 @@ METHODS |= {
 
 # ======== 11. Prompts, tasks and skills in detail =================================================
 DAY = datetime.datetime(2026, 1, 1)     # "today" in every chat template: a resume sees the same
-DATE = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
+TODAY = "{%% macro strftime_now(day) %%}{{ day%s }}{%% endmacro %%}" % "".join(
+    f"|replace('{x}', '{DAY.strftime(x)}')" for x in re.findall("%-?.", "%-d%-m%a%A%b%B%d%H%m%M%S%y%Y"))
 
-def render_chat(tokenizer, text, answer=None):
+def render_chat(tokenizer, text, answer=None, begun=True):
     """The chat template around one user message, with thinking switched off where it can be; with
-    an answer, around both."""
-    template = DATE.sub(lambda x: repr(DAY.strftime(x[2])), tokenizer.get_chat_template())
+    an answer, around both. begun: with the beginning of the answer."""
     chat = [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
     return tokenizer.apply_chat_template(
-        chat if answer else chat[:1], chat_template=template, tokenize=False,
-        add_generation_prompt=not answer, enable_thinking=False)
+        chat if answer else chat[:1], chat_template=TODAY + tokenizer.get_chat_template(),
+        tokenize=False, add_generation_prompt=begun and not answer, enable_thinking=False)
 
 TAG = re.compile("</?(think|action|search|answer|information)>")     # of the environments
 
@@ -1793,6 +1794,8 @@ def read_tokenizer(folder, file):
     ids = tokenizer(sample, add_special_tokens=False)["input_ids"]
     if own and ids != Tokenizer.from_file(own).encode(sample, add_special_tokens=False).ids:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)   # not the model type's
+    if getattr(tokenizer.backend_tokenizer.model, "dropout", None):
+        tokenizer.backend_tokenizer.model.dropout = None    # merges left out at random
     return tokenizer
 
 def wrap_policy(model, tokenizer):
@@ -1807,7 +1810,9 @@ def wrap_policy(model, tokenizer):
     ending = render_chat(tokenizer, "Hello", "I see").rpartition("I see")[2]
     turn_end = tokenizer(ending, add_special_tokens=False)["input_ids"]
     end.update([i for i in turn_end if i in special][:1])    # a base model's EOS is another
-    after = render_chat(tokenizer, "Hello").rpartition("Hello")[2]
+    chat = render_chat(tokenizer, "Hello")
+    same = os.path.commonprefix([chat, render_chat(tokenizer, "Hello", begun=False)])
+    after = chat.removeprefix(same) or chat.rpartition("Hello")[2]    # what begins the answer
     closed = "</think>" in after.rpartition("<think>")[2]
     opened = "<think>" if "<think>" in after and not closed else ""
     return Policy(model, tokenizer, frozenset(end - {None}), closing, closed, opened, special)
@@ -1817,7 +1822,7 @@ def text_fault(policy):
     tokenizer = policy.tokenizer
     said = ["<think>I look.</think><{0}>Open box 12</{0}>".format(tag)
             for tag in ("action", "search", "answer")]
-    message = f"Put 2 mugs & 1 'pan':\n{said} -> [\u00c9mile]"
+    message = f"Put 2 mugs & 1 'pan':\n\n  {said}  -> [\u00c9mile]"
     chat = render_chat(tokenizer, message)
     if message not in chat or "I see" not in render_chat(tokenizer, "Hello", "I see"):
         return "has a chat template that leaves out or changes messages"
