@@ -1868,7 +1868,7 @@ def read_question(path, number, row):
                         "answers, answer or reward_model.ground_truth.target: a text or a list of "
                         "texts); correct or delete it")
     named = str(row.get("data_source") or row.get("dataset") or "")
-    for name in (named or path.name, named or path.parent.name):
+    for name in [named] if named else (path.name, path.parent.name, path.parent.parent.name):
         words = re.split("[^a-z0-9]+", name.lower())
         found = {DATASET_ALIASES[word] for word in words if word in DATASET_ALIASES}
         if found:
@@ -1881,14 +1881,15 @@ def read_question(path, number, row):
 
 def load_questions(path):
     """({split: {id: Question}}, passage files, other files) of a file or a folder and its folders.
-    Split: by the file's name (train, dev, val, test); else test where other names tell, else by a
-    hash of the id (20 % test). Wordings of another split leave train."""
+    Split: by the name of the file or its folder (train, dev, val, test); else test where other
+    names tell, else by a hash of the id (20 % test). Wordings of another split leave train."""
     splits, passages, others = {"train": {}, "test": {}}, [], []
     files = [path]
     if path.is_dir():
         files = sorted(file for file in (*path.glob("[!.]*"), *path.glob("[!.]*/[!.]*"))
                        if file.is_file())
     names = {file: re.search("(?<![a-z])(?:train|test|dev|val)", file.name.lower())
+             or re.fullmatch("(train|test|dev|val)(idation)?", file.parent.name.lower())
              for file in files}
     for file, named in names.items():
         readable = file == path or file.name.endswith((".jsonl", ".jsonl.gz", ".parquet"))
@@ -1906,10 +1907,15 @@ def load_questions(path):
             question = read_question(file, number, row)
             drawn = "test" if int(panel_hash([question.id])[:4], 16) < 0.2 * 65536 else "train"
             drawn = "test" if any(names.values()) else drawn
-            split = splits.setdefault(named[0].replace("val", "dev") if named else drawn, {})
+            if named:
+                drawn = re.match("train|test|dev", named[0].replace("val", "dev"))[0]
+            split = splits.setdefault(drawn, {})
             if any(other.get(question.id, question).text != question.text
                    for other in splits.values()):
                 question = question._replace(id=f"{question.id}-{panel_hash([question.text])}")
+            if question.id in split:                   # the answers of both rows are right
+                answers = split[question.id].answers + question.answers
+                question = question._replace(answers=tuple(dict.fromkeys(answers)))
             split[question.id] = question
         kind.append(file)
     held = {normalize_answer(q.text) for name in splits if name != "train" for q in splits[name].values()}

@@ -161,7 +161,8 @@ PRESETS = {  # a row applies if all its words are the run's env, algo, recipe or
 }
 SUCCESS_REWARD = {"alfworld": 10.0, "webshop": 10.0, "search": 1.0}  # of others 1; else 0
 MAY_CHANGE = ("data device judge max_prompt max_teacher_prompt micro_tokens rollout_rows "
-              "save_every skills small_gpu steps track val_episodes val_every val_split").split()  # --resume
+              "save_every skills small_gpu steps track val_episodes val_every "
+              "val_split").split()       # --resume
 INHERITED = ("prompt_style history max_prompt max_teacher_prompt max_response lr max_turns "
              "env_args data").split()    # by a new run from the run in --model
 
@@ -1188,7 +1189,8 @@ METHODS |= {
 # ======== 11. Prompts, tasks and skills in detail =================================================
 DAY = datetime.datetime(2026, 1, 1)     # "today" in every chat template: a resume sees the same
 TODAY = "{%% macro strftime_now(day) %%}{{ day%s }}{%% endmacro %%}" % "".join(
-    f"|replace('{x}', '{DAY.strftime(x)}')" for x in re.findall("%-?.", "%-d%-m%a%A%b%B%d%H%m%M%S%y%Y"))
+    f"|replace('{x}', '{DAY.strftime(x)}')"
+    for x in "%-d %-m %a %A %b %B %d %H %m %M %S %y %Y".split())
 
 def render_chat(tokenizer, text, answer=None, begun=True):
     """The chat template around one user message, with thinking switched off where it can be; with
@@ -1972,7 +1974,8 @@ def check_room(state, s):
     checkpoint = model + (2 + (weights is not state.masters[0])) * masters
     kept = len(checkpoints(s.out))
     saves = math.ceil((s.steps - state.step) / s.save_every) + (state.warm_step < s.warm_start)
-    needs = {Path(s.out): (min(KEEP + 1, kept + saves) - kept) * checkpoint + (not kept) * reference,
+    files = max(0, min(KEEP + 1, kept + saves) - kept)
+    needs = {Path(s.out): files * checkpoint + (not kept) * reference,
              torch.device("cpu") if s.small_gpu else device: moments + masters}
     needs[device] = needs.get(device, 0) + reference
     texts = []
