@@ -223,21 +223,25 @@ def read_skills(folder, own, categories, aliases=None):
     folder = folder.parent if folder.is_file() else folder
     mapping_file = folder / "skill_mapping.json"
     card_files = card_files or sorted(folder.glob("claude_style_skills*.json"))
+    if len(card_files) > 1:
+        raise UserError(f"{folder} holds {', '.join(file.name for file in card_files)}; give one of "
+                        "these files with --skills")
     if not mapping_file.is_file() and not card_files:
-        raise UserError(f"{folder} has neither skill_mapping.json nor claude_style_skills.json")
+        raise UserError(f"{folder} has neither skill_mapping.json nor claude_style_skills.json; give "
+                        "the folder of a public skill library")
     try:
-        for file in card_files[:1]:
-            found = _read_cards(file.read_text(encoding="utf-8"))
+        for file in card_files:
+            found = _read_cards(file.read_text(encoding="utf-8-sig"))
         if mapping_file.is_file():  # .md files replace cards, which still give common mistakes
             file, texts = mapping_file, {}
-            mapping = json.loads(file.read_text(encoding="utf-8"))
+            mapping = json.loads(file.read_text(encoding="utf-8-sig"))
             for name, filename in mapping["skill_files"].items():
                 file = folder / filename
-                texts[name] = file.read_text(encoding="utf-8").strip()
+                texts[name] = file.read_text(encoding="utf-8-sig").strip()
             tasks = mapping.get("task_to_skill", {}).items()
             found.update(texts, **{task: texts[name] for task, name in tasks if name in texts})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"cannot read skills from {file} ({error!r})") from None
+        raise UserError(f"cannot read skills from {file} ({error!r}); correct it") from None
     aliases = {"general": ("general_skills",), "mistakes": ("common_mistakes",), **(aliases or {})}
     library = {name: next(filter(None, map(found.get, (name, *aliases.get(name, ())))), "")
                for name in ("general", "mistakes", *categories)}
@@ -1925,7 +1929,7 @@ def load_questions(path):
 # ---- the engines: search(queries, k) gives a list of passages for each query ----
 def opener(url):
     """urllib's function that opens a URL; without a proxy for this machine, which no proxy reaches."""
-    if re.match(r"https?://(localhost|127\.|0\.0\.0\.0|\[::1?\])", url):
+    if re.match(r"(?i)https?://([^/@]*@)?(localhost|127\.|0\.0\.0\.0|\[::1?\])", url):
         return urllib.request.build_opener(urllib.request.ProxyHandler({})).open
     return urllib.request.urlopen
 
@@ -2106,7 +2110,7 @@ _SOUTHEAST = ("\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u1950-\u19df\u1a20-\u1aad
               "\uaa60-\uaadf")
 _KATAKANA = ("\u3031-\u3035\u309b\u309c\u30a0-\u30fa\u30fc-\u30ff\u31f0-\u31ff\u32d0-\u32fe"
              "\u3300-\u3357\uff66-\uff9d")
-_EXTEND = "\u00ad\u200b-\u200f\u2060-\u2064\ufeff\uff9e\uff9f" + "".join(  # and all combining marks
+_EXTEND = "\u00ad\u200c-\u200f\u202a-\u202e\u2060-\u206f\ufeff\uff9e\uff9f" + "".join(  # and all marks
     char for char in map(chr, (*range(0x300, 0x12000), *range(0xe0100, 0xe01f0)))
     if unicodedata.category(char) in ("Mn", "Mc", "Me"))
 _PICTURE = (

@@ -1535,7 +1535,8 @@ def record_step(policy, kv, n, span):
     except RuntimeError as error:
         if out_of_memory(error):
             raise
-        raise UserError(f"no CUDA graph can be made of this model: {first_line(error)}") from None
+        raise UserError(f"no CUDA graph can be made of this model: {first_line(error)}; take "
+                        "another model") from None
     return graph
 
 # ======== 13. Faster kernels on a GPU =============================================================
@@ -1717,9 +1718,13 @@ def pick_device(name):
 def load_policy(name, device="auto", texts=(), seed=233):
     """A Policy, in bf16, on a CPU in fp32. name: Hugging Face model, folder (a run stands for its
     last checkpoint), .gguf file, or `tiny`, which is built from `texts`."""
+    from transformers import logging
+    logging.set_verbosity_error()
+    logging.enable_progress_bar()
     device = pick_device(device)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     model, tokenizer = build_tiny(texts, seed) if name == "tiny" else read_model(name, dtype)
+    logging.disable_progress_bar()      # of saving
     if not tokenizer.chat_template:
         raise UserError(f"{name!r} has no chat template; take an instruction-tuned model")
     for module in model.modules():      # scoring and training must use the same function
@@ -1747,9 +1752,7 @@ def load_policy(name, device="auto", texts=(), seed=233):
 def read_model(name, dtype):
     """(model, tokenizer) from a folder, a GGUF file or the hub; UserError if that fails, or if the
     model would start with random or quantised weights."""
-    from transformers import AutoModelForCausalLM, logging
-    logging.set_verbosity_error()
-    logging.enable_progress_bar()
+    from transformers import AutoModelForCausalLM
     print(f"loading {name}", flush=True)
     path = Path(name)
     folder = path.parent if path.suffix == ".gguf" else last_checkpoint(path) or name
@@ -1964,39 +1967,37 @@ def check_lengths(policy, s):
     print("".join(f"note: {note}\n" for note in notes), end="", flush=True)
 
 def check_room(state, s):
-    """A line on what the run needs besides activations; UserError if that is not there."""
-    device = state.policy.device
-    weights = next(state.policy.model.parameters())
-    model = state.policy.model.num_parameters() * weights.element_size()
-    masters = 4 * state.policy.model.num_parameters()  # as many bytes as gradients
-    moments = 0 if state.optimizer.state else 2 * masters
-    reference = model * bool(s.kl or "reference" in method_of(s).needs)
-    checkpoint = model + (2 + (weights is not state.masters[0])) * masters
+    """A line on what a run needs besides weights and activations; UserError if it is not there."""
+    model = state.policy.model
+    size = model.num_parameters()
+    weights = size * model.dtype.itemsize
+    reference = weights * bool(s.kl or "reference" in method_of(s).needs)
+    memory = size * (4 if state.optimizer.state else 12)      # gradients and Adam's moments in fp32
+    checkpoint = weights + size * (8 if model.dtype == torch.float32 else 12)    # with fp32 masters
     kept = len(checkpoints(s.out))
     saves = math.ceil((s.steps - state.step) / s.save_every) + (state.warm_step < s.warm_start)
-    files = max(0, min(KEEP + 1, kept + saves) - kept)
-    needs = {Path(s.out): files * checkpoint + (not kept) * reference,
-             torch.device("cpu") if s.small_gpu else device: moments + masters}
-    needs[device] = needs.get(device, 0) + reference
-    texts = []
-    for place, need in needs.items():
-        free = free_space(place)
-        texts.append(f"{need / 1e9:.2f} of {free / 1e9:.1f} GB on {place}")
-        if need > free:
-            raise UserError(f"the run needs {texts[-1]}, besides weights and activations; make "
-                            "room, take a smaller model, --kl 0 (no reference) or --small-gpu")
-    print(f"needs, besides weights and activations: {', '.join(texts)}", flush=True)
+    disk = max(0, min(KEEP + 1, kept + saves) - kept) * checkpoint + (not kept) * reference
+    place = torch.device("cpu") if s.small_gpu else model.device
+    memory += reference * (place == model.device)      # --small-gpu: on the GPU, and not counted
+    free = {place: free_memory(place), s.out: shutil.disk_usage(s.out).free}
+    needs = {place: memory, s.out: disk}
+    text = " and ".join(f"{need / 1e9:.2f} GB on {place} ({free[place] / 1e9:.1f} GB free)"
+                        for place, need in needs.items())
+    text = f"the run needs {text} besides weights and activations"
+    if any(need > free[place] for place, need in needs.items()):
+        raise UserError(f"{text}; make room, or take a smaller model, --kl 0 (no reference) or "
+                        "--small-gpu")
+    if memory > 1e8:                                   # not of `tiny`
+        print(text, flush=True)
 
-def free_space(place):
-    """Free bytes on a device or in a folder; inf where that is not known."""
-    if isinstance(place, Path):
-        return shutil.disk_usage(place).free
-    if place.type == "cuda":
-        cached = torch.cuda.memory_reserved(place) - torch.cuda.memory_allocated(place)
-        return torch.cuda.mem_get_info(place)[0] + cached
+def free_memory(device):
+    """Free bytes on a device; inf where that is not known."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
     file = Path("/proc/meminfo")                       # of Linux
     found = re.search(r"MemAvailable:\s+(\d+)", file.read_text()) if file.exists() else None
-    return int(found[1]) * 1024 if found and place.type == "cpu" else math.inf
+    return int(found[1]) * 1024 if found and device.type == "cpu" else math.inf
 
 TINY = dict(width=96, layers=3, vocabulary=640)
 TINY_TEMPLATE = (
@@ -2308,6 +2309,9 @@ def log_step(state, episodes, m, s):
     print(f"{line}  grad {m['grad_norm']:.2f}  {m['seconds']:.1f} s ({phases})", flush=True)
 
 # ======== 19. Files: logs and checkpoints =========================================================
+# AutoTokenizer would give such a folder Qwen's pre-tokenizer; where the folder names code of its
+# own (here none), which AutoTokenizer does not run, it takes tokenizer.json as it is
+OWN_TOKENIZER = ("qwen2", "TokenizersBackend")
 RESUMED = ("step", "warm_step", "cursor", "bandit", "memory", "began")    # of State
 KEEP = 2                                                                  # checkpoints
 
@@ -2332,7 +2336,7 @@ def read_json(path, missing):
     except OSError:
         raise UserError(missing) from None
     except ValueError as error:
-        raise UserError(f"{path} is damaged ({first_line(error)})") from None
+        raise UserError(f"{path} is damaged ({first_line(error)}); restore or replace it") from None
 
 def write_text(path, text):
     """Write a file whole or not at all."""
@@ -2363,7 +2367,8 @@ def tracker(kind, run):
         from torch.utils.tensorboard import SummaryWriter
         writer = SummaryWriter(run)
     except Exception as error:                        # no login, no network, no package ...
-        raise UserError(f"--track {kind} does not start: {first_line(error)}") from None
+        raise UserError(f"--track {kind} does not start: {first_line(error)}; set it up, or take "
+                        "--track none") from None
     def log(numbers, step):
         for name, value in numbers.items():
             writer.add_scalar(name, value, step)
@@ -2396,12 +2401,7 @@ def last_checkpoint(path):
 
 def save_model(policy, folder, **options):
     """Write a model folder for from_pretrained."""
-    from transformers import logging
-    logging.disable_progress_bar()
-    generic = type(policy.tokenizer).__name__ == "TokenizersBackend"
-    if generic and policy.model.config.model_type == "qwen2":
-        # AutoTokenizer would take Qwen's own pre-tokenizer, except where code of the folder is
-        # named (here none), which it does not run: then it takes tokenizer.json as it is
+    if (policy.model.config.model_type, type(policy.tokenizer).__name__) == OWN_TOKENIZER:
         policy.tokenizer.init_kwargs["auto_map"] = [None, None]
     policy.model.save_pretrained(folder, **options)
     policy.tokenizer.save_pretrained(folder)
@@ -2465,6 +2465,8 @@ def load_checkpoint(path, s):
             old["fused"] = new["fused"]               # the device or --small-gpu may have changed
         state.optimizer.load_state_dict(saved["optimizer"])
         for name in RESUMED:
+            if type(kept[name]) is not type(getattr(state, name)):
+                raise ValueError(f"{name} is {kept[name]!r}")
             setattr(state, name, kept[name])
         return state
     except Exception as error:                        # a damaged file can raise anything
@@ -2515,12 +2517,17 @@ def start_or_resume(s, env, resume):
         raise UserError(f"{out} holds a run: continue it with --resume {out}, or change --out")
     if resume and checkpoints(out):
         state = load_checkpoint(checkpoints(out)[-1], s)
+        for name, value in read_json(checkpoints(out)[-1] / "state.json", "")["settings"].items():
+            if name not in (*MAY_CHANGE, "out") and value != getattr(s, name, value):
+                raise UserError(f"{flag(name)} was {value!r} so far; correct {out}/config.json")
         for what in began:
             if state.began[what] != began[what]:
                 raise UserError(f"{out} began with other {what}; give those with "
                                 f"{'--skills' if what == 'skills' else '--data'}")
         print(f"resumed from {checkpoints(out)[-1]}", flush=True)
-    else:                                              # a run that was killed early starts again
+    else:
+        if resume:
+            print(f"{out} has no checkpoint yet: it starts again", flush=True)
         texts = tiny_texts(env, s) if s.model == "tiny" else ()
         policy = load_policy(s.model, s.device, texts, s.seed)
         state = make_state(policy, s, 0.98 if s.warm_start else 0.999)   # faster beta2 for cloning
@@ -2552,8 +2559,8 @@ def reference_policy(state, s):
     except Exception as error:
         if out_of_memory(error):
             raise
-        raise UserError("the run cannot go on without its reference policy: "
-                        f"{first_line(error)}") from None
+        raise UserError(f"the reference policy in {folder} cannot be used: {first_line(error)}; "
+                        "put that right, or start a new run") from None
 
 def validate(state, env, s):
     """Success on the fixed panel, without skills, printed and logged: at the start, every
@@ -2682,7 +2689,8 @@ def read_settings(argv):
         for folder in Path(resume).parents[:2]:
             if checkpoints(folder):
                 raise UserError(f"{resume} is a part of a run; continue it with --resume {folder}")
-        saved = read_config(Path(resume) / "config.json", f"{resume} holds no run (no config.json)")
+        saved = read_config(Path(resume) / "config.json",
+                            f"{resume} holds no run (no config.json); give the folder of one")
         s = Settings(**{**saved, **explicit, "out": resume})
     else:
         s = preset({**(told_settings(config) if config else {}), **explicit})
@@ -2693,6 +2701,8 @@ def read_settings(argv):
         s.out = os.path.expandvars(os.path.expanduser(s.out or f"runs/{short}"))
         if any(path.is_file() for path in (Path(s.out), *Path(s.out).parents)):
             raise UserError(f"--out {s.out} is a file or in one; give a folder")
+    if os.environ.get("WORLD_SIZE", "") not in ("", "1") and "RANK" in os.environ:
+        raise UserError("sdar.py runs as one process on one GPU; start it without torchrun")
     check_settings(s)
     return s, resume
 
@@ -2723,10 +2733,11 @@ def check_settings(s):
         if not wrong and not isinstance(value, str) and f.name != "seed":
             wrong = not (0 <= value < math.inf if least is None else least < value < math.inf)
         if wrong:
-            bound = "" if least is None else f"; it must be above {least}"
+            bound = "; it must be 0 or more" if least is None else f"; it must be above {least}"
+            bound *= not isinstance(f.default, (str, bool)) and f.name != "seed"
             raise UserError(f"{flag(f.name)} cannot be {value!r}{bound}")
     if not -2**63 <= s.seed < 2**63:
-        raise UserError("--seed must be a number of 64 bits")
+        raise UserError("--seed must be at least -2**63 and below 2**63")
     if s.track != "none" and importlib.util.find_spec(s.track) is None:
         raise UserError(f"--track {s.track} needs a package: pip install {s.track}")
     if s.steps == s.warm_start == 0:
