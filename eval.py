@@ -276,6 +276,7 @@ def evaluate(argv):
     if out.is_dir() or not os.access(out.parent, os.W_OK):    # said now, not after hours of playing
         raise UserError(f"cannot write {out}; choose another --out")
     policy = sdar.load_policy(s.model, s.device, sdar.tiny_texts(env, s), s.seed)
+    sdar.check_lengths(policy, s)
     panel = f"{split}, {'all' if len(ids) == whole else f'{len(ids)} of'} {whole} tasks"
     print(f"{env.source}\n{s.model}: {policy.model.num_parameters() / 1e6:.1f}M parameters, "
           f"temperature {s.val_temperature:g}, seed {s.seed}, {skills or 'no'} skills in the prompt"
