@@ -1799,8 +1799,9 @@ def read_tokenizer(folder, file):
     ids = tokenizer(sample, add_special_tokens=False)["input_ids"]
     if own and ids != Tokenizer.from_file(own).encode(sample, add_special_tokens=False).ids:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)   # not the model type's
-    if getattr(tokenizer.backend_tokenizer.model, "dropout", None):
-        tokenizer.backend_tokenizer.model.dropout = None    # merges left out at random
+    bpe = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+    if getattr(bpe, "dropout", None):
+        bpe.dropout = None              # of merges, at random
     return tokenizer
 
 def wrap_policy(model, tokenizer):
