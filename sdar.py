@@ -2403,7 +2403,7 @@ def last_checkpoint(path):
 def save_model(policy, folder, **options):
     """Write a model folder for from_pretrained."""
     if (policy.model.config.model_type, type(policy.tokenizer).__name__) == OWN_TOKENIZER:
-        policy.tokenizer.init_kwargs["auto_map"] = [None, None]
+        policy.tokenizer.init_kwargs["auto_map"] = ["", None]
     policy.model.save_pretrained(folder, **options)
     policy.tokenizer.save_pretrained(folder)
 
