@@ -18,6 +18,7 @@ import argparse
 import contextlib
 import copy
 import csv
+import difflib
 import json
 import math
 import os
@@ -76,8 +77,8 @@ RLSD 87.9 75.0 90.9 75.0 73.1 68.4 79.7 | 41.5 58.6 42.3 40.4 40.2 16.8 66.9 43.
 SDAR 97.1 62.5 100 61.9 75.0 84.2 84.4 | 44.8 58.1 44.3 38.6 36.2 15.7 66.1 43.4 | 85.0 68.0
 """.splitlines())
 ORIGIN = """\
-Published: Qwen2.5-3B-Instruct, arXiv 2605.15155; another protocol (128 sampled tasks). Most cells
-of Bamboogle, and so of Search-QA's Avg, fit a plain mean of batches of 124 questions and 1."""
+Published: Qwen2.5-3B-Instruct, arXiv 2605.15155; another protocol (128 sampled tasks)."""
+BAMBOOGLE = """Most cells of Bamboogle, and so of Avg, fit a plain mean of batches of 124 questions and 1."""
 NOTE = "Intervals: of one run, Wilson's over its episodes; of several, Student's over their rates."
 INTERVALS = """\
 Intervals: Newcombe's method 10 (score: Student's t; Avg of Search-QA: joined over data sets); p:
@@ -304,6 +305,7 @@ def evaluate(argv):
         "settings": {key: getattr(s, key) for key in (*KEPT, "seed", "val_temperature")}}
     out = output_file(flags.out, header, folder, f"-{len(ids)}" * (len(ids) < whole))
     policy = sdar.load_policy(s.model, s.device, sdar.tiny_texts(env, s), s.seed)
+    sdar.check_lengths(policy, s)
     print(f"{env.source}\n{s.model}: {policy.model.num_parameters() / 1e6:.1f}M parameters, "
           f"temperature {s.val_temperature:g}, seed {s.seed}, {skills or 'no'} skills in the prompt"
           f"\npanel {panel}, hash {digest}", flush=True)
@@ -372,7 +374,11 @@ def print_summary(result):
     if counts := result["summary"][-1]["failures"].most_common():
         kinds = ", ".join(f"{kind.replace('_', ' ')} {n}" for kind, n in counts)
         print(f"Not won: {kinds}")
-    print(ORIGIN if paper else "Nothing published compares with these tasks.")
+    print(origin(result["env"]) if paper else "Nothing published compares with these tasks.")
+
+def origin(env_name):
+    """Where the published rows of a benchmark are from."""
+    return f"{ORIGIN}\n{BAMBOOGLE}" if env_name == "search" else ORIGIN
 
 # ======== Reading evaluations: compare, table, gates, plot ========================================
 
@@ -466,7 +472,8 @@ def table(argv):
                 notes.append(f"{run}: evaluated more than once in the same settings, newest shown")
     for tasks, base in sorted({(r["tasks"], r["base_model"]) for r in newest.values()}):
         results = [r for r in newest.values() if (r["tasks"], r["base_model"]) == (tasks, base)]
-        notes_below = f"{ORIGIN}\n{NOTE}" if results[0]["env"] in COLUMNS else NOTE
+        name = results[0]["env"]
+        notes_below = f"{origin(name)}\n{NOTE}" if name in COLUMNS else NOTE
         print(f"{tasks}, model {base}\n\n{render(method_table(results), flags.markdown)}\n\n"
               f"{notes_below}\n")
         if rows := followup_rows(results):
@@ -941,6 +948,9 @@ COMMANDS = {"compare": compare, "table": table, "gates": gates, "plot": plot, "b
 def main(argv=None):
     """The command line; a user's mistake is one line and exit status 2."""
     argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] not in COMMANDS and not argv[0].startswith("-"):
+        close = difflib.get_close_matches(argv[0], COMMANDS, 1) or ["--model"]
+        sdar.fail(f"there is no command {argv[0]!r}; did you mean {close[0]}?")
     command, *rest = argv if argv and argv[0] in COMMANDS else ["", *argv]
 
     def run():

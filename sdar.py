@@ -37,6 +37,7 @@ import difflib
 import functools
 import hashlib
 import importlib.util
+import io
 import json
 import math
 import os
@@ -1116,16 +1117,17 @@ METHODS |= {
 
 # ======== 11. Prompts, tasks and skills in detail =================================================
 DAY = datetime.datetime(2026, 1, 1)     # "today" in every chat template: a resume sees the same
-DATE = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
+TODAY = "{%% macro strftime_now(day) %%}{{ day%s }}{%% endmacro %%}" % "".join(
+    f"|replace('{x}', '{DAY.strftime(x)}')"
+    for x in "%-d %-m %a %A %b %B %d %H %m %M %S %y %Y".split())
 
-def render_chat(tokenizer, text, answer=None):
+def render_chat(tokenizer, text, answer=None, begun=True):
     """The chat template around one user message, with thinking switched off where it can be; with
-    an answer, around both."""
-    template = DATE.sub(lambda x: repr(DAY.strftime(x[2])), tokenizer.get_chat_template())
+    an answer, around both. begun: with the beginning of the answer."""
     chat = [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
     return tokenizer.apply_chat_template(
-        chat if answer else chat[:1], chat_template=template, tokenize=False,
-        add_generation_prompt=not answer, enable_thinking=False)
+        chat if answer else chat[:1], chat_template=TODAY + tokenizer.get_chat_template(),
+        tokenize=False, add_generation_prompt=begun and not answer, enable_thinking=False)
 
 TAG = re.compile("</?(think|action|search|answer|information)>")     # of the environments
 
@@ -1262,6 +1264,9 @@ def generate(policy, waiting, s, temperature, stop, generator, limits=None, logp
     a closing tag of `stop`, or at limits[key] tokens (default: s.max_response). On a CPU in fp32
     decoding computes what scoring would: the dict logps gets {key: the tokens' log-probabilities}.
     """
+    if policy.plain:
+        yield from plain_generate(policy, waiting, s, temperature, stop, generator, limits)
+        return
     look = STEPS_PER_LOOK.get(policy.device.type, 1)
     refill = REFILL_AT.get(policy.device.type, 1)
     exact = logps is not None and policy.device.type == "cpu" and temperature == s.temperature
@@ -1476,7 +1481,8 @@ def record_step(policy, kv, n, span):
     except RuntimeError as error:
         if out_of_memory(error):
             raise
-        raise UserError(f"no CUDA graph can be made of this model: {first_line(error)}") from None
+        raise UserError(f"no CUDA graph can be made of this model: {first_line(error)}; take "
+                        "another model") from None
     return graph
 
 # ======== 13. Faster kernels on a GPU =============================================================
@@ -1636,6 +1642,8 @@ class Policy:
     opened: str = ""          # "<think>" where the template opens the think block in the prompt
     special_ids: frozenset = frozenset()    # token ids that are no text: end, padding, roles
     cache: object = None      # KeyValues of the last generation, reused by the next
+    plain: str = ""           # why transformers' generate decodes instead of section 12, and
+    pads: bool = False        # whether it then may decode prompts together
 
     device = property(lambda self: self.model.device)
     head = property(lambda self: self.model.get_output_embeddings())    # (n, D) -> (n, V)
@@ -1657,11 +1665,12 @@ def load_policy(name, device="auto", texts=(), seed=233):
     """A Policy, in bf16, on a CPU in fp32. name: Hugging Face model, folder (a run stands for its
     last checkpoint), .gguf file, or `tiny`, which is built from `texts`."""
     from transformers import logging
-    logging.disable_progress_bar()
     logging.set_verbosity_error()
+    logging.enable_progress_bar()
     device = pick_device(device)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     model, tokenizer = build_tiny(texts, seed) if name == "tiny" else read_model(name, dtype)
+    logging.disable_progress_bar()      # of saving
     if not tokenizer.chat_template:
         raise UserError(f"{name!r} has no chat template; take an instruction-tuned model")
     for module in model.modules():      # scoring and training must use the same function
@@ -1690,6 +1699,7 @@ def read_model(name, dtype):
     """(model, tokenizer) from a folder, a GGUF file or the hub; UserError if that fails, or if the
     model would start with random or quantised weights."""
     from transformers import AutoModelForCausalLM
+    print(f"loading {name}", flush=True)
     path = Path(name)
     folder = path.parent if path.suffix == ".gguf" else last_checkpoint(path) or name
     file = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
@@ -1698,8 +1708,9 @@ def read_model(name, dtype):
                         "merge_and_unload), save that, and give its folder")
     try:
         tokenizer = read_tokenizer(folder, file)
-        model, report = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **file)
+        with contextlib.redirect_stderr(sys.stderr if sys.stderr.isatty() else io.StringIO()):
+            model, report = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **file)
     except Exception as error:          # a folder or file can be wrong in any way
         if out_of_memory(error):
             raise
@@ -1734,6 +1745,9 @@ def read_tokenizer(folder, file):
     ids = tokenizer(sample, add_special_tokens=False)["input_ids"]
     if own and ids != Tokenizer.from_file(own).encode(sample, add_special_tokens=False).ids:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)   # not the model type's
+    bpe = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+    if getattr(bpe, "dropout", None):
+        bpe.dropout = None              # of merges, at random
     return tokenizer
 
 def wrap_policy(model, tokenizer):
@@ -1748,7 +1762,9 @@ def wrap_policy(model, tokenizer):
     ending = render_chat(tokenizer, "Hello", "I see").rpartition("I see")[2]
     turn_end = tokenizer(ending, add_special_tokens=False)["input_ids"]
     end.update([i for i in turn_end if i in special][:1])    # a base model's EOS is another
-    after = render_chat(tokenizer, "Hello").rpartition("Hello")[2]
+    chat = render_chat(tokenizer, "Hello")
+    same = os.path.commonprefix([chat, render_chat(tokenizer, "Hello", begun=False)])
+    after = chat.removeprefix(same) or chat.rpartition("Hello")[2]    # what begins the answer
     closed = "</think>" in after.rpartition("<think>")[2]
     opened = "<think>" if "<think>" in after and not closed else ""
     return Policy(model, tokenizer, frozenset(end - {None}), closing, closed, opened, special)
@@ -1758,7 +1774,7 @@ def text_fault(policy):
     tokenizer = policy.tokenizer
     said = ["<think>I look.</think><{0}>Open box 12</{0}>".format(tag)
             for tag in ("action", "search", "answer")]
-    message = f"Put 2 mugs & 1 'pan':\n{said} -> [\u00c9mile]"
+    message = f"Put 2 mugs & 1 'pan':\n\n  {said}  -> [\u00c9mile]"
     chat = render_chat(tokenizer, message)
     if message not in chat or "I see" not in render_chat(tokenizer, "Hello", "I see"):
         return "has a chat template that leaves out or changes messages"
@@ -1775,52 +1791,108 @@ def text_fault(policy):
 @torch.no_grad()
 def model_fault(policy):
     """Why a model cannot be trained, or "". transformers' generate continues two prompts of unequal
-    length; decode_step and the pass without a cache must give its tokens the same logits."""
-    from transformers import DynamicCache
+    length; the pass without a cache must give its tokens the same logits. Where the decoding of
+    section 12 does not, policy.plain is the reason, and generate decodes."""
     model = policy.model
-    layers = {type(layer).__name__ for layer in DynamicCache(config=model.config).layers}
-    layers |= {*(getattr(model.config, "attention_layers", None) or ())} & {"local"}     # GPT-Neo
-    if odd := ", ".join(sorted(layers - {"DynamicLayer"})):
-        return f"remembers in a way that generation here does not know ({odd})"
     if not all(p.requires_grad for p in model.parameters()):
         return "has frozen weights, perhaps of an adapter, which has to be merged first"
+    if getattr(model.config.get_text_config(), "final_logit_softcapping", None):
+        return "caps its logits, which is not done here"
     prompts = encode_chats(policy.tokenizer, ["Hello", "Look at the desk, then at the shelf."])
-    logits, answers = continuations(model, prompts)                                  # (2, 4, V)
+    logits, answers = map(torch.cat, zip(*(continuations(model, [p]) for p in prompts)))
     if logits.isnan().any():
         return "computes logits that are not numbers"
-    tokens = to_device(answers, policy.device)                                          # (2, 4)
-    kv = policy.cache = KeyValues(2, max(map(len, prompts)) + 4, policy.device)
-    kv.slot[:] = to_device([len(prompt) for prompt in prompts], policy.device)
-    decoded = [prefill(policy, prompts, [0, 1], Settings())]                            # (2, V)
-    for token in tokens.T[:3]:
-        kv.token[:] = token
-        decoded.append(decode_step(policy, kv, 2, kv.length))
-        kv.slot += 1
-    policy.cache = None
+    limit = (3e-3 if model.dtype == torch.float32 else 0.3) * logits.float().std()
 
     def logps(logits):                                                       # (2, 4, V) -> (2, 4)
-        return log_softmax(logits, 1).gather(-1, tokens[..., None])[..., 0]
+        return log_softmax(logits, 1).gather(-1, answers[..., None])[..., 0]
 
-    ways = {"when decoding here": logps(torch.stack(decoded, 1))}
-    for way, training in (("in training mode", True), ("without a cache, by its head", False)):
-        ways[way] = response_logps(model.train(training), prompts, answers, Settings())[0]
-    limit = (3e-3 if model.dtype == torch.float32 else 0.3) * logits.float().std()
-    wrong = [way for way, x in ways.items() if not (x - logps(logits)).norm() <= limit]
-    return f"computes other log-probabilities {wrong[-1]}" if wrong else ""
+    def same(logp):
+        return bool((logp - logps(logits)).norm() <= limit)
 
-def continuations(model, prompts, count=4):
-    """Logits (B, count, V) and token ids with which transformers' generate continues the prompts,
-    greedily and one by one."""
-    logits = []
-    answers = []
-    for prompt in prompts:
-        ids = to_device([prompt], model.device)                                         # (1, L)
-        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count,
-                             min_new_tokens=count, do_sample=False, num_beams=1,
-                             output_logits=True, return_dict_in_generate=True)
-        logits.append(torch.cat(out.logits))                                            # (count, V)
-        answers.append(out.sequences[0, -count:].tolist())
-    return torch.stack(logits), answers
+    for way, training in (("without a cache, by its head", False), ("in training mode", True)):
+        scored = response_logps(model.train(training), prompts, answers.tolist(), Settings())[0]
+        model.eval()
+        if not same(scored):
+            return f"computes other log-probabilities {way}"
+    policy.plain = other_memory(model)
+    try:
+        if not policy.plain and not same(logps(decoded(policy, prompts, answers))):
+            policy.plain = "other log-probabilities"
+    except Exception as error:          # a model may expect anything of its cache
+        if out_of_memory(error):
+            raise
+        policy.plain = type(error).__name__
+    policy.pads = bool(policy.plain) and same(logps(continuations(model, prompts)[0]))
+    return ""
+
+def other_memory(model):
+    """The layers of a model that remember otherwise than by all keys and values, "" without any."""
+    from transformers import DynamicCache
+    layers = {type(layer).__name__ for layer in DynamicCache(config=model.config).layers}
+    layers |= {*(getattr(model.config, "attention_layers", None) or ())} & {"local"}     # GPT-Neo
+    return ", ".join(sorted(layers - {"DynamicLayer"}))
+
+def decoded(policy, prompts, tokens):
+    """Logits (B, T, V) with which decode_step reads tokens (B, T) after the prompts."""
+    rows = len(prompts)
+    kv = policy.cache = KeyValues(rows, max(map(len, prompts)) + tokens.shape[1], policy.device)
+    kv.slot[:] = to_device([len(prompt) for prompt in prompts], policy.device)
+    logits = [prefill(policy, prompts, list(range(rows)), Settings())]                  # (B, V)
+    for token in tokens.T[:-1]:
+        kv.token[:] = token
+        logits.append(decode_step(policy, kv, rows, kv.length))
+        kv.slot += 1
+    policy.cache = None
+    return torch.stack(logits, 1)
+
+def continuations(model, prompts):
+    """Logits (B, 4, V) and ids (B, 4) with which transformers' generate continues the prompts."""
+    out = run_generate(model, prompts, 4, output_logits=True, return_dict_in_generate=True)
+    return torch.stack(out.logits, 1), out.sequences[:, -4:]
+
+def run_generate(model, prompts, count, **options):
+    """transformers' generate on prompts, padded on the left: the likeliest token, `count` times.
+    The model's own generation_config, with its penalties and its ends, plays no part."""
+    from transformers import GenerationConfig
+    width = max(map(len, prompts))
+    ids = to_device([[0] * (width - len(p)) + list(p) for p in prompts], model.device)  # (B, L)
+    lengths = to_device([len(p) for p in prompts], model.device)                        # (B,)
+    mask = torch.arange(width, device=model.device) >= width - lengths[:, None]         # (B, L)
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        return model.generate(ids, attention_mask=mask.long(), max_new_tokens=count, **options)
+    finally:
+        model.generation_config = own
+
+def plain_generate(policy, waiting, s, temperature, stop, generator, limits):
+    """`generate` for models that do not fit it, without policy.pads one prompt at a time, because
+    transformers' own batches are wrong for some (RWKV)."""
+    size = s.rollout_rows if policy.pads else 1
+    while waiting:
+        keys = sorted(waiting, key=lambda key: len(waiting[key]))
+        rows = [Row(key, (limits or {}).get(key, s.max_response), 0) for key in keys]
+        for first in range(0, len(rows), size):
+            fill_rows(policy, rows[first:first + size], waiting, temperature, stop, generator)
+        waiting.clear()
+        yield {row.prompt: row.ids for row in sorted(rows, key=lambda row: row.prompt)}
+
+def fill_rows(policy, rows, prompts, temperature, stop, generator):
+    """Let transformers' generate decode rows.ids, with our way to sample and to end a response."""
+    def choose(ids, logits):
+        token, _ = sample(logits, temperature, generator)                               # (B,)
+        return torch.full_like(logits, -math.inf).scatter(1, token[:, None], 0.0)
+
+    def ended(ids, scores, **options):
+        for row, token in zip(rows, ids[:, -1].tolist()):
+            if not row.ended:
+                extend(policy, row, [token], [0.0], stop)
+        return to_device([row.ended for row in rows], policy.device)
+
+    run_generate(policy.model, [prompts[row.prompt] for row in rows],
+                 max(row.limit for row in rows), logits_processor=[choose],
+                 stopping_criteria=[ended])
 
 def check_lengths(policy, s):
     """UserError, or a line for rotary positions, if a prompt with its response can be too long."""
@@ -1836,7 +1908,43 @@ def check_lengths(policy, s):
     notes = [line] * (need > known)
     if "strftime_now" in str(policy.tokenizer.chat_template):
         notes.append(f"the chat template prints the date, here always {DAY:%d %b %Y}")
+    if policy.plain:
+        notes.append(f"{s.model} does not fit the decoding here ({policy.plain}); it decodes "
+                     "through transformers' generate, which is slower")
     print("".join(f"note: {note}\n" for note in notes), end="", flush=True)
+
+def check_room(state, s):
+    """A line on what a run needs besides weights and activations; UserError if it is not there."""
+    model = state.policy.model
+    size = model.num_parameters()
+    weights = size * model.dtype.itemsize
+    reference = weights * bool(s.kl or "reference" in method_of(s).needs)
+    memory = size * (4 if state.optimizer.state else 12)      # gradients and Adam's moments in fp32
+    checkpoint = weights + size * (8 if model.dtype == torch.float32 else 12)    # with fp32 masters
+    kept = len(checkpoints(s.out))
+    saves = math.ceil((s.steps - state.step) / s.save_every) + (state.warm_step < s.warm_start)
+    disk = max(0, min(KEEP + 1, kept + saves) - kept) * checkpoint + (not kept) * reference
+    place = torch.device("cpu") if s.small_gpu else model.device
+    memory += reference * (place == model.device)      # --small-gpu: on the GPU, and not counted
+    free = {place: free_memory(place), s.out: shutil.disk_usage(s.out).free}
+    needs = {place: memory, s.out: disk}
+    text = " and ".join(f"{need / 1e9:.2f} GB on {place} ({free[place] / 1e9:.1f} GB free)"
+                        for place, need in needs.items())
+    text = f"the run needs {text} besides weights and activations"
+    if any(need > free[place] for place, need in needs.items()):
+        raise UserError(f"{text}; make room, or take a smaller model, --kl 0 (no reference) or "
+                        "--small-gpu")
+    if memory > 1e8:                                   # not of `tiny`
+        print(text, flush=True)
+
+def free_memory(device):
+    """Free bytes on a device; inf where that is not known."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    file = Path("/proc/meminfo")                       # of Linux
+    found = re.search(r"MemAvailable:\s+(\d+)", file.read_text()) if file.exists() else None
+    return int(found[1]) * 1024 if found and device.type == "cpu" else math.inf
 
 TINY = dict(width=96, layers=2, vocabulary=768)
 TINY_TEMPLATE = (
@@ -2153,6 +2261,9 @@ def log_step(state, episodes, m, s):
     print(f"{line}  grad {m['grad_norm']:.2f}  {m['seconds']:.1f} s ({phases})")
 
 # ======== 19. Files: logs and checkpoints =========================================================
+# AutoTokenizer would give such a folder Qwen's pre-tokenizer; where the folder names code of its
+# own (here none), which AutoTokenizer does not run, it takes tokenizer.json as it is
+OWN_TOKENIZER = ("qwen2", "TokenizersBackend")
 RESUMED = ("step", "warm_step", "cursor", "bandit", "memory", "began")    # State in state.json
 KEEP = 2                                                                  # checkpoints that stay
 
@@ -2174,7 +2285,7 @@ def read_json(path, missing):
     except OSError:
         raise UserError(missing) from None
     except ValueError as error:
-        raise UserError(f"{path} is damaged ({first_line(error)})") from None
+        raise UserError(f"{path} is damaged ({first_line(error)}); restore or replace it") from None
 
 def write_text(path, text):
     """Write a file whole or not at all."""
@@ -2205,7 +2316,8 @@ def tracker(kind, run):
         from torch.utils.tensorboard import SummaryWriter
         writer = SummaryWriter(run)
     except Exception as error:                        # no login, no network, no package ...
-        raise UserError(f"--track {kind} does not start: {first_line(error)}") from None
+        raise UserError(f"--track {kind} does not start: {first_line(error)}; set it up, or take "
+                        "--track none") from None
     def log(numbers, step):
         for name, value in numbers.items():
             writer.add_scalar(name, value, step)
@@ -2236,10 +2348,24 @@ def last_checkpoint(path):
     """The newest checkpoint of a run folder, the folder itself if it is a model, else None."""
     return ([path, *checkpoints(path)] if Path(path).is_dir() else [None])[-1]
 
-def save_model(policy, folder):
-    """Write a model folder for transformers' from_pretrained."""
-    policy.model.save_pretrained(folder)
+def save_model(policy, folder, **options):
+    """Write a model folder for from_pretrained."""
+    if (policy.model.config.model_type, type(policy.tokenizer).__name__) == OWN_TOKENIZER:
+        policy.tokenizer.init_kwargs["auto_map"] = ["", None]
+    policy.model.save_pretrained(folder, **options)
     policy.tokenizer.save_pretrained(folder)
+
+def check_saving(state, s):
+    """UserError if the model, of which one small tensor is saved now, cannot be saved later."""
+    part = Path(s.out) / "writing"
+    weights = state.policy.model.named_parameters()
+    try:
+        save_model(state.policy, part, state_dict=dict([min(weights, key=lambda x: x[1].numel())]))
+    except Exception as error:                        # every library has its own
+        raise UserError(f"a checkpoint of {s.model} could not be saved: {first_line(error)}; "
+                        "take another model or --out") from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 def save_checkpoint(state, s):
     """Write RUN/checkpoints/step-N: a model folder, optimizer.pt and state.json. It gets this name
@@ -2264,10 +2390,13 @@ def save_checkpoint(state, s):
             with open(path, "rb+") as f:
                 os.fsync(f.fileno())
         part.rename(final)
-    except Exception as error:                        # every library has errors of its own
+    except Exception as error:                        # every library has its own
+        full = "No space left" in str(error) or not shutil.disk_usage(s.out).free >> 20
         shutil.rmtree(part, ignore_errors=True)
-        raise OSError(f"cannot save to {folder}: {first_line(error)}; make room, then python "
-                      f"sdar.py --resume {s.out}") from None
+        kept = "the previous checkpoint is whole: " if checkpoints(s.out) else ""
+        advice = "make room" if full else "put that right"
+        raise OSError(f"cannot save to {folder}: {first_line(error)}; {kept}{advice}, then "
+                      f"python sdar.py --resume {s.out}") from None
     for old in checkpoints(s.out)[:-KEEP]:
         shutil.rmtree(old)
 
@@ -2285,6 +2414,8 @@ def load_checkpoint(path, s):
             old["fused"] = new["fused"]               # the device or --small-gpu may have changed
         state.optimizer.load_state_dict(saved["optimizer"])
         for name in RESUMED:
+            if type(kept[name]) is not type(getattr(state, name)):
+                raise ValueError(f"{name} is {kept[name]!r}")
             setattr(state, name, kept[name])
         return state
     except Exception as error:                        # a damaged file can raise anything
@@ -2330,17 +2461,24 @@ def start_or_resume(s, env, resume):
         raise UserError(f"{out} holds a run: continue it with --resume {out}, or change --out")
     if resume and checkpoints(out):
         state = load_checkpoint(checkpoints(out)[-1], s)
+        for name, value in read_json(checkpoints(out)[-1] / "state.json", "")["settings"].items():
+            if name not in (*MAY_CHANGE, "out") and value != getattr(s, name, value):
+                raise UserError(f"{flag(name)} was {value!r} so far; correct {out}/config.json")
         for what, name in (("training tasks", "--data"), ("skills", "--skills")):
             if state.began[what] != began[what]:
                 raise UserError(f"{out} began with other {what}; give those with {name}")
         print(f"resumed from {checkpoints(out)[-1]}")
-    else:                                              # a run that was killed early starts again
+    else:
+        if resume:
+            print(f"{out} has no checkpoint yet: it starts again")
         policy = load_policy(s.model, s.device, tiny_texts(env, s), s.seed)
         state = make_state(policy, s, 0.98 if s.warm_start else 0.999)   # faster beta2 for cloning
         state.began = began
     state.teacher = load_teacher(state.policy, s)
     check_lengths(state.policy, s)
     out.mkdir(parents=True, exist_ok=True)
+    check_room(state, s)
+    check_saving(state, s)
     write_text(out / "config.json", json.dumps(asdict(s) | {"versions": versions()}, indent=1))
     if s.track != "none":
         tracker(s.track, s.out)
@@ -2361,8 +2499,11 @@ def reference_policy(state, s):
         if state.step == 0:
             save_model(state.policy, folder)
         return load_policy(str(folder), s.device).model.requires_grad_(False)
-    except (UserError, OSError, ValueError) as error:
-        raise UserError(f"the run cannot go on without its reference policy: {error}") from None
+    except Exception as error:
+        if out_of_memory(error):
+            raise
+        raise UserError(f"the reference policy in {folder} cannot be used: {first_line(error)}; "
+                        "put that right, or start a new run") from None
 
 def validate(state, env, s):
     """Print and log the success on the fixed panel, without skills: at the start, every
@@ -2489,6 +2630,8 @@ def read_settings(argv):
     if wants_help:
         make_parser(s).print_help()
         sys.exit(0)
+    if os.environ.get("WORLD_SIZE", "") not in ("", "1") and "RANK" in os.environ:
+        raise UserError("sdar.py runs as one process on one GPU; start it without torchrun")
     check_settings(s)
     return s, resume
 
@@ -2499,7 +2642,8 @@ def resumed_settings(run, explicit):
     for folder in Path(run).parents[:2]:
         if checkpoints(folder):
             raise UserError(f"{run} is a part of a run; continue it with --resume {folder}")
-    saved = read_config(Path(run) / "config.json", f"{run} holds no run (no config.json)")
+    saved = read_config(Path(run) / "config.json",
+                        f"{run} holds no run (no config.json); give the folder of one")
     return replace(saved, **explicit, out=run)
 
 def new_settings(explicit):
@@ -2541,10 +2685,11 @@ def check_settings(s):
         if fits and f.name != "seed" and not isinstance(value, str):
             fits = (0 <= value if above is None else above < value) and value < math.inf
         if not fits:
-            bound = "" if above is None else f"; it must be above {above}"
+            bound = "; it must be 0 or more" if above is None else f"; it must be above {above}"
+            bound *= not isinstance(f.default, (str, bool)) and f.name != "seed"
             raise UserError(f"{flag(f.name)} cannot be {value!r}{bound}")
     if not -2**63 <= s.seed < 2**63:
-        raise UserError("--seed must be a number of 64 bits")
+        raise UserError("--seed must be at least -2**63 and below 2**63")
     if s.track != "none" and importlib.util.find_spec(s.track) is None:
         raise UserError(f"--track {s.track} needs a package: pip install {s.track}")
     if s.steps == s.warm_start == 0:

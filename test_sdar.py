@@ -3800,12 +3800,12 @@ def forward_and_gradient(model):
 @pytest.mark.parametrize("kind, options, hint", [
     ("qwen2", {}, ""), ("qwen3", {}, ""), ("llama", {}, ""), ("llama", {"mlp_bias": True}, ""),
     ("mistral", {"sliding_window": None}, ""),
-    ("mistral", {"sliding_window": 16}, "generation here does not know.*Qwen2.5"),
-    ("gemma2", {"final_logit_softcapping": 0.5}, "generation here does not know"),
+    ("mistral", {"sliding_window": 16}, ""),
+    ("gemma2", {"final_logit_softcapping": 0.5}, "caps its logits.*Qwen2.5"),
     ("granite", {"logits_scaling": 5.0}, "other log-probabilities"),
     ("cohere", {"logit_scale": 0.05}, "other log-probabilities")])
 def test_models_that_generation_would_get_wrong_are_refused(policy, tmp_path, kind, options, hint):
-    """A sliding window or scaled logits would go wrong without a word; the common families load."""
+    """Scaled logits would go wrong without a word; the common families load."""
     folder = save_model(tmp_path, policy, kind, **options)
     if hint:
         with pytest.raises(UserError, match=hint):
@@ -3975,15 +3975,10 @@ FAMILIES = [  # a model type, its configuration, and a word of the refusal, "" i
     ("gptj", dict(GPT, rotary_dim=8), ""), ("phi3", dict(pad_token_id=0, resid_pdrop=0.3), ""),
     ("starcoder2", dict(attention_dropout=0.3, residual_dropout=0.3), ""),
     ("qwen2_moe", dict(num_experts=4, moe_intermediate_size=32), ""),
-    ("mistral", dict(sliding_window=8), "remembers"), ("mamba", {}, "remembers"),
-    ("gemma2", dict(head_dim=16), "remembers"),
-    ("gpt_neo", dict(num_layers=2, attention_types=[[["global", "local"], 1]], num_heads=4),
-     "local"),
+    ("gemma2", dict(head_dim=16), "caps its logits"),
     ("granite", dict(logits_scaling=8.0), "by its head"), ("cohere", {}, "by its head"),
-    ("bloom", GPT, "does not work"), ("falcon", dict(alibi=True), "does not work"),
-    ("mpt", dict(d_model=64, n_heads=4, n_layers=2), "does not work"),
-    ("deepseek_v2", EXPERTS, "does not work"), ("deepseek_v3", EXPERTS, "does not work"),
-    ("opt", dict(ffn_dim=64, word_embed_proj_dim=64), "does not work"),
+    ("mpt", dict(d_model=64, n_heads=4, n_layers=2), ""), ("deepseek_v3", EXPERTS, ""),
+    ("opt", dict(ffn_dim=64, word_embed_proj_dim=64), ""),
     ("mixtral", dict(num_local_experts=4, router_jitter_noise=0.3), "training mode")]
 
 @pytest.mark.parametrize("kind, config, word", FAMILIES, ids=[row[0] for row in FAMILIES])
@@ -4215,16 +4210,6 @@ def test_prompts_longer_than_a_model_knows(folder, capsys, config, prompt, word)
     else:
         sdar.check_lengths(policy, s)
     assert ("--max-prompt" in capsys.readouterr().out) == (word == "note")
-
-def test_a_save_that_fails_for_any_reason_is_one_line(sound, tmp_path, monkeypatch):
-    """transformers raises ValueError for settings it does not want to save."""
-    s = model_settings(out=str(tmp_path / "run"))
-    state = sdar.make_state(sdar.load_policy(str(sound), "cpu"), s)
-    monkeypatch.setattr(type(state.policy.model), "save_pretrained",
-                        lambda *a, **k: (_ for _ in ()).throw(ValueError("not\nserializable")))
-    with pytest.raises(OSError, match="not; make room") as error:
-        sdar.save_checkpoint(state, s)
-    assert "previous" not in str(error.value) and not sdar.checkpoints(s.out)
 
 # ======== Files, names, terminals and schedulers ==================================================
 
@@ -7817,6 +7802,8 @@ def test_only_these_settings_may_change_with_resume(finished, monkeypatch):
     values = {"data": ".", "skills": ".", "device": "cuda", "val_split": "x",
               "track": "tensorboard", "model": "tiny"}
     for f in dataclasses.fields(sdar.Settings):
+        if f.name == "judge":                          # has no effect with this method
+            continue
         argv = ["--resume", str(finished), sdar.flag(f.name)]
         if not isinstance(f.default, bool):
             known = [values[f.name]] if f.name in values else f.metadata["choices"] or ["5"]
