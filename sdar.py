@@ -2589,16 +2589,24 @@ TERMINALS = [number for number in (1, 2) if os.isatty(number)]
 
 def stop(number, frame=None):
     """Handler of all STOPS: end as with Ctrl-C, which saves the run."""
-    for terminal in TERMINALS * (signal.Signals(number).name == "SIGHUP"):
-        os.dup2(os.open(os.devnull, os.O_RDWR), terminal)    # it is lost: write elsewhere
+    leave_terminal(number)
     raise KeyboardInterrupt
+
+def leave_terminal(number):
+    """After SIGHUP write elsewhere, because the terminal is lost."""
+    for terminal in TERMINALS * (signal.Signals(number).name == "SIGHUP"):
+        os.dup2(os.open(os.devnull, os.O_RDWR), terminal)
 
 @contextlib.contextmanager
 def uninterrupted():
     """Delay Ctrl-C and the other STOPS until the block ends."""
     pending = []
-    previous = {number: signal.signal(number, lambda number, _: pending.append(number))
-                for number in STOPS}
+
+    def wait(number, frame):
+        leave_terminal(number)
+        pending.append(number)
+
+    previous = {number: signal.signal(number, wait) for number in STOPS}
     try:
         yield
     finally:
