@@ -10,16 +10,17 @@ In this order, and that is the specification:
     Advantages, weights   normalised per group; weights from counts over the whole step
     The gate optimises    exact expectations over a vocabulary: docs/gate.md, claim by claim
     Methods               each row of METHODS: padding, micro-batches, only the student learns, off
-    Follow-ups            published vectors, exact reductions, degenerate cases
+    Follow-ups            published vectors, definitions by hand, degenerate cases
     Vocabulary head       exact in chunks: log-probabilities, entropies, divergences
     Prompts               the skill is never cut, special tokens of others are removed
     Rollout, generation   greedy equals transformers; any schedule gives the same responses
-    Scoring, update       sampled ids are trained ids; gradients do not depend on micro-batches
+    Scoring, update       fp32 masters, clipping, cloning, counts
     Runs                  same seed, same numbers, also after kill -9, Ctrl-C and SIGTERM
     Models                folders, tokenizers and templates as people have them
+    Files, terminals      names, paths, schedulers; a pretrained model end to end
     Environments          ALFWorld, WebShop, Search-QA: text, rewards, parsing, skills, data files
-    A newcomer sees       transcripts, gates as a picture, play by hand, own environments
     Evaluation            panels, intervals, paired tests, tables, the benchmark
+    A newcomer sees       transcripts, gates as a picture, play by hand, own environments
     README and docs       commands, flags, figures, and the code to copy
     Users' mistakes       one line, exit status 2, no traceback
     The originals         recordings of the original engines (SDAR_TEST_DATA)
@@ -2245,40 +2246,6 @@ def test_exact_reverse_kl_option_has_the_reverse_kl_gradient():
     exact = sdar.over_vocabulary(sdar.DIVERGENCES["reverse-kl"], linear, hidden, taught)
     assert close(torch.autograd.grad(exact.sum(), hidden)[0], formula)
 
-class Spy(TorchDispatchMode):
-    """Records the names of the operations and the shapes of the tensors that they made."""
-
-    def __init__(self):
-        super().__init__()
-        self.called = []
-        self.shapes = []
-
-    def __torch_dispatch__(self, function, kinds, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        self.called.append(function.overloadpacket.__name__)
-        self.shapes += [tuple(x.shape) for x in (result if type(result) is tuple else [result])
-                        if isinstance(x, torch.Tensor)]
-        return result
-
-def test_full_logits_never_exist(monkeypatch):
-    """Forward and backward make no tensor of (N, vocabulary); no chunk's logits are kept."""
-    monkeypatch.setattr(sdar, "HEAD_CHUNK", 8)
-    linear, hidden, taught, targets = head(tokens=64, vocabulary=500)
-    saved = []
-
-    def keep(x):
-        saved.append(tuple(x.shape))
-        return x
-    with Spy() as spy:
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-            logp, entropy = sdar.chunked_logps(linear, hidden, targets, with_entropy=True)
-            jsd = sdar.over_vocabulary(sdar.DIVERGENCES["jsd"], linear, hidden, taught)
-        (logp.sum() + jsd.sum()).backward()
-    assert 8 * 500 <= max(map(math.prod, spy.shapes)) < 64 * 500 // 4
-    assert saved and not [shape for shape in saved if 500 in shape[1:]]
-    with torch.no_grad():
-        assert not sdar.chunked_logps(linear, hidden, targets)[0].requires_grad
-
 def test_entropy_is_exact_and_without_gradient(exact):
     """In nats, from the full distribution, at the temperature; computed only where it is used."""
     linear, hidden, _, targets = head()
@@ -2426,17 +2393,6 @@ def test_special_tokens_in_text_are_text(policy, hostile):
     for token in ("<|im_start|>", "<|im_end|>", "<|endoftext|>"):
         number = policy.tokenizer.convert_tokens_to_ids(token)
         assert forged.count(number) == plain.count(number)
-
-def test_special_tokens_without_a_role_are_text_too(policy):
-    """As Llama 3's header tokens, which its `all_special_tokens` does not name."""
-    from tokenizers import AddedToken
-    tokenizer = copy.deepcopy(policy.tokenizer)
-    tokenizer.add_tokens([AddedToken("<|header|>", special=True),
-                          AddedToken("<tool>", special=False)])
-    header, tool = tokenizer.convert_tokens_to_ids(["<|header|>", "<tool>"])
-    ids = sdar.encode_chats(tokenizer, ["<|header|>a<tool>"])[0]
-    assert "<|header|>" not in tokenizer.all_special_tokens
-    assert header not in ids and ids.count(tool) == 1
 
 def test_half_of_a_character_can_be_encoded_trained_on_and_logged(policy, tmp_path):
     """A lone surrogate, as from a broken web page, becomes a question mark."""
@@ -2903,10 +2859,26 @@ def test_response_logps_are_those_of_the_full_logits(policy, monkeypatch):
             want = full.gather(1, torch.tensor(response)[:, None])[:, 0]
             assert torch.allclose(row[:len(response)], want, atol=1e-5)
 
-def test_a_micro_batch_makes_no_whole_logits_and_waits_for_no_gpu(policy, episodes, monkeypatch):
+class Spy(TorchDispatchMode):
+    """Records the names of the operations and the shapes of the tensors that they made."""
+
+    def __init__(self):
+        super().__init__()
+        self.called = []
+        self.shapes = []
+
+    def __torch_dispatch__(self, function, kinds, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.called.append(function.overloadpacket.__name__)
+        self.shapes += [tuple(result.shape)] if isinstance(result, torch.Tensor) else []
+        return result
+
+@pytest.mark.parametrize("changes", [dict(gate="soft-or"), dict(divergence="jsd")], ids=str)
+def test_a_micro_batch_makes_no_whole_logits_and_waits_for_no_gpu(policy, episodes, monkeypatch,
+                                                                  changes):
     """No (B, T, V) tensor, forward or backward; no operation needs a number from the device."""
     monkeypatch.setattr(sdar, "HEAD_CHUNK", 16)
-    s = settings(gate="soft-or")
+    s = settings(**changes)
     turns = turns_of(episodes)
     words, width = policy.head.weight.shape
     with Spy() as spy:
@@ -3789,7 +3761,8 @@ def test_tags_are_text_even_where_a_tokenizer_calls_them_special(folder, env):
     assert forged.count("<|im_end|>") == 1
 
 @pytest.mark.parametrize("content, special, removed", [
-    ("<|eot|>", False, True), ("<|eot|>", True, True), ("\n\n", False, False),
+    ("<|eot|>", False, True), ("<|eot|>", True, True), ("<|header|>", True, True),
+    ("\n\n", False, False),
     ("    ", False, False), ("<b>", False, False), ("<think>", True, False)])
 def test_only_tokens_that_structure_a_chat_leave_a_prompt(sound, content, special, removed):
     """Added tokens for blank lines, indentation and markup stay; the template's go."""
@@ -3869,22 +3842,10 @@ def test_experts_leave_out_the_tag_that_the_prompt_has_opened(worlds, folder, na
             text = sdar.response_text(policy, turn.response_ids)
             assert text.count("<think>") == opened and text.count("</think>") == 1
 
-ENDS = LOOP + ("{{ m.content }}{% if m.role == 'assistant' %}  <|im_end|>\n{% endif %}"
-               "{% endfor %}")
-
-@pytest.mark.parametrize("template", [sdar.TINY_TEMPLATE, ENDS])
-def test_the_end_of_a_turn_ends_a_response(folder, template):
-    """Where the model's own EOS is another token, as in base models."""
-    with_template(folder, template)
-    for file in ("generation_config.json", "config.json"):
-        edit(folder / file, eos_token_id=0)
-    edit(folder / "tokenizer_config.json", eos_token="<|endoftext|>",
-         extra_special_tokens=["<|im_start|>", "<|im_end|>"])
-    policy = loaded(folder)
-    ends = policy.tokenizer.convert_ids_to_tokens(sorted(policy.end_ids))
-    assert ends == ["<|endoftext|>", "<|im_end|>"]
-
 STYLES = {  # of well-known families: (template, think block, the token that ends a turn)
+    "chatml": (sdar.TINY_TEMPLATE, "", "<|im_end|>"),
+    "blanks before the end": (LOOP + "{{ m.content }}{% if m.role == 'assistant' %}  <|im_end|>\n"
+                              "{% endif %}{% endfor %}", "", "<|im_end|>"),
     "zephyr": ("{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}</s>\n{% endfor %}"
                "{% if add_generation_prompt %}<|assistant|>\n{% endif %}", "", "</s>"),
     "mistral": ("{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
@@ -3904,7 +3865,7 @@ STYLES = {  # of well-known families: (template, think block, the token that end
 
 @pytest.mark.parametrize("style", STYLES)
 def test_think_block_and_end_of_turn_of_known_templates(sound, style):
-    """Read from what the template renders."""
+    """Read from what the template renders, also where the model's own EOS is another token."""
     template, think, end = STYLES[style]
     tokenizer = tokenizer_in(sound)
     tokenizer.add_tokens(["</s>", "[INST]", "[/INST]", "<start_of_turn>", "<end_of_turn>",
@@ -4320,7 +4281,7 @@ def test_downloads_are_checked(server, tmp_path):
 
 @pytest.mark.parametrize("words, status, shown", [
     ("download webshop", 0, "('webshop', False)"), ("download webshop-full shop", 0, "('shop', T"),
-    ("--help", 0, "download NAME"), ("download moon", 2, "moon"), ("download", 2, "usage"),
+    ("--help", 0, "download NAME"), ("download moon", 2, "usage"), ("download", 2, "usage"),
     ("downlod alfword", 2, "mean download alfworld?"), ("zzz", 2, "usage"), ("", 2, "usage"),
     ("download alfworld a b", 2, "usage"), ("bench", 2, "usage"), ("play", 2, "usage"),
     ("play chess", 2, "choose one of alfworld"), ("play alfworld train/9", 2, "train/9"),
@@ -5560,18 +5521,6 @@ def test_paired_difference_is_newcombes_method_10(cells):
         with pytest.raises(ValueError):
             ev.paired_difference(a, b)
 
-def test_paired_interval_covers_its_difference():
-    """Of 400 simulated comparisons at least 93 % hold the true difference."""
-    generator = torch.Generator().manual_seed(0)
-    hits = 0
-    for _ in range(400):
-        easy = torch.rand(120, generator=generator)                # tasks differ in difficulty
-        easier = (easy + 0.1).clamp(max=1)
-        a, b = (torch.rand(120, generator=generator) < p for p in (easy, easier))
-        _, (low, high) = ev.paired_difference(a.tolist(), b.tolist())
-        hits += low <= float(easier.mean() - easy.mean()) <= high
-    assert hits >= 0.93 * 400
-
 def test_macro_joins_independent_intervals():
     """One part keeps its interval, four equal ones halve it, and nothing won is no certainty."""
     low, high = sdar.wilson(30, 100)
@@ -6093,8 +6042,8 @@ def test_bench_prints_the_step_and_every_comparison(capsys):
         assert ours > 0 and ratio == pytest.approx(plain / ours, rel=0.1)
 
 @pytest.mark.parametrize("argv, shown", [
-    ("", ("tiny", "paper", 8, 2048, 512)), ("--groups 3", ("tiny", "paper", 3, 2048, 512)),
-    ("--env webshop --random-weights 1.5B", (None, "paper", 8, 4096, 512))])
+    ("", ("paper", 8, 2048, 512)), ("--groups 3", ("paper", 3, 2048, 512)),
+    ("--env webshop --random-weights 1.5B", ("paper", 8, 4096, 512))])
 def test_bench_of_tiny_has_prompts_of_alfworlds_length(monkeypatch, argv, shown):
     """Without flags it is the paper's prompt and lengths; flags go before that."""
     seen = []
@@ -6107,7 +6056,7 @@ def test_bench_of_tiny_has_prompts_of_alfworlds_length(monkeypatch, argv, shown)
     with pytest.raises(SystemExit):
         ev.main(["bench", *argv.split()])
     s, = seen
-    assert (s.prompt_style, s.groups, s.max_prompt) == shown[1:4] and shown[0] in (s.model, None)
+    assert (s.prompt_style, s.groups, s.max_prompt, s.max_response) == shown
 
 def test_bench_compares_equal_work(policy, env):
     """Both ways write the same number of tokens a row and score the same log-probabilities."""
@@ -6158,7 +6107,7 @@ def test_random_weights_have_their_published_size(name, millions, env, monkeypat
 
 PEAK = """
 import sys, torch, sdar
-sdar.HEAD_CHUNK = 64
+sdar.HEAD_CHUNK = 32
 def peak(kind, n, words):
     hidden, weight = (torch.randn(rows, 32, requires_grad=True) for rows in (n, words))
     targets = torch.arange(n)
@@ -6170,11 +6119,11 @@ def peak(kind, n, words):
         logps.gather(1, targets[:, None]).sum().backward()
     return sdar.peak_memory(torch.device("cpu")) - before
 peak("chunked", 100, 100)  # start-up costs are not counted
-print(peak(sys.argv[1], 1024, 151936))
+print(peak(sys.argv[1], 512, 151936))
 """
 
 def test_chunked_log_probabilities_need_less_memory():
-    """Log-probabilities of 1,024 tokens with gradient: at least 8 times less than in full."""
+    """Log-probabilities of 512 tokens with gradient: at least 8 times less than in full."""
     if sdar.peak_memory(torch.device("cpu")) is None:
         pytest.skip("this system does not tell a process its peak memory")
     peaks = []
@@ -6267,7 +6216,7 @@ def test_the_logs_count_failures_and_types(logged, name):
 # ---- gates as a picture --------------------------------------------------------------------------
 
 MARKUP = ("</div><script>document.title = 'taken'</script><img src=x onerror=\"fetch('//x')\">"
-          "\u001b[2J")
+          "\u001b[2J\r")
 
 def gated_run(folder, **changes):
     """A folder with one more logged episode, whose text is hostile markup."""
@@ -6296,7 +6245,8 @@ class Terminal(io.StringIO):
 def test_gates_prints_numbers_where_there_is_no_terminal(tmp_path, capsys):
     """Each token with its gate; task, goal, skill, reward, advantage; no terminal commands."""
     text = printed(capsys, "gates", gated_run(tmp_path))
-    assert "go[0.50]" in text and "<think>[0.00]" in text and "\u001b" not in text
+    assert "go[0.50]" in text and "<think>[0.00]" in text
+    assert not set(text) & {"\u001b", "\r"}
     for part in ("not won (out of turns)", "step 4, task train/1", "Task: put a mug",
                  "Success is: the mug", "Skill: Pick: Look first.", "turn 2: reward 10, advantage "
                  "-0.25, malformed", "> a room & ", "> a shelf"):
@@ -6498,6 +6448,13 @@ def test_an_own_class_gets_the_options_that_it_takes(tmp_path):
     assert envs.open_env(name, data="x", seed=5, size=7).given == ("x", 5, 7)
     assert envs.open_env(name).given == (None, 233, 1)
 
+@pytest.mark.parametrize("kind", ["Alfworld", "WebShop", "SearchQA"])
+def test_the_benchmarks_have_what_an_own_class_must_have(tmp_path, kind):
+    """The check that own classes go through finds nothing to say about the three benchmarks."""
+    (tmp_path / "own.py").write_text(f"import envs\n\nclass Own(envs.{kind}):\n    pass\n")
+    assert envs.open_env(f"{tmp_path / 'own.py'}:Own").builtin
+    assert all(word in envs.__doc__ for word in ("goal", "think_closed", "all_skills"))
+
 # ---- --config and versions -----------------------------------------------------------------------
 
 def config_file(folder, flags=""):
@@ -6594,7 +6551,7 @@ def test_track_wandb_gets_the_numbers_of_the_log(tmp_path, monkeypatch):
     out = tmp_path / "run"
     sdar.train(settings(track="wandb", out=str(out), warm_start=2, steps=1, val_every=1,
                         val_episodes=2))
-    rows = sdar.read_lines(out / "seen.jsonl")
+    rows = [json.loads(line) for line in (out / "seen.jsonl").read_text().splitlines()]
     assert {(project, algo) for project, algo, _, _ in rows} == {("sdar", "sdar")}
     assert [step for _, _, step, _ in rows] == [1, 2, 2, 3, 3]
     numbers = rows[3][3]
