@@ -4009,7 +4009,7 @@ def test_a_run_always_ends_with_a_checkpoint(tmp_path):
         ["cloning", f"{i}/10"] for i in range(1, 11)]
     assert sdar.checkpoints(tmp_path / "run")
 
-def wait_for(found, seconds=60):
+def wait_for(found, seconds=240):
     """Until found() is true."""
     end = time.time() + seconds
     while not found():
@@ -4023,7 +4023,7 @@ def test_what_a_scheduler_sends_saves_the_run(tmp_path, name):
     run = command(*FAST, "--steps", 10**6, "--out", out)
     wait_for(lambda: sdar.read_lines(out / "metrics.jsonl"))
     run.send_signal(getattr(signal, name))
-    text = run.communicate(timeout=60)[0]
+    text = run.communicate(timeout=240)[0]
     state = json.loads((sdar.checkpoints(out)[-1] / "state.json").read_text())
     assert run.returncode == 130 and "stopped and saved" in text
     assert state["step"] == sdar.read_lines(out / "metrics.jsonl")[-1]["step"]
@@ -4038,7 +4038,7 @@ def test_a_lost_terminal_saves_the_run(tmp_path):
     os.close(theirs)
     wait_for(lambda: os.read(ours, 4096) and sdar.read_lines(out / "metrics.jsonl"))
     os.close(ours)                                     # the kernel sends SIGHUP
-    run.wait(60)
+    run.wait(240)
     assert sdar.checkpoints(out) and run.returncode == 130
 
 def test_nohup_is_respected(tmp_path):
