@@ -17,7 +17,7 @@ import envs
 import eval as ev
 import sdar
 from envs import UserError
-from test_sdar import (EXPERTS, GPT, LOOP, SIZES, close, env, folder, handlers, model_settings,
+from test_sdar import (EXPERTS, GPT, LOOP, SIZES, close, env, folder, handlers, settings,
                        no_data, sound, with_template)
 
 # ======== To be moved: replaces FAMILIES and its test =============================================
@@ -58,7 +58,7 @@ def other_model(sound, folder, kind, config):
 
 def responses(policy, prompts, temperature=0, **options):
     """{key: response ids}, and the prompts are left as they are."""
-    s = model_settings(max_response=12, **options)
+    s = settings(max_response=12, **options)
     generator = sdar.generator_for(policy, s, "test")
     found = {}
     for ended in sdar.generate(policy, dict(prompts), s, temperature, ("</action>",), generator):
@@ -83,7 +83,7 @@ def test_models_with_another_memory_decode_through_generate(sound, tmp_path, kin
     sampled = responses(policy, prompts, 1.0)
     assert sampled == responses(policy, prompts, 1.0) != want
     scored, _ = sdar.response_logps(policy.model, list(prompts.values()), [*sampled.values()],
-                                    model_settings())
+                                    settings())
     for ids, answer, row in zip(prompts.values(), sampled.values(), scored):
         logits = policy.model(input_ids=torch.tensor([ids + answer])).logits[0, len(ids) - 1:-1]
         logp = torch.log_softmax(logits, -1).gather(1, torch.tensor(answer)[:, None])[:, 0]
@@ -132,7 +132,7 @@ def test_a_run_of_a_plain_model_resumes_to_the_same_numbers(sound, tmp_path, han
 def test_a_run_says_what_it_needs_and_is_refused_where_that_is_not_there(
         sound, tmp_path, monkeypatch):
     """Memory and disk, before any work; nothing that looks like a run is left."""
-    s = model_settings(out=str(tmp_path / "run"), kl=0.01, steps=30, save_every=10)
+    s = settings(out=str(tmp_path / "run"), kl=0.01, steps=30, save_every=10)
     state = sdar.make_state(sdar.load_policy(str(sound), "cpu"), s)
     Path(s.out).mkdir()
     size = 4 * state.policy.model.num_parameters()
@@ -149,7 +149,7 @@ def test_a_model_that_cannot_be_saved_is_refused_before_training(
     from transformers import PreTrainedModel
     monkeypatch.setattr(PreTrainedModel, "save_pretrained",
                         lambda *a, **k: (_ for _ in ()).throw(ValueError("not\nserializable")))
-    s = model_settings(model=str(sound), out=str(tmp_path / "run"))
+    s = settings(model=str(sound), out=str(tmp_path / "run"))
     with pytest.raises(UserError, match="could not be saved: not;") as error:
         sdar.train(s)
     assert "make room" not in str(error.value)
@@ -157,7 +157,7 @@ def test_a_model_that_cannot_be_saved_is_refused_before_training(
 
 def test_only_a_full_disk_asks_for_room(sound, tmp_path, monkeypatch):
     """Other errors in saving are named, never a traceback."""
-    s = model_settings(out=str(tmp_path / "run"))
+    s = settings(out=str(tmp_path / "run"))
     state = sdar.make_state(sdar.load_policy(str(sound), "cpu"), s)
     for error, advice in ((ValueError("not\nserializable"), "not; put that right"),
                           (OSError(errno.ENOSPC, "No space left on device"), "make room")):
@@ -199,7 +199,7 @@ def test_the_footnote_on_bamboogle_appears_with_search_only():
 
 def test_the_judge_may_change_with_resume(tmp_path):
     """A server that has moved, or none any more."""
-    s = model_settings(algo="triage", judge="http://127.0.0.1:1", out=str(tmp_path))
+    s = settings(algo="triage", judge="http://127.0.0.1:1", out=str(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(s)))
     words = ["--resume", str(tmp_path), "--judge"]
     assert sdar.read_settings([*words, "http://x"])[0].judge == "http://x"
