@@ -85,7 +85,7 @@ McNemar's exact test. How much training runs differ by seed is in neither."""
 KEPT = """skills data env_args prompt_style history max_turns max_prompt max_teacher_prompt
     max_response rollout_rows""".split()              # settings that come from the checkpoint
 OF_NO_WEIGHT = """seed out data device track micro_tokens rollout_rows small_gpu save_every
-    val_every val_episodes val_split""".split()       # settings that do not change the training
+    control_every val_every val_episodes val_split""".split()       # settings that do not change the training
 CHUNK = 1024  # episodes played together: bounds the memory of a panel of 50,000 questions
 
 # ======== Statistics and tables ===================================================================
