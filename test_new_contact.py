@@ -7,10 +7,9 @@ import types
 import pytest
 import torch
 
-import envs
 import eval as ev
 import sdar
-from test_sdar import (F64, close, copied, env, exact, expected_gradient, gated, gradient_of,
+from test_sdar import (F64, close, env, exact, expected_gradient, gated, gradient_of,
                        learned, policies, policy, printed, random_turns, refused, refused_line,
                        reverse_kl, same, settings, weighted_gradient)
 
