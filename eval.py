@@ -6,6 +6,7 @@
     python eval.py table RUN ... [--paired]       # the paper's Table 1; or methods paired by seed
     python eval.py gates RUN [--html FILE]        # a logged episode with the gate of each token
     python eval.py plot RUN ... [--out FILE]      # learning curves as a picture (needs matplotlib)
+    python eval.py gap --model MODEL [flags]      # is the gap of a model about the skill's content?
     python eval.py bench [flags of sdar.py]       # speed beside the plain way of doing the same
 
 A panel is a sorted list of task ids, named by its hash. Every task is played once, by the last
@@ -91,7 +92,7 @@ KEPT = """skills data env_args prompt_style history max_turns max_prompt max_tea
     max_response rollout_rows""".split()              # settings that come from the checkpoint
 OF_GATES = ("algo", "beta", "temperature")            # so do these, for --save-episodes
 OF_NO_WEIGHT = """seed out data device track micro_tokens rollout_rows small_gpu save_every
-    val_every val_episodes val_split""".split()       # settings that do not change the training
+    control_every val_every val_episodes val_split""".split()       # settings that do not change the training
 CHUNK = 1024  # episodes played together: bounds the memory of a panel of 50,000 questions
 
 # ======== Statistics and tables ===================================================================
@@ -823,6 +824,106 @@ def plot_curves(Figure, runs):
         below.set(xlabel="step", ylabel="mean gap, nats per token")
     return figure
 
+# ======== First contact: is a model's gap about the skill's content? ==============================
+
+TEXTS = {"its own skill": lambda t: t.teacher_logp,
+         "another category's": lambda t: t.extra["control"],
+         "unrelated text": lambda t: t.extra["control1"]}
+PLACES = {"all": (0, math.inf), "1-7": (0, 7), "8-31": (7, 31), "32-63": (31, 63),
+          "64-": (63, math.inf)}                      # in the response
+OF_TEXT = ("mean gap [95 %]", "share < 0", "mean gate", "share > .5")
+BESIDE = ("own gap minus this", "correlation", "gate moved by > .1")
+PAPER_GAP = ["paper, Qwen2.5-3B, first step", "all", "", "-0.18", "above .5", "0.43", "about .25"]
+
+def gap_turns(policy, env, s, count):
+    """The turns of rollouts of `count` training tasks, scored without a skill and with each of
+    TEXTS. The unrelated one is another benchmark's skills, repeated and cut to the same length."""
+    tasks = sdar.draw_tasks(env, s, 0, count)
+    skills = sdar.choose_skills(env, tasks, s, sdar.State(policy, None))
+    table = envs.SHOP_SKILLS if s.env == "alfworld" else envs.ALFWORLD_SKILLS
+    texts = [" ".join(table.values()), *(skill[1] for skill in skills)]
+    other, *own = policy.tokenizer(texts, add_special_tokens=False)["input_ids"]
+    unrelated = [policy.tokenizer.decode((other * len(ids))[:len(ids)]) for ids in own]
+    skills = [(*skill, text) for skill, text in zip(skills, unrelated)]
+    draw = sdar.generator_for(policy, s, "gap")
+    played = sdar.rollout(policy, env, tasks, s, s.temperature, draw, skills=skills, both=True)
+    turns = [t for e in played for t in e.turns]
+    for prompt, result in (("prompt_ids", "logp"), ("other_ids", "teacher_logp")):
+        sdar.score_turns(policy.model, turns, prompt, result, s, result)
+    sdar.score_controls(policy.model, turns, s)
+    return turns
+
+def clustered(owners, x, y=None):
+    """[mean of x (N,), or Pearson's r of x and y, and its 95 % interval], by a bootstrap of whole
+    episodes (owners (N,)), because the tokens of one are not independent."""
+    z = x if y is None else y
+    values = torch.stack([torch.ones_like(x), x, z, x * x, z * z, x * z], 1)            # (N, 6)
+    names, index = owners.unique(return_inverse=True)
+    sums = values.new_zeros(len(names), 6).index_add(0, index, values)                  # (E, 6)
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.randint(len(names), (2000, len(names)), generator=generator)
+    sums = torch.cat([sums.sum(0)[None], sums[draws].sum(1)])                           # (2001, 6)
+    n, x, z, xx, zz, xz = sums.T
+    r = (n * xz - x * z) / ((n * xx - x * x) * (n * zz - z * z)).sqrt()
+    results = x / n if y is None else r
+    return [results[0].item(), *results[1:].nanquantile(x.new_tensor([0.025, 0.975])).tolist()]
+
+def gap_rows(turns, s):
+    """A dict for each of TEXTS and PLACES: tokens, and OF_TEXT and BESIDE with their intervals."""
+    lengths = torch.tensor([len(t.response_ids) for t in turns])
+    owners = torch.tensor([t.rollout for t in turns]).repeat_interleave(lengths)        # (N,)
+    places = torch.cat([torch.arange(n) for n in lengths])                              # (N,)
+    gaps = [torch.cat([score(t) - t.logp for t in turns]) for score in TEXTS.values()]
+    gaps = torch.stack(gaps).double()                                                   # (3, N)
+    gates = torch.sigmoid(s.beta * gaps)
+    rows = []
+    for text, gap, gate in zip(TEXTS, gaps, gates):
+        columns = (gap, gap < 0, gate, gate > 0.5, gaps[0] - gap, (gate - gates[0]).abs() > 0.1)
+        for place, (first, end) in PLACES.items():
+            at = (places >= first) & (places < end)
+            if at.any():
+                values = [clustered(owners[at], x[at].double()) for x in columns]
+                values.insert(5, clustered(owners[at], gaps[0][at], gap[at]))
+                row = {"text": text, "place": place, "tokens": int(at.sum())}
+                rows.append(row | dict(zip(OF_TEXT + BESIDE, values)))
+    return rows
+
+def gap(argv):
+    """python eval.py gap: the gap of a model on its own rollouts, and under texts of no use."""
+    p = parser_for("gap", "--model MODEL [flags of sdar.py]", "Is a model's gap about the skill? "
+                   "Beside it stands the gap under other texts. The default is --max-turns 2.")
+    p.add_argument("--model", required=True, help="run or model folder, GGUF file, hub name, tiny")
+    p.add_argument("--episodes", type=int, default=16, metavar="N", help="training tasks (16)")
+    p.add_argument("--out", metavar="FILE", help="JSON to write (default: gap-ENV-MODEL.json)")
+    flags, rest = p.parse_known_args(argv)
+    if flags.episodes < 2:
+        raise UserError("--episodes must be at least 2, because the intervals are over episodes")
+    s, _ = sdar.read_settings(["--model", flags.model, "--max-turns", "2", *rest])
+    s = replace(s, control_every=1, retrieval="km")
+    env = sdar.training_env(s)
+    policy = sdar.load_policy(s.model, s.device, sdar.tiny_texts(env, s), s.seed)
+    turns = gap_turns(policy, env, s, flags.episodes)
+    n = len(turns)
+    valid = sum(t.valid for t in turns)
+    told = {name: getattr(s, name) for name in "env model temperature beta max_turns seed".split()}
+    facts = {**told, "source": env.source, "episodes": flags.episodes, "responses": n,
+             "well_formed": valid, "cut": sum(t.cut for t in turns), "rows": gap_rows(turns, s)}
+    out = Path(flags.out or f"gap-{Path(s.env).name}-{Path(s.model).name}.json")
+    sdar.write_text(out, json.dumps(facts, indent=1))
+    print(f"{env.source}\n{s.model}: {flags.episodes} episodes, {n} responses at temperature "
+          f"{s.temperature:g}, {percent(valid / n, sdar.wilson(valid, n))} % well-formed, "
+          f"{facts['cut']} cut at --max-response\n{gap_text(facts['rows'])}\nwritten: {out}")
+
+def gap_text(rows):
+    """The rows as two tables: each text by itself, and other texts beside the skill."""
+    def cells(row, names):
+        return ["{:.3f} [{:.3f}, {:.3f}]".format(*row[name]) for name in names]
+
+    table = [[r["text"], r["place"], r["tokens"], *cells(r, OF_TEXT)] for r in rows]
+    beside = [[r["text"], *cells(r, BESIDE)] for r in rows if r["place"] == "all"]
+    return "\n".join([render([["in the prompt", "place", "tokens", *OF_TEXT], *table, PAPER_GAP]),
+                      render([["beside its own skill", *BESIDE], *beside[1:]])])
+
 # ======== Speed: one training step, then its parts beside the plain way ===========================
 
 SIZES = "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads"
@@ -943,7 +1044,8 @@ def bench(argv):
           f"longest response {max(lengths)}\n{render(table)}\nplain: transformers' generate with "
           "the same lengths; padded batches in order with full logits")
 
-COMMANDS = {"compare": compare, "table": table, "gates": gates, "plot": plot, "bench": bench}
+COMMANDS = {"compare": compare, "table": table, "gates": gates, "plot": plot, "gap": gap,
+            "bench": bench}
 
 def main(argv=None):
     """The command line; a user's mistake is one line and exit status 2."""

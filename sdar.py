@@ -104,6 +104,8 @@ class Settings:
     lam: float = opt(0.01, "lambda, weight of the distillation term (RLSD: the teacher's share)")
     beta: float = opt(5.0, "sharpness of the gate")
     gate: str = opt("gap", "what opens a token's gate", ("gap", "entropy", "soft-or", "none"))
+    gap: str = opt("skill", "the gate compares the skill with no skill, or (contrast, ours) with "
+                   "another category's skill (docs/gate.md)", ("skill", "contrast"))
     gate_baseline: bool = opt(False, "subtract the mini-batch's mean gate (docs/gate.md)")
     divergence: str = opt("sampled", "what is gated: the sampled log-ratio or an exact divergence",
                           ("sampled", "reverse-kl", "forward-kl", "jsd"))
@@ -127,6 +129,7 @@ class Settings:
     warm_start: int = opt(0, "steps of cloning experts, a random half of the turns with the skill")
     warm_lr: float = opt(1e-5, "learning rate of the cloning (cosine to a tenth)", above=0)
     # measuring and saving
+    control_every: int = opt(0, "steps between scorings under another category's skill; 0: never")
     val_every: int = opt(10, "steps between validations; 0: never")
     val_episodes: int = opt(128, "tasks of the validation panel")
     val_temperature: float = opt(0.4, "sampling temperature of validation; 0: greedy")
@@ -135,7 +138,7 @@ class Settings:
 
 HEADINGS = {"env": "what is trained", "data": "data", "groups": "rollout", "lam": "objective",
             "steps": "optimisation", "warm_start": "behaviour cloning before RL",
-            "val_every": "measuring and saving"}  # of --help, by each group's first setting
+            "control_every": "measuring and saving"}  # of --help, by each group's first setting
 
 PRESETS = {  # a row applies if all its words are the run's env, algo, recipe or model; later wins
     "webshop": dict(max_turns=15, max_prompt=4096, max_teacher_prompt=5120, mini_batch=64),
@@ -192,6 +195,7 @@ class Turn:
     extra: dict = field(default_factory=dict)   # further tensors of a method
     after: list = field(default_factory=list)   # token ids read after it, see Method.after_loss
     role: str = ""                      # of TRIAGE: D, E, N or R
+    control_ids: list = field(default_factory=list)     # a prompt for each of Episode.controls
 
 @dataclass
 class Episode:
@@ -203,6 +207,7 @@ class Episode:
     reward: float = 0.0
     turns: list = field(default_factory=list)
     skill_text: str = ""                # of that skill
+    controls: list = field(default_factory=list)    # texts to score under instead of the skill
 
 @dataclass
 class Batch:
@@ -265,18 +270,17 @@ def prompts(policy, sessions, s, skills):
 def rollout(policy, env, tasks, s, temperature, generator, group_size=1, skills=None, acts="plain",
             both=False, label="rollout"):
     """group_size Episodes per task id, played together; a finished one costs nothing. skills:
-    (name, text) per task. acts: "skilled" shows it to the agent itself, "half" in every second
-    episode. both: also build the other prompt, the teacher's if the agent sees no skill."""
-    skills = [skill for skill in skills or [("", "")] * len(tasks) for _ in range(group_size)]
-    tasks = [task for task in tasks for _ in range(group_size)]
-    episodes = [Episode(task, env.start(task), name, skill_text=text)
-                for task, (name, text) in zip(tasks, skills)]
-    skilled = [acts == "skilled" or (acts == "half" and i % 2 == 0) for i in range(len(tasks))]
+    (name, text, *controls) per task. acts: "skilled" shows it to the agent itself, "half" in every
+    second episode. both: also build the other prompt, the teacher's if the agent sees no skill."""
+    skills = skills or [("", "")] * len(tasks)
+    episodes = [Episode(task, env.start(task), name, skill_text=text, controls=controls)
+                for task, (name, text, *controls) in zip(tasks, skills) for _ in range(group_size)]
+    skilled = [acts == "skilled" or (acts == "half" and i % 2 == 0) for i in range(len(episodes))]
     waiting = {}                                       # {episode: prompt ids}, emptied by generate
     logps = {}                                         # {episode: of its response}
 
     def view(live, own):                               # the agent's own prompts, or the other ones
-        texts = [skills[i][1] if skilled[i] == own else "" for i in live]
+        texts = [episodes[i].skill_text if skilled[i] == own else "" for i in live]
         return prompts(policy, [episodes[i].session for i in live], s, texts)
 
     def ask(live):
@@ -285,11 +289,12 @@ def rollout(policy, env, tasks, s, temperature, generator, group_size=1, skills=
         for i, (ids, cut), (other_ids, other_cut) in zip(live, own, other):
             e = episodes[i]
             e.turns.append(Turn(ids, None, other_ids, e.session.observation, number=len(e.turns),
-                                group=i // group_size, rollout=i, shortened=cut or other_cut))
+                                group=i // group_size, rollout=i, shortened=cut or other_cut,
+                                control_ids=control_prompts(policy, e, s)))
             waiting[i] = ids
 
-    ask(range(len(tasks)))
-    with progress(total=len(tasks) * s.max_turns, desc=label, unit="turn") as bar:
+    ask(range(len(episodes)))
+    with progress(total=len(episodes) * s.max_turns, desc=label, unit="turn") as bar:
         for ended in generate(policy, waiting, s, temperature, env.stop, generator, None, logps):
             texts = [response_text(policy, ids) for ids in ended.values()]
             env.step([episodes[i].session for i in ended], [policy.opened + x for x in texts],
@@ -396,8 +401,8 @@ def grpo_tokens(logp, old_logp, advantages, clip=0.2, dual_clip=3.0):
     return torch.where(advantages < 0, torch.minimum(loss, -dual_clip * advantages), loss)
 
 def sdar(b, s):
-    """lambda * l_t. The paper's ablations (--gate, --divergence) are in section 10."""
-    if s.gate == "gap" and s.divergence == "sampled":
+    """lambda * l_t. The paper's ablations (--gate, --divergence) and --gap are in section 10."""
+    if (s.gate, s.gap, s.divergence) == ("gap", "skill", "sampled"):
         return s.lam * sdar_tokens(b.logp, b.teacher, s.beta, b.baseline)
     return s.lam * sdar_variant(b, s)
 
@@ -484,7 +489,7 @@ def update(state, episodes, s, method, lr):
         for i, mini in enumerate(minis):
             results.append(optimizer_step(state, mini, further[i::count], s, method, lr, bar))
     state.policy.model.eval()
-    return update_metrics(results, turns, lr) | b.log
+    return update_metrics(results, turns, lr) | control_metrics(turns, s) | b.log
 
 def assign_weights(minis, s):
     """Set turn.weight, equal for all its tokens. Paper: they sum to 1 over the step, times the
@@ -585,6 +590,7 @@ def play_step(state, env, reference, s):
         teacher, view = (policy.model, "other_ids") if both else (state.teacher, "prompt_ids")
         score_turns(teacher, turns, view, "teacher_logp", s, "teacher")
         lap("teacher", turns, view)
+        score_controls(policy.model, turns, s, lap)
     if reference is not None:
         score_turns(reference, turns, "prompt_ids", "ref_logp", s, "reference")
         lap("reference", turns)
@@ -623,8 +629,8 @@ def rlsd_advantages(advantages, old_logp, teacher_logp, lam=0.5, e_w=0.2):
     return advantages * ((1 - lam) + lam * scale.clamp(1 - e_w, 1 + e_w))
 
 def gate_values(b, s):
-    """The gate (B, T) of --gate, detached; h is the student's entropy in nats."""
-    gap = (b.teacher - b.logp).detach()
+    """The gate (B, T) of --gate and --gap, detached; h is the student's entropy in nats."""
+    gap = (b.teacher - (b.extra["control"] if s.gap == "contrast" else b.logp)).detach()
     h = torch.zeros_like(gap) if b.entropy is None else b.entropy
     opens = {"gap": gap, "entropy": h, "soft-or": 1 - (1 - h) * (1 - gap)}
     return torch.ones_like(gap) if s.gate == "none" else torch.sigmoid(s.beta * opens[s.gate])
@@ -665,11 +671,17 @@ def method_of(s):
 def without_effect(s):
     """Settings of other methods that have no effect on this run's."""
     names = {name for row in METHODS.values() for name in row.uses.split()}
-    return sorted(names - set(method_of(s).uses.split()))
+    method = method_of(s)
+    used = set(method.uses.split())
+    if "gate" in used:
+        used.add("gap")
+    if "teacher" in method.needs and not s.teacher_model:
+        used.add("control_every")
+    return sorted((names | {"gap", "control_every"}) - used)
 
 def mean_gate(turns, s):
     """Mean gate of a mini-batch under the rollout policy: a constant, known before the update."""
-    old = torch.cat([t.old_logp for t in turns])
+    old = torch.cat([t.extra["control"] if s.gap == "contrast" else t.old_logp for t in turns])
     return sdar_gate(old, torch.cat([t.teacher_logp for t in turns]), s.beta).mean().item()
 
 # ======== 10b. Follow-ups of SDAR: GiGPO and six methods on the same backbone =====================
@@ -1215,6 +1227,7 @@ def choose_skills(env, tasks, s, state):
     draw = random.Random(seed_for(s, "retrieval", state.step))
     tried = copy.deepcopy(state.bandit)               # {category: {skill: [n, successes]}}
     chosen = []
+    compare = s.gap == "contrast" or (s.control_every and state.step % s.control_every == 0)
     for task in tasks:
         category = env.start(task).category
         names = {"km": category, "full": "full", "random": draw.choice(env.skill_names)}
@@ -1228,8 +1241,31 @@ def choose_skills(env, tasks, s, state):
         text = env.all_skills() if name == "full" else env.skill(name, s.prompt_style == "brief")
         if not text:
             raise UserError(f"the skill {name} is empty: there would be no teacher; check --skills")
-        chosen.append((name, text))
+        control = [control_skill(env, state.policy.tokenizer, name, s)] if compare else []
+        chosen.append((name, text, *control))
     return chosen
+
+def control_skill(env, tokenizer, name, s):
+    """The text of another skill than `name`, the one nearest to it in tokens."""
+    own, *others = [env.skill(n, s.prompt_style == "brief")
+                    for n in sorted(env.skill_names, key=lambda n: n != name)]
+    others = [text for text in others if text != own]       # a library may repeat a text
+    lengths = [len(ids) for ids in tokenizer([own, *others])["input_ids"]]
+    return min(zip(lengths[1:], others), key=lambda pair: abs(pair[0] - lengths[0]))[1]
+
+def control_prompts(policy, episode, s):
+    """Token ids of the current prompt with each of the episode's controls in the skill's place."""
+    return [prompts(policy, [episode.session], s, [text])[0][0] for text in episode.controls]
+
+def score_controls(model, turns, s, lap=lambda *args: None):
+    """Set turn.extra["control"], "control1" ...: the log-probabilities under turn.control_ids, if
+    it has any."""
+    for i in range(len(turns[0].control_ids)):
+        rows = [replace(t, prompt_ids=t.control_ids[i]) for t in turns]
+        score_turns(model, rows, "prompt_ids", "teacher_logp", s, "control")
+        for turn, row in zip(turns, rows):
+            turn.extra[f"control{i or ''}"] = row.teacher_logp
+        lap("control", rows)
 
 def count_skills(bandit, episodes, s):
     """Count in the bandit's table how the skills of a step did."""
@@ -2146,6 +2182,18 @@ def update_metrics(results, turns, lr):
             "updates_skipped": len(results) - len(norms), "update_tokens": int(tokens),
             "advantage_min": advantages.min().item(), "advantage_max": advantages.max().item()}
 
+def control_metrics(turns, s):
+    """How the gap compares, token by token, with the gap under another category's skill; {} on
+    steps without one. The correlation of a constant gap is None."""
+    if "control" not in turns[0].extra:
+        return {}
+    rows = [(t.teacher_logp - t.logp, t.extra["control"] - t.logp) for t in turns]
+    gaps = torch.stack([torch.cat(parts) for parts in zip(*rows)]).double()             # (2, N)
+    gates = torch.sigmoid(s.beta * gaps)
+    r = gaps.corrcoef()[0, 1].item()
+    return {"control_gap": gaps[1].mean().item(), "control_correlation": r if r == r else None,
+            "control_gate_moved": ((gates[0] - gates[1]).abs() > 0.1).double().mean().item()}
+
 def episode_metrics(episodes):
     """Metrics of a list of episodes: lengths are means per turn, `turns` is per episode, `cut` is
     the share of responses that --max-response ended; [won, all] by task type; failures by kind."""
@@ -2229,7 +2277,8 @@ def episode_text(policy, episode, step, s):
             turn["advantage"] = round(t.advantages.mean().item(), 4)
         if t.logp is not None and t.teacher_logp is not None:
             turn["tokens"] = [policy.tokenizer.decode([i]) for i in t.response_ids]
-            columns = {"gate": sdar_gate(t.logp, t.teacher_logp, s.beta),
+            base = t.extra["control"] if s.gap == "contrast" else t.logp
+            columns = {"gate": sdar_gate(base, t.teacher_logp, s.beta),
                        "gap": t.teacher_logp - t.logp, "teacher_logp": t.teacher_logp,
                        "student_logp": t.logp}
             for name, values in columns.items():
@@ -2254,6 +2303,8 @@ def log_step(state, episodes, m, s):
     if "gap" in m:
         line += (f"  gap {m['gap']:+.3f} gate {m['gate']:.3f}"
                  f" ({100 * m['gate_active']:.0f} % open)")
+    if "control_gap" in m:
+        line += f"  control {m['control_gap']:+.3f}"
     if "kl" in m:
         line += f"  kl {m['kl']:.4f}"
     if m["updates_skipped"]:
@@ -2446,6 +2497,10 @@ def open_env(s, training=False):
     if training and env.builtin and not s.data and s.model != "tiny":
         raise UserError(f"there is no {s.env} data: give its folder with --data, or say --data "
                         "built-in to train this model on built-in games")
+    compare = s.gap == "contrast" or s.control_every
+    if compare and len({env.skill(name) for name in env.skill_names}) < 2:
+        raise UserError("all categories have the same skill, so that there is no other to compare "
+                        "with; leave out --control-every and --gap, or give other --skills")
     s.data = s.data or "built-in" * env.builtin        # --resume never switches to other data
     return env
 
@@ -2696,6 +2751,11 @@ def check_settings(s):
         raise UserError("--steps 0 trains nothing; to measure a model take eval.py --model")
     if s.gate_baseline and (s.gate != "gap" or s.divergence != "sampled"):
         raise UserError("--gate-baseline needs --gate gap and --divergence sampled")
+    if s.gap == "contrast" and s.gate not in ("gap", "soft-or"):
+        raise UserError("--gap contrast needs --gate gap or soft-or, the other gates know no gap")
+    if s.retrieval == "full" and (s.gap == "contrast" or s.control_every):
+        raise UserError("--retrieval full leaves no other skill to compare with; leave out "
+                        "--control-every and --gap")
     for name in without_effect(s):
         if getattr(s, name) != getattr(Settings, name):
             raise UserError(f"{flag(name)} has no effect with --algo {s.algo}; leave it out")
