@@ -79,7 +79,8 @@ SDAR 97.1 62.5 100 61.9 75.0 84.2 84.4 | 44.8 58.1 44.3 38.6 36.2 15.7 66.1 43.4
 """.splitlines())
 ORIGIN = """\
 Published: Qwen2.5-3B-Instruct, arXiv 2605.15155; another protocol (128 sampled tasks)."""
-BAMBOOGLE = """Most cells of Bamboogle, and so of Avg, fit a plain mean of batches of 124 questions and 1."""
+BAMBOOGLE = ("Most cells of Bamboogle, and so of Avg, fit a plain mean of batches of 124 questions "
+             "and 1.")
 NOTE = "Intervals: of one run, Wilson's over its episodes; of several, Student's over their rates."
 INTERVALS = """\
 Intervals: Newcombe's method 10 (score: Student's t; Avg of Search-QA: joined over data sets); p:
@@ -92,7 +93,7 @@ KEPT = """skills data env_args prompt_style history max_turns max_prompt max_tea
     max_response rollout_rows""".split()              # settings that come from the checkpoint
 OF_GATES = ("algo", "beta", "temperature")            # so do these, for --save-episodes
 OF_NO_WEIGHT = """seed out data device track micro_tokens rollout_rows small_gpu save_every
-    control_every val_every val_episodes val_split""".split()       # settings that do not change the training
+    control_every val_every val_episodes val_split""".split()   # settings without effect on training
 CHUNK = 1024  # episodes played together: bounds the memory of a panel of 50,000 questions
 
 # ======== Statistics and tables ===================================================================
@@ -900,7 +901,7 @@ def gap(argv):
         raise UserError("--episodes must be at least 2, because the intervals are over episodes")
     s, _ = sdar.read_settings(["--model", flags.model, "--max-turns", "2", *rest])
     s = replace(s, control_every=1, retrieval="km")
-    env = sdar.training_env(s)
+    env = sdar.open_env(s, training=True)
     policy = sdar.load_policy(s.model, s.device, sdar.tiny_texts(env, s), s.seed)
     turns = gap_turns(policy, env, s, flags.episodes)
     n = len(turns)
