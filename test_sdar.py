@@ -18,6 +18,7 @@ In this order, and that is the specification:
     Runs                  same seed, same numbers, also after kill -9, Ctrl-C and SIGTERM
     Models                folders, tokenizers and templates as people have them
     Files, terminals      names, paths, schedulers; a pretrained model end to end
+    The control           a gap beside that of another skill: log, contrast, eval.py gap
     Environments          ALFWorld, WebShop, Search-QA: text, rewards, parsing, skills, data files
     Evaluation            panels, intervals, paired tests, tables, the benchmark
     A newcomer sees       transcripts, gates as a picture, play by hand, own environments
@@ -3941,6 +3942,269 @@ def test_qwen3_template_closes_the_think_block():
     tokenizer = AutoTokenizer.from_pretrained(real("models/qwen3-tokenizer"))
     assert sdar.render_chat(tokenizer, "Hello").rstrip().endswith("</think>")
 
+# ---- models with another memory: through transformers' generate ----------------------------------
+
+SMALL = dict(SIZES, head_dim=16, pad_token_id=0)
+HALF = dict(sliding_window=8, layer_types=["sliding_attention", "full_attention"])
+DELTA = dict(linear_num_value_heads=4, linear_num_key_heads=2, linear_key_head_dim=16,
+             linear_value_head_dim=16, layer_types=["linear_attention", "full_attention"])
+OTHERS = [  # a model type, its configuration, why it decodes plainly, and whether it may be padded
+    ("mistral", dict(SMALL, sliding_window=8), "SlidingWindow", True),
+    ("gemma3_text", SMALL | HALF, "SlidingWindow", True),
+    ("gpt_oss", SMALL | HALF | dict(num_local_experts=4, num_experts_per_tok=2), "Sliding", True),
+    ("phi3", dict(SMALL, sliding_window=8), "SlidingWindow", True),
+    ("qwen2", dict(SMALL, use_sliding_window=True, sliding_window=8, max_window_layers=0),
+     "SlidingWindow", True),
+    ("qwen3_5_text", SMALL | DELTA, "LinearAttention", True),
+    ("lfm2", dict(SMALL, layer_types=["conv", "full_attention"]), "LinearAttention", True),
+    ("mamba", dict(SMALL, state_size=8), "LinearAttention", True),
+    ("rwkv", SMALL, "AttributeError", False),
+    ("gpt_neo", dict(SIZES, num_layers=2, num_heads=4,
+                     attention_types=[[["global", "local"], 1]]), "local", True),
+    ("bloom", SIZES | GPT, "AttributeError", True),
+    ("falcon", dict(SIZES, alibi=True), "AttributeError", True),
+    ("deepseek_v2", SIZES | EXPERTS, "RuntimeError", True)]
+
+def other_model(sound, folder, kind, config):
+    """A random model of a type in a folder, with the tokenizer of `sound`."""
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(sound)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(kind, **config, vocab_size=len(tokenizer)))
+    for p in model.parameters():
+        p.data += 0.1 * torch.randn_like(p) * (p.dim() > 1)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return sdar.load_policy(str(folder), "cpu")
+
+def responses(policy, prompts, temperature=0, **options):
+    """{key: response ids}, and the prompts are left as they are."""
+    s = settings(max_response=12, **options)
+    generator = sdar.generator_for(policy, s, "test")
+    found = {}
+    for ended in sdar.generate(policy, dict(prompts), s, temperature, ("</action>",), generator):
+        found |= ended
+    return found
+
+@pytest.mark.parametrize("kind, config, why, pads", OTHERS, ids=[row[0] for row in OTHERS])
+def test_models_with_another_memory_decode_through_generate(sound, tmp_path, kind, config, why,
+                                                            pads):
+    """Greedy tokens are those of generate on each prompt alone; the log-probabilities that are
+    trained are those of generate's logits; sampling repeats with its seed; the model is saved."""
+    policy = other_model(sound, tmp_path / "a", kind, config)
+    assert why in policy.plain and policy.pads == pads
+    texts = ["Hello", "Go to the desk now", "Look at the shelf", "Yes", "Hello again", "Hello"]
+    prompts = dict(enumerate(sdar.encode_chats(policy.tokenizer, texts)))
+    ends = [*policy.end_ids, policy.tokenizer.convert_tokens_to_ids("</action>")]
+    alone = [policy.model.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False,
+                                   eos_token_id=ends, pad_token_id=0)
+             for ids in prompts.values()]
+    want = {i: row[0, len(prompts[i]):].tolist() for i, row in enumerate(alone)}
+    assert responses(policy, prompts) == want == responses(policy, prompts, rollout_rows=2)
+    sampled = responses(policy, prompts, 1.0)
+    assert sampled == responses(policy, prompts, 1.0) != want
+    scored, _ = sdar.response_logps(policy.model, list(prompts.values()), [*sampled.values()],
+                                    settings())
+    for ids, answer, row in zip(prompts.values(), sampled.values(), scored):
+        logits = policy.model(input_ids=torch.tensor([ids + answer])).logits[0, len(ids) - 1:-1]
+        logp = torch.log_softmax(logits, -1).gather(1, torch.tensor(answer)[:, None])[:, 0]
+        assert close(row[:len(answer)], logp, 1e-4)
+    sdar.save_model(policy, tmp_path / "b")
+    again = sdar.load_policy(str(tmp_path / "b"), "cpu")
+    assert responses(again, prompts) == want
+
+def test_a_plain_response_ends_where_ours_does(sound, tmp_path):
+    """With a closing tag, an end token, or at its limit, whichever row is longest."""
+    policy = other_model(sound, tmp_path, "mistral", dict(SMALL, sliding_window=8))
+    prompts = dict(enumerate(sdar.encode_chats(policy.tokenizer, ["Hello", "Go", "Look here"])))
+    free = responses(policy, prompts)
+    tag, end = (policy.tokenizer(x)["input_ids"] for x in ("</action>", "<|im_end|>"))
+    script = {0: free[0][:3] + tag, 1: [free[1][0]] + end, 2: free[2]}
+
+    def told(logits, temperature, generator):
+        step = next(steps)
+        return torch.tensor([(script[i] + [20] * 12)[step] for i in order]), None
+
+    order = sorted(prompts, key=lambda i: len(prompts[i]))
+    steps = itertools.count()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sdar, "sample", told)
+        assert responses(policy, prompts) == script
+
+def test_a_run_of_a_plain_model_resumes_to_the_same_numbers(sound, tmp_path, handlers, capsys):
+    """Rollout, teacher, reference and update; the line says that it is slower."""
+    other_model(sound, tmp_path / "m", "gemma3_text", SMALL | HALF)
+    flags = ["--model", tmp_path / "m", "--data", "built-in", "--env-args", "house=4", "--groups",
+             1, "--group-size", 2, "--max-turns", 2, "--max-response", 6, "--val-every", 0,
+             "--save-every", 1, "--device", "cpu", "--prompt-style", "brief", "--max-prompt", 400,
+             "--max-teacher-prompt", 500]
+    def run(*words):
+        sdar.train(*sdar.read_settings(list(map(str, words))))
+    run(*flags, "--steps", 2, "--out", tmp_path / "whole")
+    assert "generate, which is slower" in capsys.readouterr().out
+    run(*flags, "--steps", 1, "--out", tmp_path / "parts")
+    run("--resume", tmp_path / "parts", "--steps", 2)
+    last = [load_file(sdar.checkpoints(tmp_path / name)[-1] / "model.safetensors")
+            for name in ("whole", "parts")]
+    assert all(torch.equal(last[0][key], last[1][key]) for key in last[0])
+
+# ---- what a run checks before its first step -----------------------------------------------------
+
+def test_a_run_says_what_it_needs_and_is_refused_where_that_is_not_there(
+        sound, tmp_path, monkeypatch):
+    """Memory and disk, before any work; nothing that looks like a run is left."""
+    s = settings(out=str(tmp_path / "run"), kl=0.01, steps=30, save_every=10)
+    state = sdar.make_state(sdar.load_policy(str(sound), "cpu"), s)
+    Path(s.out).mkdir()
+    size = 4 * state.policy.model.num_parameters()
+    for memory, disk, fits in ((4, 10, True), (4, 9.9, False), (3.9, 10, False)):
+        monkeypatch.setattr(sdar, "free_memory", lambda device: memory * size)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(
+            free=disk * size))
+        with contextlib.nullcontext() if fits else pytest.raises(UserError, match="make room"):
+            sdar.check_room(state, s)
+
+def test_a_model_that_cannot_be_saved_is_refused_before_training(
+        sound, tmp_path, monkeypatch, handlers, capsys):
+    """Also with --kl 0; the message names what failed, and no run is left."""
+    from transformers import PreTrainedModel
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained",
+                        lambda *a, **k: (_ for _ in ()).throw(ValueError("not\nserializable")))
+    s = settings(model=str(sound), out=str(tmp_path / "run"))
+    with pytest.raises(UserError, match="could not be saved: not;") as error:
+        sdar.train(s)
+    assert "make room" not in str(error.value)
+    assert not list((tmp_path / "run").glob("*"))
+
+def test_only_a_full_disk_asks_for_room(sound, tmp_path, monkeypatch):
+    """Other errors in saving are named, never a traceback."""
+    s = settings(out=str(tmp_path / "run"))
+    state = sdar.make_state(sdar.load_policy(str(sound), "cpu"), s)
+    for error, advice in ((ValueError("not\nserializable"), "not; put that right"),
+                          (OSError(errno.ENOSPC, "No space left on device"), "make room")):
+        with monkeypatch.context() as patch:
+            def fails(*a, **k):
+                raise error
+            patch.setattr(type(state.policy.model), "save_pretrained", fails)
+            with pytest.raises(OSError, match=advice) as refused:
+                sdar.save_checkpoint(state, s)
+        assert "previous" not in str(refused.value) and not sdar.checkpoints(s.out)
+
+def test_a_saved_tiny_is_loaded_by_auto_tokenizer(sound, tmp_path):
+    """To the same ids, also when it is saved once more."""
+    from transformers import AutoTokenizer
+    policy = sdar.load_policy(str(sound), "cpu")
+    text = "step 12\n\nput 2 mugs in cabinet 10\n<action>go</action> it's"
+    sdar.save_model(policy, tmp_path / "a")
+    other = AutoTokenizer.from_pretrained(tmp_path / "a")
+    other.save_pretrained(tmp_path / "b")
+    (tmp_path / "b" / "config.json").write_text((tmp_path / "a" / "config.json").read_text())
+    for name in ("a", "b"):
+        ids = AutoTokenizer.from_pretrained(tmp_path / name)(text)["input_ids"]
+        assert ids == policy.tokenizer(text)["input_ids"]
+
+# ---- eval.py's commands, the judge ---------------------------------------------------------------
+
+@pytest.mark.parametrize("words, shown", [
+    ("comapre a b", "compare?"), ("tabel a", "table?"), ("zzz", "--model?"),
+    ("runs/x --env search", "--model?")])
+def test_an_unknown_command_of_eval_names_the_closest(capsys, words, shown):
+    """As an unknown flag does."""
+    with pytest.raises(SystemExit) as end:
+        ev.main(words.split())
+    assert end.value.code == 2 and capsys.readouterr().err.endswith(f"did you mean {shown}\n")
+
+def test_the_footnote_on_bamboogle_appears_with_search_only():
+    """It is about one of Search-QA's columns."""
+    assert [name for name in ev.COLUMNS if "Bamboogle" in ev.origin(name)] == ["search"]
+
+def test_the_judge_may_change_with_resume(tmp_path):
+    """A server that has moved, or none any more."""
+    s = settings(algo="triage", judge="http://127.0.0.1:1", out=str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(s)))
+    words = ["--resume", str(tmp_path), "--judge"]
+    assert sdar.read_settings([*words, "http://x"])[0].judge == "http://x"
+    assert sdar.read_settings([*words, ""])[0].judge == ""
+
+# ---- further cases of the ten kinds --------------------------------------------------------------
+
+def spoilt_tokenizer(folder, **changes):
+    """Change keys of the model in tokenizer.json."""
+    file = folder / "tokenizer.json"
+    data = json.loads(file.read_text())
+    data["model"] |= changes
+    file.write_text(json.dumps(data))
+
+def test_merges_are_never_left_out_at_random(folder):
+    """BPE dropout, which some training scripts leave in tokenizer.json."""
+    text = "put 2 mugs in cabinet 10, then look at the desk"
+    want = sdar.load_policy(str(folder), "cpu").tokenizer(text)["input_ids"]
+    spoilt_tokenizer(folder, dropout=0.5)
+    tokenizer = sdar.load_policy(str(folder), "cpu").tokenizer
+    assert [tokenizer(text)["input_ids"] for _ in range(5)] == [want] * 5
+
+BEGIN = "{% if add_generation_prompt %}<|im_start|>assistant\n%s{% endif %}"
+TURN = LOOP + "{{ m.content }}%s<|im_end|>\n{% endfor %}"
+
+@pytest.mark.parametrize("after, begin, closed, opened", [
+    ("\nThink in <think> ... </think>.", "", False, ""), ("\nStart with <think>", "", False, ""),
+    ("\nThink in <think> ... </think>.", "<think>\n", False, "<think>"),
+    ("\nStart with <think>", "<think>\n\n</think>\n\n", True, ""),
+    ("", "<think> ", False, "<think>")])
+def test_only_what_begins_the_answer_opens_or_closes_its_think_block(folder, after, begin, closed,
+                                                                     opened):
+    """A template may mention the tags in the user's turn."""
+    template = TURN.replace("%s", after) + BEGIN.replace("%s", begin)
+    policy = sdar.load_policy(str(with_template(folder, template)), "cpu")
+    assert (policy.think_closed, policy.opened) == (closed, opened)
+
+@pytest.mark.parametrize("change", ["replace('\\n\\n', '\\n')", "replace('  ', ' ')"])
+def test_blank_lines_and_spaces_of_a_message_stay(folder, change):
+    """A template that takes them out is refused."""
+    template = LOOP + "{{ m.content | %s }}<|im_end|>\n{%% endfor %%}" % change
+    with pytest.raises(UserError, match="leaves out or changes messages"):
+        sdar.load_policy(str(with_template(folder, template)), "cpu")
+
+def test_a_date_whose_format_is_a_variable_is_fixed_too(folder):
+    """As one that stands in the call."""
+    template = "{% set f = '%-d %B %Y' %}{{ strftime_now(f) }} " + sdar.TINY_TEMPLATE
+    policy = sdar.load_policy(str(with_template(folder, template)), "cpu")
+    assert sdar.render_chat(policy.tokenizer, "x").startswith("1 January 2026 <|im_start|>user")
+
+@pytest.mark.parametrize("file, rows, found", [
+    ("nq/test/0000.jsonl", 1, {"test": [("NQ", "a")]}),
+    ("nq/validation/0000.jsonl", 1, {"dev": [("NQ", "a")]}),
+    ("nq_test.jsonl", 2, {"test": [("NQ", "a b")]})])
+def test_folders_name_splits_and_equal_rows_share_their_answers(tmp_path, file, rows, found):
+    """In the layout of a data set's snapshot; a question with two rows has both answers."""
+    path = tmp_path / file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps({"question": "Who?", "answer": x}) for x in "ab"[:rows]]
+    path.write_text("\n".join(lines))
+    splits, _, _ = envs.load_questions(path.parent)
+    assert {name: [(q.group, " ".join(q.answers)) for q in split.values()]
+            for name, split in splits.items() if split} == found
+
+def test_skill_files_with_a_bom_and_folders_with_several(tmp_path):
+    """A byte order mark is no text; which of two card files is meant has to be said."""
+    names = envs.Alfworld.skill_names
+    (tmp_path / "skill_mapping.json").write_text(json.dumps(
+        {"skill_files": {name: "all.md" for name in names}}), encoding="utf-8-sig")
+    (tmp_path / "all.md").write_text("text", encoding="utf-8-sig")
+    assert envs.read_skills(tmp_path, {}, names)[names[0]] == "text"
+    for name in ("claude_style_skills.json", "claude_style_skills_2.json"):
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(UserError, match="holds claude_style_skills.json, claude.*give one"):
+        envs.read_skills(tmp_path, {}, names)
+
+@pytest.mark.parametrize("text, terms", [
+    ("x\u200by", ["x", "y"]), ("x\u200cy", ["x\u200cy"]), ("co\u00adop", ["co\u00adop"]),
+    ("a\u2066b", ["a\u2066b"])])
+def test_a_zero_width_space_separates_words(text, terms):
+    """Of the invisible characters it alone does, by UAX #29."""
+    assert envs.words(text) == terms
+
 # ======== Files, names, terminals and schedulers ==================================================
 
 FAST = ("--model tiny --data built-in --env-args house=4 --warm-start 0 --groups 1 --group-size 2 "
@@ -4112,6 +4376,213 @@ def test_a_pretrained_model_goes_the_whole_way(tmp_path, name):
         capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert test.returncode == 0, test.stderr
     assert "valid_seen" in (tmp_path / "eval.json").read_text()
+
+# ======== The control beside the gap: --control-every, --gap contrast, eval.py gap ================
+
+# ---- --gap contrast: exact expectations ----------------------------------------------------------
+
+def contrast(own, control, beta=5.0, baseline=0.0):
+    """The contrast's loss of every token as a function of log pi (V,), by the code that trains."""
+    s = settings(gap="contrast", beta=beta, lam=1.0)
+
+    def token_loss(logp):
+        turn = sdar.Turn([0], [0] * len(logp), teacher_logp=own, extra={"control": control})
+        b = sdar.batch_of([turn])
+        b.logp = logp[None]
+        b.baseline = baseline
+        return sdar.sdar(b, s)[0]
+    return token_loss
+
+@pytest.mark.parametrize("beta", [0.1, 1.0, 5.0])
+def test_contrast_gate_rewards_what_only_the_own_skill_says(beta):
+    """E[grad] is that of -E[g], g fixed: 0 where the skills agree, but not where the student does
+    what its skill says; small beta: towards the own skill and away from the other."""
+    logits, own = policies()
+    control = policies(seed=5)[1]
+    g = torch.sigmoid(beta * (own - control))
+    loss = contrast(own, control, beta)
+    want = gradient_of(lambda p: -(p.exp() * g).sum(), logits)
+    assert close(expected_gradient(loss, logits), want)
+    assert expected_gradient(contrast(own, own, beta), logits).abs().max() < 1e-15
+    assert contrast(own, own, beta, baseline=0.5)(logits.log_softmax(-1)).abs().max() == 0
+    assert expected_gradient(gated(own, beta), logits).abs().max() > 1e-3    # SDAR's goes on there
+    taught = own.clone().requires_grad_()
+    assert expected_gradient(gated(own, beta), taught).abs().max() < 1e-15
+    assert expected_gradient(loss, taught).abs().max() > 1e-3
+    apart = gradient_of(lambda p: reverse_kl(own)(p) - reverse_kl(control)(p), logits)
+    tiny = expected_gradient(contrast(own, control, 1e-5), logits) / (1e-5 / 4)
+    assert close(tiny, apart, 1e-5)
+
+CONTRASTS = [{}, dict(gate_baseline=True), dict(gate="soft-or"), dict(divergence="reverse-kl")]
+
+def contrasted(policy):
+    """random_turns with log-probabilities under another category's skill."""
+    turns = random_turns(policy)
+    for t, other in zip(turns, random_turns(policy, seed=0)):
+        t.extra["control"] = other.ref_logp
+    return turns
+
+@pytest.mark.parametrize("changes", CONTRASTS, ids=str)
+def test_micro_batches_change_no_gradient_of_the_contrast(exact, changes):
+    """Tokens per micro-batch, row order and padding: same gradient, same metrics."""
+    results = []
+    for micro_tokens, seed in ((1, 0), (70, 1), (10**6, 2)):
+        s = settings(gap="contrast", lam=0.3, micro_tokens=micro_tokens, seed=seed, **changes)
+        results.append(learned(exact, contrasted(exact), s))
+    metrics, gradient = results[0]
+    assert gradient.norm() > 1e-3
+    for other, again in results[1:]:
+        assert same(again, gradient) and other == pytest.approx(metrics, rel=1e-5, abs=1e-7)
+
+def test_contrast_changes_the_gate_and_nothing_else(exact):
+    """A token's gradient is -weight * lambda * gate * grad log pi; metrics compare both gaps."""
+    turns = contrasted(exact)
+    s = settings(gap="contrast", lam=0.3, algo="sdar")
+    method = sdar.Method("teacher", sdar.METHODS["opsd"].advantages, sdar.sdar)
+    metrics, gradient = learned(exact, turns, s, method)
+    gates = [torch.sigmoid(5 * (t.teacher_logp - t.extra["control"])) for t in turns]
+    coefficients = [-0.3 * t.weight * gate for t, gate in zip(turns, gates)]
+    assert same(gradient, weighted_gradient(exact, turns, coefficients))
+    own = torch.cat([t.teacher_logp - t.logp for t in turns])
+    other = torch.cat([t.extra["control"] - t.logp for t in turns])
+    moved = (torch.sigmoid(5 * own) - torch.sigmoid(5 * other)).abs() > 0.1
+    assert metrics["gate"] == pytest.approx(torch.cat(gates).mean().item())
+    assert metrics["gap"] == pytest.approx(own.mean().item())
+    assert metrics["control_gap"] == pytest.approx(other.mean().item())
+    assert metrics["control_gate_moved"] == pytest.approx(moved.double().mean().item())
+    r = torch.corrcoef(torch.stack([own, other]))[0, 1].item()
+    assert metrics["control_correlation"] == pytest.approx(r) and -1 < r < 1
+
+# ---- --control-every: runs -----------------------------------------------------------------------
+
+CONTROLS = {"control_gap", "control_correlation", "control_gate_moved"}
+
+def numbers(run):
+    """The metrics of a run without its times, by step."""
+    return [{name: value for name, value in row.items() if "second" not in name
+             and "per_s" not in name and "memory" not in name}
+            for row in sdar.read_lines(run / "metrics.jsonl")]
+
+@pytest.mark.parametrize("algo", ["sdar", "skill-sd", "rlsd", "atod", "craft"])
+def test_control_is_logged_and_changes_no_number(tmp_path, capsys, algo):
+    """Every second step, from the first, has the control's metrics; all else stays as it was."""
+    s = settings(algo=algo, steps=3, group_size=2, max_turns=2, max_response=6)
+    sdar.train(dataclasses.replace(s, out=str(tmp_path / "plain")))
+    assert "  control " not in capsys.readouterr().out
+    sdar.train(dataclasses.replace(s, out=str(tmp_path / "control"), control_every=2))
+    assert capsys.readouterr().out.count("  control -") >= 1
+    rows = numbers(tmp_path / "control")
+    assert [CONTROLS <= row.keys() for row in rows] == [True, False, True]
+    assert numbers(tmp_path / "plain") == [
+        {name: value for name, value in row.items() if name not in CONTROLS} for row in rows]
+
+def test_contrast_resumes_bit_for_bit(tmp_path):
+    """An interrupted run ends with the same metrics and weights; its log shows the gate used."""
+    s = settings(gap="contrast", gate_baseline=True, mini_batch=5, out=str(tmp_path / "whole"))
+    whole = sdar.train(s)
+    part = dataclasses.replace(s, out=str(tmp_path / "part"))
+    sdar.train(dataclasses.replace(part, steps=1))
+    resumed = sdar.train(part, resume=part.out)
+    assert numbers(tmp_path / "whole") == numbers(tmp_path / "part")
+    pairs = zip(whole.policy.model.parameters(), resumed.policy.model.parameters())
+    assert all(torch.equal(a, b) for a, b in pairs)
+    turn = sdar.read_lines(tmp_path / "whole" / "episodes.jsonl")[0]["turns"][0]
+    shown = torch.tensor([turn["gate"], turn["gap"]])
+    assert (shown[0] - torch.sigmoid(5 * shown[1])).abs().max() > 1e-3
+
+def test_the_control_is_the_nearest_other_skill_in_the_same_prompt(policy, env):
+    """In the teacher's prompt another skill stands for the own one, and nothing else differs."""
+    s = settings(control_every=1)
+    tasks = env.tasks("train")[:4]
+    state = sdar.State(policy, None)
+    skills = sdar.choose_skills(env, tasks, s, state)
+    assert [skill[:2] for skill in skills] == sdar.choose_skills(env, tasks, settings(), state)
+
+    def length(text):
+        return len(policy.tokenizer(text)["input_ids"])
+
+    for name, text, control in skills:
+        others = [env.skill(other, True) for other in env.skill_names if other != name]
+        distance = [abs(length(other) - length(text)) for other in others]
+        assert control in others and abs(length(control) - length(text)) == min(distance)
+    episodes = sdar.rollout(policy, env, tasks, s, 1.0, sdar.generator_for(policy, s, "a"),
+                            skills=skills, both=True)
+    for e, (_, text, control) in zip(episodes, skills):
+        for t in e.turns:
+            own, other = map(policy.tokenizer.decode, (t.other_ids, t.control_ids[0]))
+            assert own.replace(text, control) == other != own
+
+@pytest.mark.parametrize("words, hint", [
+    ("--algo grpo --control-every 5", "--control-every has no effect with --algo grpo"),
+    ("--algo ucob --control-every 5", "--control-every has no effect with --algo ucob"),
+    ("--algo atod --teacher-model x --control-every 5", "--control-every has no effect"),
+    ("--algo rlsd --gap contrast", "--gap has no effect with --algo rlsd"),
+    ("--gap contrast --gate none", "--gap contrast needs --gate gap or soft-or"),
+    ("--gap contrast --retrieval full", "--retrieval full leaves no other skill"),
+    ("--control-every 5 --retrieval full", "--retrieval full leaves no other skill"),
+    ("--control-every -1", "--control-every cannot be -1"),
+    ("--gap other", "invalid choice: 'other'"),
+    ("--control-every 1 --env {one}:One", "all categories have the same skill"),
+], ids=str)
+def test_a_control_that_cannot_be_is_refused(tmp_path, capsys, words, hint):
+    """One line before any work, for methods, gates and skills that have no control."""
+    (tmp_path / "one.py").write_text("import envs\nclass One(envs.Alfworld):\n"
+                                     "    skill = property(lambda self: lambda *args: 'look',\n"
+                                     "                     lambda self, value: None)\n")
+    words = words.format(one=tmp_path / "one.py").split()
+    flags = ["--model", "tiny", "--out", tmp_path / "run", "--warm-start", 0, "--steps", 1]
+    line = refused_line(capsys, *flags, *words)
+    assert hint in line and not (tmp_path / "run").exists()
+
+# ---- eval.py gap ---------------------------------------------------------------------------------
+
+def test_gap_measures_three_texts_in_each_place(tmp_path, capsys):
+    """Table and JSON: tokens, the statistics with intervals, the paper's figures, the control."""
+    out = tmp_path / "gap.json"
+    text = printed(capsys, "gap", "--model", "tiny", "--env", "alfworld", "--data", "built-in",
+                   "--episodes", 4, "--out", out, "--max-response", 40)
+    facts = json.loads(out.read_text())
+    whole = [row for row in facts["rows"] if row["place"] == "all"]
+    assert [row["text"] for row in whole] == list(ev.TEXTS)
+    assert facts["responses"] == 8 and len({row["tokens"] for row in whole}) == 1
+    for row in facts["rows"]:
+        for name in ev.OF_TEXT + ev.BESIDE:
+            value, low, high = row[name]
+            assert low <= value + 1e-9 and value <= high + 1e-9
+    for name, value in zip(ev.BESIDE, (0, 1, 0)):    # the own skill beside itself
+        assert whole[0][name] == pytest.approx([value] * 3)
+    parts = [row for row in facts["rows"] if row["text"] == "unrelated text"][1:]
+    mean = sum(row["tokens"] * row["mean gap [95 %]"][0] for row in parts) / whole[2]["tokens"]
+    assert mean == pytest.approx(whole[2]["mean gap [95 %]"][0])
+    assert "-0.18" in text and f"{whole[0]['tokens']}" in text and "% well-formed" in text
+    assert "--episodes" in refused(capsys, "gap", "--model", "tiny", "--episodes", 1)
+
+def test_intervals_are_over_episodes():
+    """Tokens that repeat each other narrow no interval; the bootstrap agrees with the formula."""
+    g = torch.Generator().manual_seed(1)
+    x = torch.randn(200, generator=g, dtype=F64)
+    owners = torch.arange(200)
+    mean, low, high = ev.clustered(owners, x)
+    assert mean == pytest.approx(x.mean().item())
+    assert (high - low) / 2 == pytest.approx(1.96 * x.std().item() / 200 ** 0.5, rel=0.1)
+    assert ev.clustered(owners.repeat(7), x.repeat(7)) == pytest.approx([mean, low, high])
+    y = x + torch.randn(200, generator=g, dtype=F64)
+    r, low, high = ev.clustered(owners, x, y)
+    assert r == pytest.approx(torch.stack([x, y]).corrcoef()[0, 1].item()) and low < r < high
+
+@pytest.mark.parametrize("name", ["alfworld", "webshop", "search"])
+def test_unrelated_text_is_as_long_as_the_skill(policy, name, monkeypatch):
+    """It has the skill's number of tokens, give or take one, and nothing of this benchmark."""
+    s = settings(env=name, env_args="", control_every=1, max_turns=1, max_teacher_prompt=4096,
+                 max_prompt=4096, max_response=4)
+    seen = []
+    monkeypatch.setattr(sdar, "rollout", lambda *args, skills, **rest: seen.extend(skills) or [
+        types.SimpleNamespace(turns=random_turns(policy))])
+    ev.gap_turns(policy, sdar.open_env(s), s, 3)
+    for _, own, _, text in seen:
+        a, b = policy.tokenizer([own, text], add_special_tokens=False)["input_ids"]
+        assert abs(len(a) - len(b)) <= 1 and own[:40] not in text
+    assert len(seen) == 3
 
 # ======== Environments: ALFWorld, WebShop, Search-QA ==============================================
 
@@ -6608,6 +7079,174 @@ def test_track_that_does_not_start_is_one_line(tmp_path, monkeypatch, capsys):
     assert not (out / "metrics.jsonl").exists()
     sdar.main(["--resume", str(out), "--track", "none"])
     assert len(sdar.read_lines(out / "metrics.jsonl")) == 1
+
+# ---- transcripts of an evaluation ----------------------------------------------------------------
+
+SHORT = ["--episodes", 3, "--max-turns", 2]
+
+def test_an_evaluations_episodes_can_be_read(evaluated_run, tmp_path, capsys):
+    """--save-episodes N keeps N episodes as a run's log does; playing them changes no result."""
+    plain = evaluated(evaluated_run, tmp_path / "plain.json", *SHORT)
+    kept = evaluated(evaluated_run, tmp_path / "kept.json", *SHORT, "--save-episodes", 2)
+    assert kept["results"] == plain["results"]
+    path = tmp_path / "kept.episodes.jsonl"
+    rows = sdar.read_lines(path)
+    assert [row["task_id"] for row in rows] == [r["id"] for r in kept["results"][:2]]
+    assert [row["failure"] for row in rows] == [r["failure"] for r in kept["results"][:2]]
+    assert rows[0]["step"] == 2 and rows[0]["skill_text"] and len(rows[0]["turns"]) == 2
+    capsys.readouterr()
+    shown = printed(capsys, "gates", path, "--episode", 1)
+    assert re.search(r"\[0\.\d\d\]", shown) and f"task {rows[0]['task_id']}" in shown
+    assert not (tmp_path / "plain.episodes.jsonl").exists()
+
+@pytest.mark.parametrize("algo, flags", [("grpo", []), ("sdar", ["--skills"])])
+def test_episodes_without_a_teacher_are_shown_without_gates(evaluated_run, tmp_path, capsys,
+                                                            monkeypatch, algo, flags):
+    """So it is where the method has no teacher, or the agent itself has read the skill."""
+    read = ev.read_flags
+
+    def other(argv):
+        flags, s, *rest = read(argv)
+        s.algo = algo
+        return flags, s, *rest
+
+    monkeypatch.setattr(ev, "read_flags", other)
+    evaluated(evaluated_run, tmp_path / "x.json", *SHORT, "--save-episodes", *flags)
+    rows = sdar.read_lines(tmp_path / "x.episodes.jsonl")
+    assert len(rows) == 3 and not any("gate" in turn for row in rows for turn in row["turns"])
+    assert all(bool(row["skill_text"]) == bool(flags) for row in rows)
+    capsys.readouterr()
+    text = printed(capsys, "gates", tmp_path / "x.episodes.jsonl")
+    assert f"task {rows[-1]['task_id']}" in text and rows[-1]["turns"][0]["observation"] in text
+    printed(capsys, "gates", tmp_path / "x.episodes.jsonl", "--html", tmp_path / "x.html")
+    assert "gate 1" not in (tmp_path / "x.html").read_text()
+
+def test_failures_of_an_evaluation_are_counted_by_kind(evaluated_run, tmp_path, capsys):
+    """In the JSON per group and, for the whole panel, below the table."""
+    result = evaluated(evaluated_run, tmp_path / "x.json", *SHORT)
+    kinds = [r["failure"] for r in result["results"] if not r["won"]]
+    counts = result["summary"][-1]["failures"]
+    assert kinds and counts == {kind: kinds.count(kind) for kind in kinds}
+    for kind, n in counts.items():
+        assert f"{kind.replace('_', ' ')} {n}" in capsys.readouterr().out
+
+@pytest.mark.parametrize("name", ["guess.py:Guess", "alfworld"])
+def test_the_papers_lines_stand_below_its_benchmarks_alone(name, monkeypatch, capsys):
+    """`table` of an environment of one's own says nothing about what the paper published."""
+    summary = ev.summarize(name, [{"group": "x", "won": True, "score": 1.0, "turns": 1,
+                                   "valid": 1, "admissible": 1}])
+    result = dict(env=name, algo="sdar", checkpoint="c", model="m", training={}, tasks="t",
+                  settings={}, finished=0, base_model="tiny", skills=None, step=1, summary=summary)
+    monkeypatch.setattr(ev, "evaluations", lambda run, notes: [result])
+    text = printed(capsys, "table", "run")
+    assert ("Published" in text) == ("2605.15155" in text) == (name == "alfworld")
+    assert ev.NOTE in text
+
+# ---- runs paired by seed -------------------------------------------------------------------------
+
+STUDY = """\
+seed,method,setting,successes,episodes,seconds
+1,grpo,"env alfworld, steps 9",40,100,1800
+2,grpo,"env alfworld, steps 9",50,100,1800
+3,grpo,"env alfworld, steps 9",60,100,1800
+1,sdar,"env alfworld, steps 9",44,100,1800
+2,sdar,"env alfworld, steps 9",58,100,1800
+3,sdar,"env alfworld, steps 9",72,100,1800
+3,sdar,"env alfworld, lam 0.1, steps 9",60,100,1800
+4,sdar,"env alfworld, lam 0.1, steps 9",99,100,1800
+"""
+
+def study_file(folder, text=STUDY):
+    """A CSV of runs."""
+    path = folder / "study.csv"
+    path.write_text(text)
+    return path
+
+def table_rows(text):
+    """{first cell: the other cells} of a printed table."""
+    rows = [re.split("  +", line) for line in text.splitlines()]
+    return {row[0]: row[1:] for row in rows if len(row) > 2}
+
+def test_runs_are_paired_by_seed(tmp_path, capsys):
+    """Differences 4, 8 and 12 points: mean 8, sd 4, t(2) 4.303; sign test 2 / 2^3; a seed without
+    a partner and what all settings share are left out; one pair has no interval."""
+    text = printed(capsys, "table", study_file(tmp_path), "--paired")
+    rows = table_rows(text)
+    assert rows["sdar"] == ["grpo", "3", "+8.0 [-1.9, +17.9]", "3", "0", "0.25"]
+    assert rows["sdar, lam 0.1"] == ["grpo", "1", "+0.0", "0", "0", "1"]
+    assert "sdar, lam 0.1: no partner in grpo for 1 of its seeds" in text
+    assert "8 runs, 4.0 h" in text
+
+def test_runs_are_paired_with_the_baseline_that_is_named(tmp_path, capsys):
+    """Without a name it is the row of GRPO with most in common, without GRPO the first row."""
+    path = study_file(tmp_path)
+    rows = table_rows(printed(capsys, "table", path, "--paired", "sdar"))
+    assert rows["grpo"][:3] == ["sdar", "3", "-8.0 [-17.9, +1.9]"]
+    assert rows["sdar, lam 0.1"][:3] == ["sdar", "1", "-12.0"]
+    study_file(tmp_path, STUDY.replace("grpo", "rlsd"))
+    assert table_rows(printed(capsys, "table", path, "--paired"))["sdar"][0] == "rlsd"
+    study_file(tmp_path, re.sub('"env alfworld, steps 9"', "", STUDY))
+    assert table_rows(printed(capsys, "table", path))["sdar"][0] == "grpo"
+    longer = STUDY.replace("steps 9", "steps 20").partition("\n")[2]
+    study_file(tmp_path, STUDY + longer)
+    rows = table_rows(printed(capsys, "table", path, "--paired"))
+    assert rows["sdar, lam 0.1, steps 20"][0] == rows["sdar, steps 20"][0] == "grpo, steps 20"
+    assert rows["sdar, steps 9"][:3] == ["grpo, steps 9", "3", "+8.0 [-1.9, +17.9]"]
+
+@pytest.mark.parametrize("old, new, hint", [
+    ("1,sdar", "2,sdar", "sdar has seed 2 twice"), ("44,100", "44,many", "damaged"),
+    ("successes", "won", "seed,method,setting,successes"), ("44,100", "44,0", "damaged")])
+def test_a_study_that_cannot_be_paired_is_one_line(tmp_path, capsys, old, new, hint):
+    """A seed that is there twice, other columns, what is no number."""
+    path = study_file(tmp_path, STUDY.replace(old, new))
+    assert hint in refused(capsys, "table", path, "--paired")
+    assert "takes one of: grpo; sdar; sdar, lam 0.1" in refused(
+        capsys, "table", study_file(tmp_path), "--paired", "other")
+
+def test_run_folders_become_lines_of_a_study(tmp_path, capsys):
+    """--csv keeps seed, method, what the run was told, its last validation and its seconds; the
+    file reads as the runs do. A run that is not finished is left out, a warm start is no setting."""
+    (tmp_path / "warm").mkdir()
+    for name, seed, algo, flags, won in (
+            ("a", 1, "grpo", [], 5), ("b", 1, "sdar", [], 6), ("c", 1, "sdar", ["--lam", "0.1"], 8),
+            ("d", 2, "sdar", [], 9)):
+        run = tmp_path / name
+        run.mkdir()
+        s, _ = sdar.read_settings(["--env", "alfworld", "--model", str(tmp_path / "warm"), "--seed",
+                                   str(seed), "--algo", algo, "--steps", "3", *flags])
+        (run / "config.json").write_text(json.dumps(vars(s) | {"versions": {}}))
+        tests = [{"step": n, "panel": "abc", "successes": won, "episodes": 10}
+                 for n in (0, 3 if name != "d" else 2)]
+        (run / "validation.jsonl").write_text("\n".join(map(json.dumps, tests)))
+        (run / "metrics.jsonl").write_text('{"step": 1, "seconds": 2.5}\n' * 3)
+    runs = [tmp_path / name for name in "abcd"]
+    text = printed(capsys, "table", *runs, "--paired", "--csv", tmp_path / "study.csv")
+    assert table_rows(text)["sdar"][:3] == ["grpo", "1", "+10.0"]
+    assert table_rows(text)["sdar, lam 0.1"][2] == "+30.0" and f"{runs[3]} is left out" in text
+    lines = (tmp_path / "study.csv").read_text().splitlines()
+    assert lines[0] == STUDY.splitlines()[0] and len(lines) == 4
+    assert lines[3] == '1,sdar,"env alfworld, panel abc, lam 0.1, steps 3",8,10,7.5'
+    again = printed(capsys, "table", tmp_path / "study.csv")
+    assert again == text.split("last step\n")[1]
+    assert "config.json" in refused(capsys, "table", tmp_path, "--paired")
+
+def test_plot_draws_the_pairs(tmp_path, capsys):
+    """Of a CSV of runs, or with --paired, `plot` shows what `table` prints."""
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "x.png"
+    printed(capsys, "plot", study_file(tmp_path), "--out", out)
+    assert out.read_bytes().startswith(b"\x89PNG")
+
+# ---- README's first picture ----------------------------------------------------------------------
+
+def test_readme_tells_a_newcomer_what_he_needs():
+    """It opens with a picture of gates; clone, Python, hub, citation and what is kept out."""
+    text = page("README.md")
+    assert re.search(r"!\[.*?\]\((.*?)\)", text)[1] == "docs/gates.png"
+    assert (HERE / "docs" / "gates.png").stat().st_size < 200_000
+    for part in ("git clone ", "Python 3.", "hf upload ", "eprint={2605.15155}", "docs/results.md",
+                 "Kept out on purpose: LoRA, vLLM, notebooks, Docker"):
+        assert part in text, part
 
 # ======== README and docs: what they promise ======================================================
 
