@@ -7205,7 +7205,7 @@ def test_a_study_that_cannot_be_paired_is_one_line(tmp_path, capsys, old, new, h
 
 def test_run_folders_become_lines_of_a_study(tmp_path, capsys):
     """--csv keeps seed, method, what the run was told, its last validation and its seconds; the
-    file reads as the runs do. A run that is not finished is left out, a warm start is no setting."""
+    file reads as the runs do. An unfinished run is left out, a warm start is no setting."""
     (tmp_path / "warm").mkdir()
     for name, seed, algo, flags, won in (
             ("a", 1, "grpo", [], 5), ("b", 1, "sdar", [], 6), ("c", 1, "sdar", ["--lam", "0.1"], 8),
@@ -7587,7 +7587,7 @@ def test_flags_in_readme_and_docs_exist():
 def test_commands_in_readme_and_docs_are_understood():
     """Each command of README and docs names flags and values that its program takes."""
     known, seen = known_flags(), set()
-    subcommands = {"compare", "table", "bench", "gates", "plot"}
+    subcommands = {"compare", "table", "bench", "gates", "gap", "plot"}
     for words in (words for file in PAGES for words in commands_of(page(file))):
         if words[0] != "python" or words[1] not in known:
             continue
