@@ -33,6 +33,7 @@ import copy
 import dataclasses
 import datetime
 import errno
+import fcntl
 import gc
 import gzip
 import hashlib
@@ -54,6 +55,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import termios
 import threading
 import time
 import types
@@ -1136,7 +1138,8 @@ def test_the_released_recipe_has_the_public_codes_entropy_bonus(exact):
         bonus = bonus - 0.001 * t.weight * (logp.exp() * logp).sum()
     assert close((paper - released).detach(), bonus.detach(), 1e-6)
     gradient = gradient_by(exact, bonus)
-    assert gradient.norm() > 1e-6 and same(gradient_by(exact, paper - released), gradient)
+    assert gradient.norm() > 1e-6 and same(gradient_by(exact, paper - released), gradient,
+                                               1e-4)    # a small difference of large ones
 
 def test_the_loss_of_a_step_is_the_papers_sum(exact):
     """-(1/G) sum_i Agg[A r] + lambda (1/G) sum_i Agg[l], episode by episode from the definition."""
@@ -1242,7 +1245,8 @@ def test_only_the_methods_that_need_them_pay_for_teacher_and_reference(policy, e
         assert (f"seconds_{name}" in phases) == (name in uses)
     scored = (turn.teacher_logp, turn.ref_logp)
     assert [x is not None for x in scored] == [x in uses for x in ("teacher", "reference")]
-    assert "seconds_old_policy" not in phases         # on a CPU the sampler's own numbers serve
+    # on a CPU the sampler's own numbers serve, except where entropies are needed too
+    assert ("seconds_old_policy" in phases) == ("uncertainty" in uses)
     clock = phases["seconds_rollout"] * phases["tokens_per_s_rollout"]
     assert clock == pytest.approx(sum(len(t.response_ids) for t in turns_of(episodes)))
 
@@ -1298,7 +1302,7 @@ def test_every_method_trains_on_every_benchmark(benchmark_, monkeypatch, row):
     needs = sdar.method_of(s).needs
     assert ("seconds_teacher" in m) == ("teacher" in needs) and LOGGED.get(s.algo, "kl") in m
     if s.algo == "sdar":
-        assert 0 <= m["negative_gap"] <= 1 and ("seconds_old_policy" in m) == bool(s.mini_batch)
+        assert 0 <= m["negative_gap"] <= 1
         assert s.gate != "none" or m["gate"] == 1
     if s.algo in ("gigpo", "ucob", "paw", "sgcd") and (s.algo, s.env) != ("paw", "search"):
         assert m[LOGGED[s.algo]] > 0                 # a random policy searches for nothing
@@ -3509,7 +3513,7 @@ def test_the_log_tells_what_happened(finished):
                  "prompts_shortened", "advantage_max"):
         assert all(math.isfinite(row[name]) for row in rows), name
     raw = sdar.read_lines(finished / "metrics.jsonl")[-1]
-    for phase in ("rollout", "teacher", "reference", "old_policy", "update"):
+    for phase in ("rollout", "teacher", "reference", "update"):
         assert raw[f"seconds_{phase}"] > 0 and raw[f"tokens_per_s_{phase}"] > 0
     assert raw["peak_memory_mib"] > 0
     episode = sdar.read_lines(finished / "episodes.jsonl")[0]
@@ -3649,9 +3653,9 @@ def test_a_model_that_cannot_be_trained_is_refused_in_one_line(folder, kind):
 
 def test_weights_that_are_left_out_are_named(folder, capsys):
     """A config.json with too few layers trains another model than the folder's."""
-    edit(folder / "config.json", num_hidden_layers=2, layer_types=["full_attention"] * 2)
+    edit(folder / "config.json", num_hidden_layers=1, layer_types=["full_attention"])
     loaded(folder)
-    assert "left out (model.layers.2" in capsys.readouterr().out
+    assert "left out (model.layers.1" in capsys.readouterr().out
 
 def test_a_run_stands_for_its_last_checkpoint(finished):
     """Its folder is a model's name."""
@@ -3877,7 +3881,7 @@ STYLES = {  # of well-known families: (template, think block, the token that end
                     "{% else %}<|Assistant|>{{ m.content.split('</think>')[-1] }}</s>{% endif %}"
                     "{% endfor %}{% if add_generation_prompt %}<|Assistant|><think>\n{% endif %}",
                     "opened", "</s>"),
-    "qwen3": (CLOSES.replace("\n<think>", "\n{% if not enable_thinking %}<think>").replace(
+    "qwen3": (CLOSES.replace("assistant<think>", "assistant{% if not enable_thinking %}<think>").replace(
         "</think>\n\n", "</think>\n\n{% endif %}"), "closed", "<|im_end|>"),
     "alpaca": ("{% for m in messages %}### {{ m.role }}:\n{{ m.content }}\n\n{% endfor %}"
                "{% if add_generation_prompt %}### assistant:\n{% endif %}", "", None)}
@@ -4071,7 +4075,7 @@ def test_a_model_that_cannot_be_saved_is_refused_before_training(
     from transformers import PreTrainedModel
     monkeypatch.setattr(PreTrainedModel, "save_pretrained",
                         lambda *a, **k: (_ for _ in ()).throw(ValueError("not\nserializable")))
-    s = settings(model=str(sound), out=str(tmp_path / "run"))
+    s = settings(model=str(sound), data="built-in", out=str(tmp_path / "run"))
     with pytest.raises(UserError, match="could not be saved: not;") as error:
         sdar.train(s)
     assert "make room" not in str(error.value)
@@ -4145,7 +4149,7 @@ def test_merges_are_never_left_out_at_random(folder):
     assert [tokenizer(text)["input_ids"] for _ in range(5)] == [want] * 5
 
 BEGIN = "{% if add_generation_prompt %}<|im_start|>assistant\n%s{% endif %}"
-TURN = LOOP + "{{ m.content }}%s<|im_end|>\n{% endfor %}"
+SAID_TURN = LOOP + "{{ m.content }}%s<|im_end|>\n{% endfor %}"
 
 @pytest.mark.parametrize("after, begin, closed, opened", [
     ("\nThink in <think> ... </think>.", "", False, ""), ("\nStart with <think>", "", False, ""),
@@ -4155,7 +4159,7 @@ TURN = LOOP + "{{ m.content }}%s<|im_end|>\n{% endfor %}"
 def test_only_what_begins_the_answer_opens_or_closes_its_think_block(folder, after, begin, closed,
                                                                      opened):
     """A template may mention the tags in the user's turn."""
-    template = TURN.replace("%s", after) + BEGIN.replace("%s", begin)
+    template = SAID_TURN.replace("%s", after) + BEGIN.replace("%s", begin)
     policy = sdar.load_policy(str(with_template(folder, template)), "cpu")
     assert (policy.think_closed, policy.opened) == (closed, opened)
 
@@ -4213,9 +4217,14 @@ FAST = ("--model tiny --data built-in --env-args house=4 --warm-start 0 --groups
 def command(*words, cwd=None, **options):
     """A started sdar.py, its output in one pipe."""
     variables = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "preexec_fn": hear} | options
     return subprocess.Popen([sys.executable, f"{HERE}/sdar.py", *map(str, words)], cwd=cwd,
-                            env=variables, text=True, **{"stdout": subprocess.PIPE,
-                                                         "stderr": subprocess.STDOUT, **options})
+                            env=variables, text=True, **options)
+
+def hear():
+    """In a child: the signals that nohup or a shell's & may have switched off."""
+    for number in (signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
 
 @pytest.fixture(scope="session")
 def run_home(tmp_path_factory):
@@ -4316,7 +4325,7 @@ def test_a_lost_terminal_saves_the_run(tmp_path):
     ours, theirs = pty.openpty()
     run = command(*FAST, "--steps", 10**6, "--out", out, stdin=theirs, stdout=theirs,
                   stderr=theirs, start_new_session=True,
-                  preexec_fn=lambda: __import__("fcntl").ioctl(0, 0x540E, 0))   # TIOCSCTTY
+                  preexec_fn=lambda: hear() or fcntl.ioctl(0, termios.TIOCSCTTY, 0))
     os.close(theirs)
     wait_for(lambda: os.read(ours, 4096) and sdar.read_lines(out / "metrics.jsonl"))
     os.close(ours)                                     # the kernel sends SIGHUP
