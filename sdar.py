@@ -1715,7 +1715,8 @@ def load_policy(name, device="auto", texts=(), seed=233):
                 if type(value) is float and ("drop" in key or isinstance(holder, torch.nn.Dropout)):
                     setattr(holder, key, 0.0)
     for p in model.parameters():        # not model.to(dtype): that rounds the rotary frequencies
-        p.data = p.data.to(dtype)
+        # a copy, because memory of a file may be unaligned, which changes the rounding of products
+        p.data = p.data.to(dtype, copy=True)
     small = device.type == "cpu" and model.num_parameters() < 1e7
     if small and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)        # more threads gain little, and on a busy machine they spin

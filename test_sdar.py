@@ -2753,6 +2753,11 @@ def test_sampled_log_probabilities_are_those_of_scoring(policy, env):
         for x, t in zip(old, turns):
             assert not kept or torch.allclose(x, t.old_logp, atol=2e-5)
 
+def test_loaded_weights_are_aligned(finished):
+    """As fresh ones are: else a resumed run decodes with other rounding."""
+    for p in sdar.load_policy(str(finished), "cpu").model.parameters():
+        assert p.data_ptr() % 64 == 0
+
 def test_sampling_reaches_rare_words_and_no_impossible_one(monkeypatch):
     """Words of probability 1e-8, which a sum in fp32 would lose; none of probability 0."""
     def sampled(logits, number):
