@@ -157,8 +157,8 @@ PRESETS = {  # a row applies if all its words are the run's env, algo, recipe or
     "tiny": dict(prompt_style="brief", groups=4, max_prompt=512, max_teacher_prompt=768,
                  max_response=48, lr=3e-4, kl=0.0, steps=4, warm_start=150, warm_lr=3e-3,
                  val_every=4, val_episodes=64),
-    "tiny alfworld": dict(env_args="house=4 task_types=Pick detours=2", max_turns=8, steps=80,
-                          warm_start=300, warm_lr=4e-3, val_every=20, val_episodes=140),
+    "tiny alfworld": dict(env_args="house=4 task_types=Pick detours=2", max_turns=8, steps=8,
+                          warm_start=300, warm_lr=4e-3, val_episodes=140),
     "tiny webshop": dict(mini_batch=256, lr=1e-4),
 }
 SUCCESS_REWARD = {"alfworld": 10.0, "webshop": 10.0, "search": 1.0}  # of others 1; else 0
@@ -1995,7 +1995,7 @@ TINY_PIECES = (                   # what can become one token: few tokens make a
     r"| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s")
 
 def build_tiny(texts, seed):
-    """(model, tokenizer): a Qwen2 of 0.4 million random weights, and a byte-level BPE tokenizer
+    """(model, tokenizer): a Qwen2 of 0.3 million random weights, and a byte-level BPE tokenizer
     trained on `texts`, with the tags as tokens. Nothing is downloaded."""
     from tokenizers import AddedToken, ByteLevelBPETokenizer, Regex, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
