@@ -292,7 +292,6 @@ def rollout(policy, env, tasks, s, temperature, generator, group_size=1, skills=
                                 group=i // group_size, rollout=i, shortened=cut or other_cut,
                                 control_ids=control_prompts(policy, e, s)))
             waiting[i] = ids
-
     ask(range(len(episodes)))
     with progress(total=len(episodes) * s.max_turns, desc=label, unit="turn") as bar:
         for ended in generate(policy, waiting, s, temperature, env.stop, generator, None, logps):
@@ -1298,8 +1297,7 @@ def generate(policy, waiting, s, temperature, stop, generator, limits=None, logp
     response ids} of those that have ended. The caller may put further prompts into `waiting` before
     it asks for more, so an episode need not wait for the others' turns. A response ends with EOS,
     a closing tag of `stop`, or at limits[key] tokens (default: s.max_response). On a CPU in fp32
-    decoding computes what scoring would: the dict logps gets {key: the tokens' log-probabilities}.
-    """
+    decoding computes what scoring would: the dict logps gets {key: their log-probabilities}."""
     if policy.plain:
         yield from plain_generate(policy, waiting, s, temperature, stop, generator, limits)
         return
