@@ -2639,7 +2639,7 @@ def make_parser(s=Settings()):
         if f.name in HEADINGS:
             group = parser.add_argument_group(HEADINGS[f.name])
         value = getattr(s, f.name)
-        shown = "" if value in ("", False) else f" (default: {value})"
+        shown = "" if value == "" or value is False else f" (default: {value})"
         text = (f.metadata["help"] + shown).replace("%", "%%")
         kind = {"type": type(f.default), "choices": choices_of(f)}
         if isinstance(f.default, bool):

@@ -7809,6 +7809,7 @@ def test_help_explains_every_setting(capsys):
     for f in dataclasses.fields(sdar.Settings):
         assert sdar.flag(f.name) + " " in text and f.metadata["help"][:40] in one_row
     assert "one GRPO group each (default: 4)" in one_row       # of `tiny`, the default model
+    assert "KL term to the reference policy (default: 0.0)" in one_row
     assert "(default: False)" not in text and "(default: )" not in text
 
 @pytest.mark.parametrize("words, shown", [
