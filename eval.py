@@ -93,7 +93,7 @@ KEPT = """skills data env_args prompt_style history max_turns max_prompt max_tea
     max_response rollout_rows""".split()              # settings that come from the checkpoint
 OF_GATES = ("algo", "beta", "temperature")            # so do these, for --save-episodes
 OF_NO_WEIGHT = """seed out data device track micro_tokens rollout_rows small_gpu save_every
-    control_every val_every val_episodes val_split""".split()   # settings without effect on training
+    control_every val_every val_episodes val_split""".split()   # without effect on the training
 CHUNK = 1024  # episodes played together: bounds the memory of a panel of 50,000 questions
 
 # ======== Statistics and tables ===================================================================

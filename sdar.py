@@ -453,7 +453,8 @@ class Method:
 
 METHODS = {  # the terms that are not SDAR's are in section 10, seven more methods in 10b
     "grpo": Method(),
-    "sdar": Method("teacher", term=sdar, uses="lam beta gate gate_baseline divergence retrieval"),
+    "sdar": Method("teacher", term=sdar,
+                   uses="lam beta gate gap gate_baseline divergence retrieval"),
     "skill-grpo": Method(acts="skilled", uses="retrieval"),
     "opsd": Method("reference", advantages=lambda b, s, state: 0 * grpo(b, s),  # no policy loss
                    term=lambda b, s: s.lam * (b.logp - b.ref), uses="lam"),
@@ -671,12 +672,9 @@ def without_effect(s):
     """Settings of other methods that have no effect on this run's."""
     names = {name for row in METHODS.values() for name in row.uses.split()}
     method = method_of(s)
-    used = set(method.uses.split())
-    if "gate" in used:
-        used.add("gap")
-    if "teacher" in method.needs and not s.teacher_model:
-        used.add("control_every")
-    return sorted((names | {"gap", "control_every"}) - used)
+    if "teacher" not in method.needs or s.teacher_model:     # the teacher reads no skill
+        names.add("control_every")
+    return sorted(names - set(method.uses.split()))
 
 def mean_gate(turns, s):
     """Mean gate of a mini-batch under the rollout policy: a constant, known before the update."""
@@ -1325,8 +1323,8 @@ def generate(policy, waiting, s, temperature, stop, generator, limits=None, logp
         fresh = []
         if enough:
             fresh = admit(policy, rows, waiting, s, temperature, generator, limits, look)
-        for row, *drawn in [*zip(batch, *(x.tolist() for x in drawn)), *fresh]:
-            if not row.ended and extend(policy, row, *drawn, stop):
+        for row, *sampled in [*zip(batch, *(x.tolist() for x in drawn)), *fresh]:
+            if not row.ended and extend(policy, row, *sampled, stop):
                 done[row.prompt] = row.ids
                 if exact:
                     logps[row.prompt] = row.logps
@@ -1518,6 +1516,49 @@ def record_step(policy, kv, n, span):
         raise UserError(f"no CUDA graph can be made of this model: {first_line(error)}; take "
                         "another model") from None
     return graph
+
+def plain_generate(policy, waiting, s, temperature, stop, generator, limits):
+    """`generate` for models that do not fit it, without policy.pads one prompt at a time, because
+    transformers' own batches are wrong for some (RWKV)."""
+    size = s.rollout_rows if policy.pads else 1
+    while waiting:
+        keys = sorted(waiting, key=lambda key: len(waiting[key]))
+        rows = [Row(key, (limits or {}).get(key, s.max_response), 0) for key in keys]
+        for first in range(0, len(rows), size):
+            fill_rows(policy, rows[first:first + size], waiting, temperature, stop, generator)
+        waiting.clear()
+        yield {row.prompt: row.ids for row in sorted(rows, key=lambda row: row.prompt)}
+
+def fill_rows(policy, rows, prompts, temperature, stop, generator):
+    """Let transformers' generate decode rows.ids, with our way to sample and to end a response."""
+    def choose(ids, logits):
+        token, _ = sample(logits, temperature, generator)                               # (B,)
+        return torch.full_like(logits, -math.inf).scatter(1, token[:, None], 0.0)
+
+    def ended(ids, scores, **options):
+        for row, token in zip(rows, ids[:, -1].tolist()):
+            if not row.ended:
+                extend(policy, row, [token], [0.0], stop)
+        return to_device([row.ended for row in rows], policy.device)
+
+    run_generate(policy.model, [prompts[row.prompt] for row in rows],
+                 max(row.limit for row in rows), logits_processor=[choose],
+                 stopping_criteria=[ended])
+
+def run_generate(model, prompts, count, **options):
+    """transformers' generate on prompts, padded on the left: the likeliest token, `count` times.
+    The model's own generation_config, with its penalties and its ends, plays no part."""
+    from transformers import GenerationConfig
+    width = max(map(len, prompts))
+    ids = to_device([[0] * (width - len(p)) + list(p) for p in prompts], model.device)  # (B, L)
+    lengths = to_device([len(p) for p in prompts], model.device)                        # (B,)
+    mask = torch.arange(width, device=model.device) >= width - lengths[:, None]         # (B, L)
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        return model.generate(ids, attention_mask=mask.long(), max_new_tokens=count, **options)
+    finally:
+        model.generation_config = own
 
 # ======== 13. Faster kernels on a GPU =============================================================
 def fuse(model):
@@ -1885,49 +1926,6 @@ def continuations(model, prompts):
     """Logits (B, 4, V) and ids (B, 4) with which transformers' generate continues the prompts."""
     out = run_generate(model, prompts, 4, output_logits=True, return_dict_in_generate=True)
     return torch.stack(out.logits, 1), out.sequences[:, -4:]
-
-def run_generate(model, prompts, count, **options):
-    """transformers' generate on prompts, padded on the left: the likeliest token, `count` times.
-    The model's own generation_config, with its penalties and its ends, plays no part."""
-    from transformers import GenerationConfig
-    width = max(map(len, prompts))
-    ids = to_device([[0] * (width - len(p)) + list(p) for p in prompts], model.device)  # (B, L)
-    lengths = to_device([len(p) for p in prompts], model.device)                        # (B,)
-    mask = torch.arange(width, device=model.device) >= width - lengths[:, None]         # (B, L)
-    own = model.generation_config
-    model.generation_config = GenerationConfig()
-    try:
-        return model.generate(ids, attention_mask=mask.long(), max_new_tokens=count, **options)
-    finally:
-        model.generation_config = own
-
-def plain_generate(policy, waiting, s, temperature, stop, generator, limits):
-    """`generate` for models that do not fit it, without policy.pads one prompt at a time, because
-    transformers' own batches are wrong for some (RWKV)."""
-    size = s.rollout_rows if policy.pads else 1
-    while waiting:
-        keys = sorted(waiting, key=lambda key: len(waiting[key]))
-        rows = [Row(key, (limits or {}).get(key, s.max_response), 0) for key in keys]
-        for first in range(0, len(rows), size):
-            fill_rows(policy, rows[first:first + size], waiting, temperature, stop, generator)
-        waiting.clear()
-        yield {row.prompt: row.ids for row in sorted(rows, key=lambda row: row.prompt)}
-
-def fill_rows(policy, rows, prompts, temperature, stop, generator):
-    """Let transformers' generate decode rows.ids, with our way to sample and to end a response."""
-    def choose(ids, logits):
-        token, _ = sample(logits, temperature, generator)                               # (B,)
-        return torch.full_like(logits, -math.inf).scatter(1, token[:, None], 0.0)
-
-    def ended(ids, scores, **options):
-        for row, token in zip(rows, ids[:, -1].tolist()):
-            if not row.ended:
-                extend(policy, row, [token], [0.0], stop)
-        return to_device([row.ended for row in rows], policy.device)
-
-    run_generate(policy.model, [prompts[row.prompt] for row in rows],
-                 max(row.limit for row in rows), logits_processor=[choose],
-                 stopping_criteria=[ended])
 
 def check_lengths(policy, s):
     """UserError, or a line for rotary positions, if a prompt with its response can be too long."""
