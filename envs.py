@@ -71,7 +71,7 @@ def open_env(name, data=None, seed=233, skills=None, **options):
     classes = {"alfworld": Alfworld, "webshop": WebShop, "search": SearchQA}
     if name not in classes and ".py:" not in name:
         names = ", ".join([*classes, "FILE.py:Class"])
-        raise UserError(f"--env {name} is unknown; choose one of {names}")
+        raise UserError(f"--env {name!r} is unknown; choose one of {names}")
     made = classes.get(name) or _own_class(name)
     takes = {*inspect.signature(made).parameters}
     shared = {"data": data, "seed": seed, "skills": skills}  # an own class need not take them
@@ -122,9 +122,10 @@ def existing(source, named):
         return path
     folder = next(x for x in path.parents if x.is_dir())
     names = sorted(x.name for x in folder.iterdir())
-    close = difflib.get_close_matches(path.relative_to(folder).parts[0], names) or names[:8]
+    close = difflib.get_close_matches(path.relative_to(folder).parts[0], names)
+    more = ", or give built-in" * (source == "--data")
     raise UserError(f"{source} names {path}, which does not exist; {folder} holds "
-                    f"{', '.join(close) or 'nothing'}")
+                    f"{', '.join(close or names[:3]) or 'nothing'}; correct it{more}")
 
 def download(url, path, sha256=None):
     """Fetches `url` into `path`, whole or not at all; returns the path. Raises UserError."""
@@ -145,7 +146,8 @@ def download(url, path, sha256=None):
             raise OSError("it is not the expected file: its sha256 differs")
         return part.replace(path)
     except Exception as error:  # whatever a network or a disk can do to it
-        raise UserError(f"cannot fetch {url} ({one_line(str(error))}); try again") from None
+        raise UserError(f"cannot fetch {url} ({one_line(str(error))}); check the connection, or "
+                        f"put the file there by hand: {path}") from None
     finally:
         part.unlink(missing_ok=True)
 
@@ -194,7 +196,8 @@ def panel(env, split, episodes=None, seed=233):
     ids = sorted(env.tasks(split), key=lambda task_id: hashlib.sha256(
         f"{seed}\n{task_id}".encode("utf-8", "replace")).digest())
     if episodes is not None and episodes < 1:
-        raise UserError(f"a panel of {episodes} episodes is empty; give 1 to {len(ids)} or nothing")
+        raise UserError(f"a panel of {episodes} episodes is empty; give 1 to {len(ids)} with "
+                        "--val-episodes of sdar.py or --episodes of eval.py")
     ids = sorted(ids[:episodes])
     return ids, panel_hash([text for i in ids for text in (i, env.start(i).task)])
 
@@ -283,6 +286,8 @@ def read_skills(folder, own, categories, aliases=None):
             mapping = json.loads(file.read_text(encoding="utf-8-sig"))
             for name, filename in mapping["skill_files"].items():
                 file = folder / filename
+                if Path(filename).is_absolute() or ".." in Path(filename).parts:
+                    raise ValueError("it is not in the folder")
                 texts[name] = file.read_text(encoding="utf-8-sig").strip()
             tasks = mapping.get("task_to_skill", {}).items()
             found.update(texts, **{task: texts[name] for task, name in tasks if name in texts})
@@ -294,7 +299,8 @@ def read_skills(folder, own, categories, aliases=None):
     if missing := [category for category in categories if not library[category]]:
         lacks = "no skills for " + ", ".join(missing)
         holds = "only general skills" if len(missing) == len(categories) else lacks
-        raise UserError(f"{folder} holds {holds}; it needs a text for {', '.join(categories)}")
+        raise UserError(f"{folder} holds {holds}; it needs a text for each of "
+                        f"{', '.join(categories)}")
     return library
 
 def skill_text(library, category=None, brief=False):
@@ -325,7 +331,8 @@ class Alfworld:
     def __init__(self, data=None, seed=233, skills=None, house=6, task_types="", detours=0):
         for option, value, least, most in (("house", house, 4, 12), ("detours", detours, 0, 100)):
             if not isinstance(value, int) or not least <= value <= most:
-                raise UserError(f"{option}={value} must be a whole number from {least} to {most}")
+                raise UserError(f"{option} must be a whole number from {least} to {most}, not "
+                                f"{value!r}")
         self.seed, self.house, self.detours = seed, house, detours
         self.task_types = _read_task_types(task_types)
         library = read_skills(skills, ALFWORLD_SKILLS, self.skill_names, ALFWORLD_SKILL_ALIASES)
@@ -334,7 +341,8 @@ class Alfworld:
         self._files = GameFiles(path) if path else None
         self.builtin = not (path and self._files.files)
         if self.builtin and path and (data or os.environ.get("ALFWORLD_DATA")):
-            raise UserError(f"no game.tw-pddl in {path}; run: python envs.py download alfworld")
+            raise UserError(f"no game.tw-pddl in {path}; give the folder or zip that holds the "
+                            "games, or run: python envs.py download alfworld")
         sizes = BUILT_IN_SIZES if self.builtin else self._files.sizes
         sizes = ", ".join(f"{split} {size}" for split, size in sizes.items())
         self.source = f"ALFWorld in {path}: {sizes}" if not self.builtin else (
@@ -345,7 +353,7 @@ class Alfworld:
     def tasks(self, split):
         """Sorted ids of the solvable games: "split/task/trial", built-in "split/type/number"."""
         if split not in self.splits:
-            raise UserError(f"unknown split {split!r}; ALFWorld has {', '.join(self.splits)}")
+            raise UserError(f"ALFWorld has no split {split!r}; it has {', '.join(self.splits)}")
         if split not in self._ids:
             kinds, left_out, count = self.task_types, 0, BUILT_IN_SIZES[split]
             if self.builtin:
@@ -356,7 +364,8 @@ class Alfworld:
             if left_out:
                 self.source += f"; {left_out} games of {split} are not marked as solvable: left out"
         if not self._ids[split]:
-            raise UserError(f"no games in {split} ({self.source}); check --data and task_types")
+            raise UserError(f"no games in {split} ({self.source}); check --data, and task_types in "
+                            "--env-args")
         return list(self._ids[split])
 
     def game(self, task_id):
@@ -409,7 +418,7 @@ class AlfworldSession:
         for _, action in self.turns:
             step += [action] == [act for _, act in self._script[step:step + 1]]
         if step == len(self._script):
-            raise UserError("the expert has no step left: play only its responses, until done")
+            raise UserError("the expert knows no further step, because other actions were played")
         return "<think>{}</think><action>{}</action>".format(*self._script[step])
 
     def prompt(self, skill="", history=2, room=None, brief=False):
@@ -536,7 +545,7 @@ class GameFiles:
         for name in ids:
             text = self.read(name)
             if not text.rstrip().endswith("}"):
-                raise UserError(f"{name} is no whole JSON object; download it again")
+                raise UserError(f"{name} is not a complete JSON object; download it again")
             kept += [name] * bool(re.search(r'"solvable":\s*true', text))
         return kept, len(ids) - len(kept)
 
@@ -929,7 +938,8 @@ def expert_script(game, detours=0, seed=0):
         script, won = _play_script(copy.copy(game), most, random.Random(f"{seed}/{game.task}"))
         if won:
             return script
-    raise UserError(f"{game.task!r} is not solved by its walkthrough; download the data again")
+    raise UserError(f"the walkthrough of {game.task!r} does not solve it; the data may be damaged, "
+                    "download it again")
 
 def _play_script(game, most, rng):
     """([(thought, command)], whether it won) with at most `most` detours before each object."""
@@ -984,7 +994,7 @@ class WebShop:
     def __init__(self, data=None, seed=233, skills=None, human_goals=False, catalogue=None,
                  nouns=""):
         if catalogue not in (None, "small", "full") or human_goals not in (0, 1):
-            raise UserError("catalogue is small or full, human_goals 0 or 1")
+            raise UserError("catalogue in --env-args must be small or full, human_goals 0 or 1")
         path = find_data("webshop", data)
         self.builtin, self.skill_names = path is None, list(SHOP_KEYWORDS)
         source = path or build_catalogue(seed)
@@ -1233,8 +1243,9 @@ def _find_catalogue(data, which):
         if items.is_file() and instructions.is_file():
             return items, instructions, Path(data) / "items_human_ins.json"
     name = "webshop-full" if which == "full" else "webshop"
-    raise UserError(f"no {which or ''} catalogue (items_shuffle*.json, items_ins_v2*.json) in "
-                    f"{data}; run: python envs.py download {name}")
+    kind = which + " catalogue" if which else "catalogue"
+    raise UserError(f"{data} holds no {kind} (items_shuffle*.json and items_ins_v2*.json); give "
+                    f"--data a folder that does, or run: python envs.py download {name}")
 
 def _read_human_goals(file, numbers):
     """{product: [(instruction, attributes, options) of each goal that people wrote for it]}"""
@@ -1296,7 +1307,8 @@ class Catalogue:
             told = sound and entry.get("instruction") is not None
             attributes = sound and entry.get("instruction_attributes")
             if not sound or (told and not attributes):
-                raise UserError(f"{asin} has no sound instruction entry; download it again")
+                raise UserError(f"product {asin} has no valid entry in items_ins_v2; download it "
+                                "again")
             self._instruction_places[number] = place
             if told:
                 yield number, 0, self._variants[number]
@@ -1685,9 +1697,9 @@ class SearchQA:
                  max_turns=4, timeout=30.0, retries=4):
         for x, n, low in [("topk", topk, 1), ("max_turns", max_turns, 1), ("retries", retries, 0)]:
             if not isinstance(n, int) or n < low:
-                raise UserError(f"{x}={n} must be a whole number of {low} or more")
+                raise UserError(f"{x} must be a whole number, {low} or more, not {n!r}")
         if not isinstance(timeout, (int, float)) or timeout < 1:
-            raise UserError(f"timeout={timeout} must be a number of 1 or more")
+            raise UserError(f"timeout must be a number of seconds, 1 or more, not {timeout!r}")
         self.topk, self.max_turns = topk, max_turns
         self.skill_names = list(SEARCH_CATEGORIES)
         aliases = {"compare": ("comparison",)}
@@ -1696,7 +1708,8 @@ class SearchQA:
         path = find_data("search", data)
         self.builtin = path is None
         if self.builtin and (search_url or corpus):
-            raise UserError("a server or corpus needs questions: --data FILE (JSONL or parquet)")
+            raise UserError("search_url and corpus need questions of their own; give --data FILE "
+                            "(JSONL or parquet)")
         self.questions, passages, *others = (
             build_world(seed) if self.builtin else load_questions(path))
         if not any(self.questions.values()):
@@ -1710,7 +1723,8 @@ class SearchQA:
             self.engine = SearchEngine(read_corpus(corpus or passages[0]))
             where = f"{len(self.engine.passages)} passages of {corpus or passages[0]}"
         else:
-            raise UserError(f"{path}: {len(passages)} passage files; give corpus= or search_url=")
+            raise UserError(f"{path} holds {len(passages)} passage files; give one with --env-args "
+                            "corpus=FILE, or search_url=URL")
         self.splits = tuple(x for x in ("train", "dev", "test") if x in self.questions)
         counts = ", ".join(f"{split} {len(self.questions[split])}" for split in self.splits)
         built_in = (f"BUILT-IN generated world (seed {seed}), not the benchmark: for that give "
@@ -1904,7 +1918,8 @@ def read_rows(path):
                 if line.strip():
                     yield number, dict(json.loads(line).items())  # AttributeError: no object
     except ImportError:
-        raise UserError(f"{path} needs pyarrow; pip install pyarrow, or use JSONL") from None
+        raise UserError(f"reading {path} needs pyarrow: pip install pyarrow, or convert it to "
+                        "JSONL") from None
     except Exception as error:  # what gzip, json and pyarrow raise for damaged bytes
         raise UserError(f"{path}, line {number}: {one_line(str(error))}; correct the file, which "
                         "needs one JSON object a line") from None

@@ -236,7 +236,8 @@ def read_flags(argv):
     state = sdar.read_json(path, "") if folder and path.exists() else {"settings": {}}
     saved = state.get("settings") if isinstance(state, dict) else None
     if not isinstance(saved, dict):
-        raise UserError(f"{path} is damaged; delete its folder to use the checkpoint before it")
+        raise UserError(f"{path} is damaged; delete the checkpoint {folder} to use the one before "
+                        "it")
     name = flags.env or saved.get("env", sdar.Settings.env)
     s, _ = sdar.read_settings(["--env", name, "--model", flags.model])
     if saved.get("env") == name:
@@ -338,7 +339,7 @@ def output_file(given, header, folder, part):
     name = f"{header['model']}/{name}" if folder else f"{name}-{Path(header['model']).name}"
     out = Path(given or f"{name}.json")
     if out.is_dir() or not os.access(out.parent, os.W_OK):
-        raise UserError(f"cannot write {out}; choose another --out")
+        raise UserError(f"cannot write {out}; give a file that can be written with --out")
     refuse_another(out, header)
     return out
 
@@ -398,7 +399,8 @@ def load_result(path):
             options = result["settings"]["env_args"] or "no --env-args"
             result["tasks"] += f", BUILT-IN tasks ({options})"
     except (KeyError, TypeError, AttributeError, ValueError, ZeroDivisionError):
-        raise UserError(f"{path} is no whole evaluation; run python eval.py again") from None
+        raise UserError(f"{path} is not a complete evaluation of this version, or was changed; run "
+                        "python eval.py again") from None
     return result
 
 def compare(argv):
@@ -408,7 +410,8 @@ def compare(argv):
     files = p.parse_args(argv).files
     a, b = map(load_result, files)
     if a["tasks"] != b["tasks"]:
-        raise UserError(f"only the same tasks can be paired, not {a['tasks']} and {b['tasks']}")
+        raise UserError(f"only the same tasks can be paired, not {a['tasks']} and {b['tasks']}; "
+                        "evaluate both with the same --split, --episodes and --env-args")
     for letter, path, r in zip("AB", files, (a, b)):
         skills = f"{r['skills'] or 'no'} skills in the prompt"
         print(f"{letter}: {path}: {r['model']}, step {r['step']}, {skills}")
@@ -615,7 +618,8 @@ def paired_arms(rows, baseline):
             raise UserError(f"{name} has seed {row['seed']} twice; leave one of them out")
         arms[name][row["seed"]] = row["successes"] / row["episodes"]
     if baseline and baseline not in arms:
-        raise UserError(f"there is no {baseline}; --paired takes one of: {'; '.join(arms)}")
+        raise UserError(f"no finished run is of {baseline}; give --paired one of: "
+                        f"{'; '.join(arms) or 'nothing'}")
     grpo = [arm for arm in arms if arm.split(", ")[0] == "grpo"] or list(arms)[:1]
     found = []
     for name, own in arms.items():
@@ -635,7 +639,11 @@ def study(flags):
         with open(flags.csv, "w", encoding="utf-8", newline="") as f:
             csv.writer(f, lineterminator="\n").writerows([STUDY, *(row.values() for row in rows)])
     cells = [["", "against", "pairs", "difference [95 %]", "higher", "lower", "sign test p"]]
-    for name, base, differences in paired_arms(rows, flags.paired):
+    arms = paired_arms(rows, flags.paired)
+    if not arms:
+        raise UserError("no two finished runs share a seed and differ in method or setting; give "
+                        "more runs")
+    for name, base, differences in arms:
         higher = sum(x > 0 for x in differences)
         lower = sum(x < 0 for x in differences)
         mean, limits = mean_interval(differences)
@@ -657,7 +665,8 @@ def gates(argv):
     path = path / "episodes.jsonl" if path.is_dir() else path
     rows = sdar.read_lines(path)
     if not rows:
-        raise UserError(f"{path} holds no episodes; give gates a run, or what --save-episodes kept")
+        raise UserError(f"{path} holds no episodes; give a run folder, or the .episodes.jsonl of "
+                        "eval.py --save-episodes")
     try:
         gated = [n for n, row in enumerate(rows, 1)
                  if any(key in turn for turn in row["turns"] for key in ("gate", "gates"))]
@@ -666,7 +675,8 @@ def gates(argv):
             raise UserError(f"{path} has no episode {number}; choose 1 to {len(rows)}")
         shown = episode_page(rows[number - 1]) if flags.html else episode_lines(rows[number - 1])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{path} is damaged ({sdar.first_line(error)}); train again") from None
+        raise UserError(f"{path} is damaged ({sdar.first_line(error)}); choose another --episode, "
+                        "or train again") from None
     if flags.html:
         sdar.write_text(flags.html, shown)
         shown = f"written: {flags.html} (episode {number} of {len(rows)})"
@@ -779,7 +789,8 @@ def plot(argv):
     try:
         figure.savefig(flags.out, dpi=120)
     except ValueError as error:                       # a format that matplotlib does not write
-        raise UserError(f"cannot write {flags.out}: {sdar.first_line(error)}") from None
+        raise UserError(f"cannot write {flags.out}: {sdar.first_line(error)}; choose another "
+                        "--out") from None
     print(f"written: {flags.out}")
 
 def plot_forest(Figure, arms):
@@ -1052,8 +1063,8 @@ def main(argv=None):
     """The command line; a user's mistake is one line and exit status 2."""
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] not in COMMANDS and not argv[0].startswith("-"):
-        close = difflib.get_close_matches(argv[0], COMMANDS, 1) or ["--model"]
-        sdar.fail(f"there is no command {argv[0]!r}; did you mean {close[0]}?")
+        close = difflib.get_close_matches(argv[0], COMMANDS, 1) or [*COMMANDS]
+        sdar.fail(f"there is no command {argv[0]!r}; choose {', '.join(close)}, or give --model")
     command, *rest = argv if argv and argv[0] in COMMANDS else ["", *argv]
 
     def run():

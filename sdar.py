@@ -157,8 +157,9 @@ PRESETS = {  # a row applies if all its words are the run's env, algo, recipe or
     "tiny": dict(prompt_style="brief", groups=4, max_prompt=512, max_teacher_prompt=768,
                  max_response=48, lr=3e-4, kl=0.0, steps=4, warm_start=150, warm_lr=3e-3,
                  val_every=4, val_episodes=64),
-    "tiny alfworld": dict(env_args="house=4 task_types=Pick detours=2", max_turns=8, steps=8,
-                          warm_start=300, warm_lr=4e-3, val_episodes=140),
+    "tiny alfworld": dict(env_args="house=4 task_types=Pick detours=2", max_turns=8, groups=8,
+                          mini_batch=128, steps=60, warm_start=300, warm_lr=4e-3, val_every=20,
+                          val_temperature=1.0, val_episodes=140),
     "tiny webshop": dict(mini_batch=256, lr=1e-4),
 }
 SUCCESS_REWARD = {"alfworld": 10.0, "webshop": 10.0, "search": 1.0}  # of others 1; else 0
@@ -940,6 +941,8 @@ def load_teacher(policy, s):
             print("no --teacher-model: the model itself with the skill teaches (atod_self), which "
                   "is not the paper's ATOD", flush=True)
         return None
+    if s.teacher_model == "tiny":
+        raise UserError("--teacher-model tiny would be random; give the folder of a trained run")
     teacher = load_policy(s.teacher_model, s.device)
     if teacher.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
         raise UserError(f"--teacher-model {s.teacher_model} has another tokenizer than {s.model}; "
@@ -1382,8 +1385,8 @@ def decode(policy, rows, look, temperature, generator):
 def admit(policy, rows, waiting, s, temperature, generator, limits, look):
     """Take prompts out of `waiting`, short ones first, read them in the places of ended rows or in
     new ones, s.rollout_rows at most, and sample their first tokens -> [(row, [token], [its
-    log-probability])]. On a GPU
-    this queues up behind the decode steps. A prompt too long for the cache waits for a new one."""
+    log-probability])]. On a GPU this queues up behind the decode steps. A prompt too long for the
+    cache waits for a new one."""
     limits = limits or dict.fromkeys(waiting, s.max_response)
     chosen = sorted(waiting, key=lambda key: len(waiting[key]))
     if all(row.ended for row in rows):
@@ -1514,7 +1517,7 @@ def record_step(policy, kv, n, span):
         if out_of_memory(error):
             raise
         raise UserError(f"no CUDA graph can be made of this model: {first_line(error)}; take "
-                        "another model") from None
+                        "another model, or --device cpu") from None
     return graph
 
 def plain_generate(policy, waiting, s, temperature, stop, generator, limits):
@@ -1730,7 +1733,8 @@ def pick_device(name):
         probe = torch.zeros(1, device=name)
         probe.cpu()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"--device {name} cannot be used: {first_line(error)}; try cpu") from None
+        raise UserError(f"--device {name} cannot be used: {first_line(error)}; give --device cpu, "
+                        "or leave it out") from None
     if probe.device.type == "cuda":
         torch.cuda.set_device(probe.device)             # CUDA graphs take the current device
         torch.backends.cuda.enable_cudnn_sdp(False)     # it re-plans per shape; most of ours differ
@@ -1790,8 +1794,8 @@ def read_model(name, dtype):
     except Exception as error:          # a folder or file can be wrong in any way
         if out_of_memory(error):
             raise
-        raise UserError(f"cannot load the model {name!r}: {first_line(error)}; give a Hugging Face "
-                        "name that can be reached, a folder, a .gguf file, or tiny") from None
+        raise UserError(f"cannot load the model {name!r}: {first_line(error)}; check its spelling "
+                        "and the connection, or give a folder, a .gguf file, or tiny") from None
     if lost := sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]])):
         raise UserError(f"{name!r} lacks weights that would be random ({lost[0]}; {len(lost)} in "
                         "all); take the folder of a whole causal language model")
@@ -1854,6 +1858,8 @@ def text_fault(policy):
     chat = render_chat(tokenizer, message)
     if message not in chat or "I see" not in render_chat(tokenizer, "Hello", "I see"):
         return "has a chat template that leaves out or changes messages"
+    if render_chat(tokenizer, message) != chat:
+        return "has a chat template that gives another text each time"
     ids = tokenizer(chat, add_special_tokens=False)["input_ids"]
     responses = tokenizer(said, add_special_tokens=False)["input_ids"]
     for text, read in [(message, tokenizer.decode(ids)),
@@ -1872,6 +1878,8 @@ def model_fault(policy):
     model = policy.model
     if not all(p.requires_grad for p in model.parameters()):
         return "has frozen weights, perhaps of an adapter, which has to be merged first"
+    if empty := [name for name, p in model.named_parameters() if p.dim() > 1 and not p.any()]:
+        return f"has weights that are all 0 ({empty[0]}; {len(empty)} in all)"
     if getattr(model.config.get_text_config(), "final_logit_softcapping", None):
         return "caps its logits, which is not done here"
     prompts = encode_chats(policy.tokenizer, ["Hello", "Look at the desk, then at the shelf."])
@@ -2170,7 +2178,8 @@ def update_metrics(results, turns, lr):
     totals = {name: sum(sums[name] for sums in parts if name in sums) for name in parts[0]}
     norms = [norm for _, norm, taken in results if taken]
     if not norms:
-        raise UserError("no gradient is finite, the training has diverged; lower --lr")
+        raise UserError("all gradients are infinite or NaN, the training has diverged; start a new "
+                        "run with a lower --lr")
     loss = totals.pop("loss") / len(results)
     tokens = totals.pop("tokens")
     advantages = torch.cat([t.advantages for t in turns])
@@ -2364,8 +2373,8 @@ def tracker(kind, run):
         from torch.utils.tensorboard import SummaryWriter
         writer = SummaryWriter(run)
     except Exception as error:                        # no login, no network, no package ...
-        raise UserError(f"--track {kind} does not start: {first_line(error)}; set it up, or take "
-                        "--track none") from None
+        raise UserError(f"--track {kind} does not start: {first_line(error)}; correct that (for "
+                        "wandb often by wandb login), or take --track none") from None
     def log(numbers, step):
         for name, value in numbers.items():
             writer.add_scalar(name, value, step)
@@ -2411,7 +2420,7 @@ def check_saving(state, s):
         save_model(state.policy, part, state_dict=dict([min(weights, key=lambda x: x[1].numel())]))
     except Exception as error:                        # every library has its own
         raise UserError(f"a checkpoint of {s.model} could not be saved: {first_line(error)}; "
-                        "take another model or --out") from None
+                        "choose another --model or --out") from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
@@ -2450,6 +2459,7 @@ def save_checkpoint(state, s):
 
 def load_checkpoint(path, s):
     """The State in a checkpoint folder; UserError if anything in it cannot be read."""
+    pick_device(s.device)                             # an error of its own: the checkpoint is whole
     try:
         kept = read_json(path / "state.json", "there is no state.json")
         state = make_state(load_policy(str(path), s.device), s)
@@ -2469,8 +2479,8 @@ def load_checkpoint(path, s):
     except Exception as error:                        # a damaged file can raise anything
         if out_of_memory(error):
             raise
-        raise UserError(f"delete {path} to use the checkpoint before it, it cannot be read: "
-                        f"{first_line(error)[:100]}") from None
+        raise UserError(f"cannot read the checkpoint {path} ({first_line(error)[:100]}); if its "
+                        "files are damaged, delete it to continue from the one before") from None
 
 # ======== 20. A run from its first line to its last, and the command line =========================
 def open_env(s, training=False):
@@ -2484,7 +2494,8 @@ def open_env(s, training=False):
     for item in items:
         key, equals, value = item.partition("=")
         if not equals or key in ("name", "data", "skills", "seed"):
-            raise UserError(f"--env-args takes KEY=VALUE pairs of the environment, not {item!r}")
+            raise UserError(f"--env-args takes the environment's own options as KEY=VALUE, not "
+                            f"{item!r}; see docs/environments.md")
         number = re.fullmatch(r"-?\d+(\.\d+)?", value)
         options[key] = json.loads(value) if number else value
         if key == "corpus":
@@ -2496,8 +2507,8 @@ def open_env(s, training=False):
                         "built-in to train this model on built-in games")
     compare = s.gap == "contrast" or s.control_every
     if compare and len({env.skill(name) for name in env.skill_names}) < 2:
-        raise UserError("all categories have the same skill, so that there is no other to compare "
-                        "with; leave out --control-every and --gap, or give other --skills")
+        raise UserError("all categories have the same skill, so there is no other to compare with; "
+                        "leave out --control-every and --gap contrast, or give other --skills")
     s.data = s.data or "built-in" * env.builtin        # --resume never switches to other data
     return env
 
@@ -2513,12 +2524,7 @@ def start_or_resume(s, env, resume):
         raise UserError(f"{out} holds a run: continue it with --resume {out}, or change --out")
     if resume and checkpoints(out):
         state = load_checkpoint(checkpoints(out)[-1], s)
-        for name, value in read_json(checkpoints(out)[-1] / "state.json", "")["settings"].items():
-            if name not in (*MAY_CHANGE, "out") and value != getattr(s, name, value):
-                raise UserError(f"{flag(name)} was {value!r} so far; correct {out}/config.json")
-        for what, name in (("training tasks", "--data"), ("skills", "--skills")):
-            if state.began[what] != began[what]:
-                raise UserError(f"{out} began with other {what}; give those with {name}")
+        check_resumed(state, s, began)
         print(f"resumed from {checkpoints(out)[-1]}")
     else:
         if resume:
@@ -2528,7 +2534,10 @@ def start_or_resume(s, env, resume):
         state.began = began
     state.teacher = load_teacher(state.policy, s)
     check_lengths(state.policy, s)
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make --out {out}: {error.strerror}; choose another") from None
     check_room(state, s)
     check_saving(state, s)
     write_text(out / "config.json", json.dumps(asdict(s) | {"versions": versions()}, indent=1))
@@ -2542,6 +2551,20 @@ def start_or_resume(s, env, resume):
     print(f"{s.model}: {size}; {s.algo}, {s.groups} x {s.group_size} episodes a step; log in {out}")
     return state
 
+def check_resumed(state, s, began):
+    """UserError if a resumed run's settings, tasks or skills are not those of its checkpoint."""
+    saved = read_json(checkpoints(s.out)[-1] / "state.json", "")["settings"]
+    for name, value in saved.items():
+        if name not in (*MAY_CHANGE, "out") and value != getattr(s, name, value):
+            raise UserError(f"{flag(name)} was {value!r} when the run was saved; set it back in "
+                            f"{s.out}/config.json")
+    for what, name in (("training tasks", "--data"), ("skills", "--skills")):
+        if state.began[what] != began[what]:
+            raise UserError(f"{s.out} began with other {what} than are found now; give the original "
+                            f"ones with {name}")
+    if state.step > s.steps:
+        raise UserError(f"{s.out} has taken {state.step} steps already; give more --steps")
+
 def reference_policy(state, s):
     """The frozen model of the KL term: the weights that RL started from, kept in RUN/reference."""
     if not s.kl and "reference" not in method_of(s).needs:
@@ -2554,8 +2577,9 @@ def reference_policy(state, s):
     except Exception as error:
         if out_of_memory(error):
             raise
-        raise UserError(f"the reference policy in {folder} cannot be used: {first_line(error)}; "
-                        "put that right, or start a new run") from None
+        raise UserError(f"the reference policy in {folder} cannot be saved or loaded: "
+                        f"{first_line(error)}; make room or restore it and --resume, or start a "
+                        "new run") from None
 
 def validate(state, env, s):
     """Print and log the success on the fixed panel, without skills: at the start, every
@@ -2569,7 +2593,8 @@ def validate(state, env, s):
     generator = generator_for(state.policy, s, "validation")
     m = episode_metrics(rollout(state.policy, env, ids, s, s.val_temperature, generator,
                                 label=f"validation on {split}"))
-    blocks = "".join("▁▂▃▄▅▆▇█"[int(7.99 * x["success"])] for x in [*earlier, m])
+    rates = [x["success"] for x in [*earlier, m]]
+    blocks = "".join("▁▂▃▄▅▆▇█"[int(7.99 * rate / max(*rates, 0.01))] for rate in rates)
     print(f"validation after step {state.step}: {rate_text(m)} on {split}, panel {digest}  "
           f"{blocks}")
     row = {"step": state.step, "warm_step": state.warm_step, "split": split, "panel": digest}
@@ -2660,13 +2685,16 @@ def saved_settings(model):
     file = Path(last_checkpoint(model) or model, "state.json")
     saved = read_json(file, "") if file.is_file() else {"settings": {}}
     if not isinstance(saved, dict) or not isinstance(saved.get("settings"), dict):
-        raise UserError(f"{file} is damaged; delete its folder to use the checkpoint before it")
+        raise UserError(f"{file} is damaged; delete the checkpoint {file.parent} to use the one "
+                        "before it")
     return saved["settings"]
 
 def is_path(name, value):
     """Whether a flag's value is a path. A model may also be one of the hub's: one/two."""
+    if name in ("resume", "config"):
+        return True
     if name != "model" or value == "tiny":
-        return name in ("data", "skills", "resume", "config") and value not in ("", "built-in")
+        return name in ("data", "skills") and value not in ("", "built-in")
     home = Path(value.partition("/")[0] or "/").expanduser().is_dir() and "/" in value
     return home or value.endswith(".gguf") or Path(value).exists()
 
@@ -2690,6 +2718,8 @@ def read_settings(argv):
 def resumed_settings(run, explicit):
     """The Settings of a run, with those changes that --resume may make."""
     for name in sorted(set(explicit) - set(MAY_CHANGE)):
+        if name in ("out", "config"):
+            raise UserError(f"{flag(name)} cannot be combined with --resume; leave it out")
         raise UserError(f"{flag(name)} cannot change within a run; start a new one with --out")
     for folder in Path(run).parents[:2]:
         if checkpoints(folder):
@@ -2706,15 +2736,16 @@ def new_settings(explicit):
         setattr(s, name, getattr(Settings, name))
     short = re.sub(r"[^\w.-]+", "-", f"{Path(s.env).name}-{s.algo}-{Path(s.model).name}")
     s.out = os.path.expandvars(os.path.expanduser(s.out or f"runs/{short}"))
-    if any(path.is_file() for path in (Path(s.out), *Path(s.out).parents)):
-        raise UserError(f"--out {s.out} is a file or in one; give a folder")
+    if any(path.exists() and not path.is_dir() for path in (Path(s.out), *Path(s.out).parents)):
+        raise UserError(f"--out {s.out} is a file, or lies under one; give a folder")
     return s
 
 def read_config(path, missing):
     """The Settings in a run's config.json; UserError if they are not those of this version."""
     saved = read_json(path, missing)
     if not isinstance(saved, dict) or {*saved} - {"versions"} != {f.name for f in fields(Settings)}:
-        raise UserError(f"{path} is damaged or another version's; start a new run")
+        raise UserError(f"{path} does not hold the settings of this version (it is damaged or "
+                        "another version's); restore it, or start a new run")
     saved.pop("versions", None)
     return Settings(**saved)
 
@@ -2737,11 +2768,14 @@ def check_settings(s):
         if fits and f.name != "seed" and not isinstance(value, str):
             fits = (0 <= value if above is None else above < value) and value < math.inf
         if not fits:
-            bound = "; it must be 0 or more" if above is None else f"; it must be above {above}"
+            bound = "0 or more" if above is None else f"above {above}"
+            bound = f"; it must be a finite number, {bound}"
             bound *= not isinstance(f.default, (str, bool)) and f.name != "seed"
             raise UserError(f"{flag(f.name)} cannot be {value!r}{bound}")
     if not -2**63 <= s.seed < 2**63:
         raise UserError("--seed must be at least -2**63 and below 2**63")
+    if s.lr_warmup > 1:
+        raise UserError("--lr-warmup is a share of the steps; it must be 0 to 1")
     if s.track != "none" and importlib.util.find_spec(s.track) is None:
         raise UserError(f"--track {s.track} needs a package: pip install {s.track}")
     if s.steps == s.warm_start == 0:
@@ -2749,10 +2783,11 @@ def check_settings(s):
     if s.gate_baseline and (s.gate != "gap" or s.divergence != "sampled"):
         raise UserError("--gate-baseline needs --gate gap and --divergence sampled")
     if s.gap == "contrast" and s.gate not in ("gap", "soft-or"):
-        raise UserError("--gap contrast needs --gate gap or soft-or, the other gates know no gap")
+        raise UserError("--gap contrast works only with --gate gap or soft-or, because the other "
+                        "gates do not use the gap")
     if s.retrieval == "full" and (s.gap == "contrast" or s.control_every):
-        raise UserError("--retrieval full leaves no other skill to compare with; leave out "
-                        "--control-every and --gap")
+        raise UserError("with --retrieval full there is no other skill to compare with; leave out "
+                        "--control-every and --gap contrast, or choose --retrieval km")
     for name in without_effect(s):
         if getattr(s, name) != getattr(Settings, name):
             raise UserError(f"{flag(name)} has no effect with --algo {s.algo}; leave it out")
