@@ -704,8 +704,9 @@ def episode_parts(row):
     kind = str(row.get("failure") or "").replace("_", " ")
     outcome = "won" if row["won"] else "not won" + f" ({kind})" * bool(kind)
     skill = ": ".join(filter(None, (row["skill"], row.get("skill_text"))))
+    goal = row.get("goal") if row.get("goal") != row.get("task") else ""
     facts = {"Outcome": f"{outcome}, step {row['step']}, task {row['task_id']}",
-             "Task": row.get("task"), "Success is": row.get("goal"), "Skill": skill}
+             "Task": row.get("task"), "Success is": goal, "Skill": skill}
     parts = [("fact", f"{name}: {printable(text)}") for name, text in facts.items() if text]
     for number, turn in enumerate(row["turns"], 1):
         notes = [f"{name} {turn[name]:g}" for name in ("reward", "advantage") if name in turn]

@@ -394,14 +394,14 @@ def token_weights(mask, owners=None):
 
 # ======== 6. The gate and the losses, per token: (B, T) -> (B, T) =================================
 def grpo_tokens(logp, old_logp, advantages, clip=0.2, dual_clip=3.0):
-    """-min(r A, clip(r, 1-e, 1+e) A), at most -dual_clip * A for A < 0. The log-ratio is limited to
-    +-20, so that exp stays finite."""
+    """Policy loss (B, T): -min(r A, clip(r, 1-e, 1+e) A), at most -dual_clip * A for A < 0. The
+    log-ratio is limited to +-20, so that exp stays finite."""
     ratio = (logp - old_logp.detach()).clamp(-20, 20).exp()
     loss = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip))
     return torch.where(advantages < 0, torch.minimum(loss, -dual_clip * advantages), loss)
 
 def sdar(b, s):
-    """lambda * l_t. The paper's ablations (--gate, --divergence) and --gap are in section 10."""
+    """SDAR's term lambda * l_t, (B, T). --gate, --divergence and --gap are in section 10."""
     if (s.gate, s.gap, s.divergence) == ("gap", "skill", "sampled"):
         return s.lam * sdar_tokens(b.logp, b.teacher, s.beta, b.baseline)
     return s.lam * sdar_variant(b, s)
@@ -439,10 +439,11 @@ def aggregate(values, weights):
 # ======== 7. Methods ==============================================================================
 @dataclass(frozen=True)
 class Method:
-    """GRPO's clipped policy loss on `advantages`, plus whatever else is named here."""
+    """A row of METHODS: GRPO's clipped loss on `advantages`, plus whatever else is named here."""
 
-    needs: str = ""              # of "teacher reference old" (scoring passes), "entropy", "views"
-                                 # (both prompts), "uncertainty" (extra["entropy"], from "old")
+    needs: str = ""              # words: "teacher", "reference", "old" are scoring passes,
+                                 # "entropy" fills b.entropy, "views" builds both prompts,
+                                 # "uncertainty" is extra["entropy"] of the old policy
     advantages: Callable = grpo  # (Batch of the WHOLE step, s, state) -> (B, T); b.extra, b.log
     term: Callable = None        # (Batch, s) -> (B, T), added to the policy loss
     acts: str = "plain"          # the agent's own prompt: plain, skilled, or half (see rollout)
