@@ -3257,6 +3257,23 @@ def run_error(capsys, *argv):
     """The one line on stderr with which such a run ends."""
     return error_of(capsys, lambda words: run(*words), *argv)
 
+def failing(error):
+    """A function that raises this error."""
+    def fail(*_, **__):
+        raise error
+    return fail
+
+def damage(file, change):
+    """Remove a file (None), cut it to a share of its length, edit its keys, or write a text."""
+    if change is None:
+        file.unlink()
+    elif isinstance(change, dict):
+        edit(file, **change)
+    elif isinstance(change, str):
+        file.write_text(change)
+    else:
+        file.write_bytes(file.read_bytes()[:int(change * file.stat().st_size)])
+
 def without_clock(row):
     """A row of a log without what depends on the clock."""
     return {k: v for k, v in row.items() if not re.search("second|per_s|memory", k)}
@@ -3273,13 +3290,11 @@ def names_of(out):
 def same_run(a, b):
     """Whether two runs have the same logs, weights, moments and state, bit for bit."""
     last = [sdar.last_checkpoint(path) for path in (a, b)]
-    texts = [json.loads((path / "state.json").read_text()) for path in last]
-    saved = [torch.load(path / "optimizer.pt", weights_only=True) for path in last]
-    moments = [[x for m in state["optimizer"]["state"].values() for x in m.values()]
-               for state in saved]
+    states = [load(path / "state.json") | {"settings": None} for path in last]
+    saved = [torch.load(path / "optimizer.pt", weights_only=True)["optimizer"] for path in last]
+    moments = [[x for m in state["state"].values() for x in m.values()] for state in saved]
     return (all(log_of(a, name) == log_of(b, name) for name in LOGS)
-            and last[0].name == last[1].name
-            and all(texts[0][name] == texts[1][name] for name in texts[0] if name != "settings")
+            and last[0].name == last[1].name and states[0] == states[1]
             and len({(path / "model.safetensors").read_bytes() for path in last}) == 1
             and all(torch.equal(x, y) for x, y in zip(*moments, strict=True)))
 
@@ -3290,17 +3305,21 @@ def finished(tmp_path_factory):
     run(*RUN, "--out", out)
     return out
 
+def whole_and_resumed(s, folder):
+    """The folders of a run and of one that is interrupted after its first step."""
+    whole, part = (dataclasses.replace(s, out=str(folder / name)) for name in ("whole", "part"))
+    sdar.train(whole)
+    sdar.train(dataclasses.replace(part, steps=1))
+    sdar.train(part, resume=part.out)
+    return whole.out, part.out
+
 @pytest.fixture
 def run_copy(finished, tmp_path):
     """A copy of the whole run, to be damaged or continued."""
     return Path(shutil.copytree(finished, tmp_path / "run"))
 
-KILLED = f"""
-import os, signal, sys, torch
-import sdar
-{inspect.getsource(remember)}
-{inspect.getsource(remembering)}
-sdar.METHODS["remembering"] = remembering()
+KILLED = """
+import os, signal, sys, torch, test_sdar
 left = int(sys.argv[1])
 save = torch.save
 def killed(value, path):
@@ -3311,7 +3330,7 @@ def killed(value, path):
     open(path, "wb").write(b"half")
     os.kill(os.getpid(), signal.SIGKILL)
 torch.save = killed
-sdar.main(sys.argv[2:])
+test_sdar.run(*sys.argv[2:])
 """
 
 def kill_at_checkpoint(number, *argv):
@@ -3335,7 +3354,7 @@ def test_a_killed_run_resumes_bit_for_bit(finished, tmp_path):
     run("--resume", out)
     assert same_run(out, finished)
     assert not (out / "checkpoints" / "writing").exists()
-    state = json.loads((sdar.last_checkpoint(out) / "state.json").read_text())
+    state = load(sdar.last_checkpoint(out) / "state.json")
     assert len(state["memory"]["turns"]) == 3
     assert sum(n for arms in state["bandit"].values() for n, _ in arms.values()) == 3 * 2
 
@@ -3395,8 +3414,6 @@ def test_ctrl_c_and_sigterm_save_and_lose_nothing(finished, tmp_path, monkeypatc
     assert names_of(out)[-1] == last and f"--resume {out}" in capsys.readouterr().out
     assert not [path for path in out.rglob("*") if path.name.endswith(".part")]
     assert not (out / "checkpoints" / "writing").exists()
-    for log in LOGS:
-        assert not (out / log).exists() or log_of(out, log) is not None
     monkeypatch.setattr(torch, "save", save)
     run("--resume", out)
     assert same_run(out, finished)
@@ -3429,76 +3446,67 @@ def test_a_full_disk_leaves_the_previous_checkpoint(finished, tmp_path, monkeypa
     run("--resume", out)
     assert same_run(out, finished)
 
-@pytest.mark.parametrize("error", [SafetensorError("No space left"), ValueError("No space left\n")])
-@pytest.mark.parametrize("cloning", [11, 0])
-def test_a_model_that_cannot_be_written_is_one_line(tmp_path, monkeypatch, capsys, error, cloning):
-    """In a checkpoint and in the reference policy, whatever error the library has for it."""
-    def full(*_, **__):
-        raise error
-
+@pytest.mark.parametrize("error, said, advice", [
+    (FULL, "No space left", "make room"),
+    (SafetensorError("No space left"), "No space left", "make room"),
+    (ValueError("not\nserializable"), "could not be saved: not;", "not; put that right")])
+@pytest.mark.parametrize("flags", [[], ["--kl", 0, "--warm-start", 0]])
+def test_a_model_that_cannot_be_saved_is_refused_before_training(
+        policy, tmp_path, monkeypatch, capsys, error, said, advice, flags):
+    """In one line, whatever error a library has; only a full disk, met later, asks for room."""
     from transformers import PreTrainedModel
-    monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
-    line = run_error(capsys, *RUN, "--warm-start", cloning, "--out", tmp_path / "run")
-    assert "No space left" in line and not sdar.checkpoints(tmp_path / "run")
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", failing(error))
+    line = run_error(capsys, *RUN, *flags, "--out", tmp_path / "run")
+    assert said in line and "make room" not in line and not list((tmp_path / "run").glob("*"))
+    s = settings(out=str(tmp_path / "later"))
+    with pytest.raises(OSError, match=advice) as refused:
+        sdar.save_checkpoint(sdar.make_state(copied(policy), s), s)
+    assert "previous" not in str(refused.value) and not sdar.checkpoints(s.out)
 
-NO_MEMORY = [
+@pytest.mark.parametrize("name, error", [
     ("clone_step", torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")),
     ("generate", RuntimeError("[enforce fail at alloc_cpu.cpp] . DefaultCPUAllocator: can't "
                               "allocate memory: you tried to allocate 9 bytes")),
     ("score_turns", MemoryError()),
-    ("step_loss", RuntimeError("cuda runtime error: CUBLAS_STATUS_ALLOC_FAILED"))]
-
-@pytest.mark.parametrize("name, error", NO_MEMORY)
+    ("step_loss", RuntimeError("cuda runtime error: CUBLAS_STATUS_ALLOC_FAILED")),
+    ("generate", RuntimeError("an illegal memory access was encountered"))])
 def test_out_of_memory_names_what_to_lower(tmp_path, monkeypatch, capsys, name, error):
-    """In one line, wherever it happens and whichever library says it."""
-    def full(*_, **__):
-        raise error
-
-    monkeypatch.setattr(sdar, name, full)
-    cloning = 1 if name == "clone_step" else 0
-    line = run_error(capsys, *RUN, "--warm-start", cloning, "--kl", 0, "--out", tmp_path / "r")
+    """In one line, wherever it happens and whoever says it; a bug keeps its traceback."""
+    monkeypatch.setattr(sdar, name, failing(error))
+    argv = [*RUN, "--warm-start", int(name == "clone_step"), "--kl", 0, "--out", tmp_path / "run"]
+    if "illegal" in str(error):
+        with pytest.raises(RuntimeError, match="illegal"):
+            run(*argv)
+        return
+    line = run_error(capsys, *argv)
     assert line.startswith("error: out of memory; lower --rollout-rows")
     assert "--micro-tokens" in line and "--small-gpu" in line
 
-def test_other_errors_are_not_called_out_of_memory(tmp_path, monkeypatch):
-    """A bug must show its traceback, even if its message holds the word memory."""
-    def broken(*_, **__):
-        raise RuntimeError("an illegal memory access was encountered")
-
-    monkeypatch.setattr(sdar, "generate", broken)
-    with pytest.raises(RuntimeError, match="illegal"):
-        run(*RUN, "--warm-start", 0, "--out", tmp_path / "bug")
-
-DAMAGE = [(name, damage) for damage in ("cut", "zeros", "gone") for name in (
-    "model.safetensors", "optimizer.pt", "state.json", "tokenizer.json", "config.json",
-    "tokenizer_config.json")] + [("chat_template.jinja", "cut"), ("chat_template.jinja", "gone")]
-
-@pytest.mark.parametrize("name, damage", DAMAGE)
-def test_a_damaged_checkpoint_is_one_line(run_copy, capsys, name, damage):
-    """It names the folder to delete."""
-    path = sdar.last_checkpoint(run_copy) / name
-    data = path.read_bytes()
-    path.unlink()
-    if damage != "gone":
-        path.write_bytes(data[:len(data) // 2] if damage == "cut" else bytes(len(data)))
-    line = run_error(capsys, "--resume", run_copy, "--steps", 4)
-    assert line.startswith(f"error: delete {path.parent} to use the checkpoint before it")
-
-@pytest.mark.parametrize("file, text, hint", [
-    ("checkpoints/step-000003-rl/state.json", "{}", "to use the checkpoint before it"),
-    ("checkpoints/step-000003-rl/state.json", "[]", "to use the checkpoint before it"),
+DAMAGE = [  # (file, what is done to it, word of the message)
+    *((f"checkpoints/step-000003-rl/{name}", change, "error: delete {last} to use the checkpoint")
+      for name, changes in (("model.safetensors", [0.5, "\0" * 99, None]),
+                            ("optimizer.pt", [0.5, "\0" * 99, None]),
+                            ("state.json", [0.5, "\0" * 99, None, "{}", "[]"]),
+                            ("tokenizer.json", [0.5, "\0" * 99, None]),
+                            ("config.json", [0.5, "\0" * 99, None]),
+                            ("tokenizer_config.json", [0.5, "\0" * 99, None]),
+                            ("chat_template.jinja", [0.5, None]))
+      for change in changes),
     ("reference/model.safetensors", "", "run/reference"),
     ("config.json", "{", "is damaged"), ("config.json", "[1, 2]", "damaged or another"),
-    ("config.json", {"groups": "two"}, "--groups"),
+    ("config.json", {"groups": "two"}, "--groups"), ("config.json", {"env": 5}, "--env"),
     ("config.json", {"algo": "magic"}, "--algo"), ("config.json", {"lr": math.inf}, "--lr"),
-    ("config.json", {"from_the_future": 1}, "another version")])
-def test_a_run_folder_of_nonsense_is_one_line(run_copy, capsys, file, text, hint):
-    """Whatever is in its files."""
-    if isinstance(text, str):
-        (run_copy / file).write_text(text)
-    else:
-        edit(run_copy / file, **text)
-    assert hint in run_error(capsys, "--resume", run_copy)
+    ("config.json", {"lr": "fast"}, "--lr"), ("config.json", {"model": [1]}, "--model"),
+    ("config.json", {"from_the_future": 1}, "another version")]
+
+@pytest.mark.parametrize("file, change, hint", DAMAGE)
+def test_a_damaged_run_folder_is_one_line(run_copy, capsys, file, change, hint):
+    """It names the checkpoint to delete, or what is wrong; --config of it says the same."""
+    damage(run_copy / file, change)
+    hint = hint.format(last=sdar.last_checkpoint(run_copy))
+    assert hint in run_error(capsys, "--resume", run_copy, "--steps", 4)
+    if file == "config.json":
+        assert hint in run_error(capsys, "--config", run_copy / file)
 
 def test_logs_keep_lines_with_unusual_separators_and_drop_half_lines(tmp_path):
     """A line of JSON may hold U+2028; a half-written one is left out."""
@@ -3614,48 +3622,43 @@ def loaded(folder):
     return sdar.load_policy(str(folder), "cpu")
 
 LOOP = "{% for m in messages %}<|im_start|>{{ m.role }}\n"
-TURN = sdar.TINY_TEMPLATE.replace("<|im_start|>", "<|turn|>")
 PARTS = LOOP + "{% for x in m.content if x.type %}{{ x.text }}{% endfor %}{% endfor %}"
 
-def bad_config(**changes):
-    """A change of a folder's config.json."""
-    return lambda folder: edit(folder / "config.json", **changes)
-
-def bad_template(text):
-    """A change of a folder's chat template."""
-    return lambda folder: with_template(folder, text)
-
-SPOILT = {  # what is wrong: (how it is made, word of the message)
-    "renamed weights": (lambda d: edit_weights(d, lambda w: {
+CHANGING = LOOP + "{{ m.content | %s }}<|im_end|>\n{%% endfor %%}"
+TEMPLATE = "chat_template.jinja"
+SPOILT = {  # what is wrong: (file, what is done to it, word of the message)
+    "renamed weights": ("", lambda d: edit_weights(d, lambda w: {
         f"_orig_mod.{name}": x for name, x in w.items()}), "random"),
-    "not a number": (lambda d: edit_weights(d, lambda w: {
+    "not a number": ("", lambda d: edit_weights(d, lambda w: {
         name: x * math.nan for name, x in w.items()}), "not numbers"),
-    "no head": (bad_config(tie_word_embeddings=False), "lm_head.weight"),
-    "a layer too many": (
-        bad_config(num_hidden_layers=4, layer_types=["full_attention"] * 4), "random"),
-    "another width": (bad_config(intermediate_size=64), "random"),
-    "8 bit": (bad_config(quantization_config={"quant_method": "gptq", "bits": 4}), "model"),
-    "an adapter": (lambda d: (d / "adapter_config.json").write_text("{}"), "merge"),
-    "no template": (lambda d: (d / "chat_template.jinja").unlink(), "instruction-tuned"),
-    "system first": (bad_template("{{ raise_exception('system first') }}"), "system first"),
-    "template cut off": (bad_template(LOOP + "{{ m.content }"), "unexpected"),
-    "template divides": (bad_template("{{ 1 / 0 }}"), "division"),
-    "message is gone": (bad_template(PARTS), "leaves out or changes"),
-    "message is escaped": (bad_template(LOOP + "{{ m.content | e }}{% endfor %}"), "leaves out"),
-    "in capitals": (bad_template(LOOP + "{{ m.content | upper }}{% endfor %}"), "leaves out"),
-    "message cut short": (bad_template(LOOP + "{{ m.content[:20] }}{% endfor %}"), "leaves out"),
-    "token without embedding": (lambda d: with_tokens(d, ["<|turn|>"], TURN), "embeddings"),
-    "empty folder": (lambda d: (shutil.rmtree(d), d.mkdir()), "cannot load"),
-}
+    "token without embedding": ("", lambda d: with_tokens(
+        d, ["<|turn|>"], sdar.TINY_TEMPLATE.replace("<|im_start|>", "<|turn|>")), "embeddings"),
+    "empty folder": ("", lambda d: (shutil.rmtree(d), d.mkdir()), "cannot load"),
+    "no head": ("config.json", {"tie_word_embeddings": False}, "lm_head.weight"),
+    "a layer too many": ("config.json", {"num_hidden_layers": 4,
+                                         "layer_types": ["full_attention"] * 4}, "random"),
+    "another width": ("config.json", {"intermediate_size": 64}, "random"),
+    "4 bit": ("config.json", {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+              "model"),
+    "an adapter": ("adapter_config.json", "{}", "merge"),
+    "no template": (TEMPLATE, None, "instruction-tuned"),
+    "system first": (TEMPLATE, "{{ raise_exception('system first') }}", "system first"),
+    "template cut off": (TEMPLATE, LOOP + "{{ m.content }", "unexpected"),
+    "template divides": (TEMPLATE, "{{ 1 / 0 }}", "division"),
+    "message is gone": (TEMPLATE, PARTS, "leaves out or changes messages"),
+    "message cut short": (TEMPLATE, LOOP + "{{ m.content[:20] }}{% endfor %}", "leaves out"),
+    **{f"message | {change}": (TEMPLATE, CHANGING % change, "leaves out") for change in (
+        "e", "upper", "replace('\\n\\n', '\\n')", "replace('  ', ' ')")}}
 
 @pytest.mark.parametrize("kind", SPOILT)
 def test_a_model_that_cannot_be_trained_is_refused_in_one_line(folder, kind):
     """Before any work is done, by its name, with what to do."""
-    spoil, word = SPOILT[kind]
-    spoil(folder)
-    with pytest.raises(UserError) as refused:
-        loaded(folder)
-    assert word in str(refused.value) and len(str(refused.value).splitlines()) == 1
+    file, change, word = SPOILT[kind]
+    if file:
+        damage(folder / file, change)
+    else:
+        change(folder)
+    one_line(word, loaded, folder)
 
 def test_weights_that_are_left_out_are_named(folder, capsys):
     """A config.json with too few layers trains another model than the folder's."""
@@ -3668,53 +3671,18 @@ def test_a_run_stands_for_its_last_checkpoint(finished):
     last = loaded(finished / "checkpoints" / "step-000003-rl")
     assert same_weights(loaded(finished).model, last.model)
 
+def one_line(match, function, *args, **options):
+    """The call is refused with one line that matches."""
+    with pytest.raises(UserError, match=match or None) as error:
+        function(*args, **options)
+    assert "\n" not in str(error.value)
+
 SIZES = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
              num_key_value_heads=4, max_position_embeddings=512)
 GPT = dict(n_embd=64, n_layer=2, n_head=4)
 EXPERTS = dict(n_routed_experts=4, num_experts_per_tok=1, n_group=1, topk_group=1,
                kv_lora_rank=16, q_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8,
                v_head_dim=16, moe_intermediate_size=32)
-FAMILIES = [  # a model type, its configuration, and a word of the refusal, "" if it is trained
-    ("llama", dict(mlp_bias=True), ""), ("qwen3", dict(head_dim=16), ""), ("phi", {}, ""),
-    ("olmo2", {}, ""), ("smollm3", dict(pad_token_id=0), ""), ("gemma", dict(head_dim=16), ""),
-    ("gpt2", dict(GPT, attn_pdrop=0.3, resid_pdrop=0.3, embd_pdrop=0.3), ""),
-    ("gptj", dict(GPT, rotary_dim=8), ""), ("phi3", dict(pad_token_id=0, resid_pdrop=0.3), ""),
-    ("starcoder2", dict(attention_dropout=0.3, residual_dropout=0.3), ""),
-    ("qwen2", dict(attention_dropout=0.5, num_key_value_heads=2), ""),
-    ("qwen2_moe", dict(num_experts=4, moe_intermediate_size=32), ""),
-    ("mistral", dict(sliding_window=None), ""), ("gemma2", dict(head_dim=16), "caps its logits"),
-    ("granite", dict(logits_scaling=8.0), "by its head"), ("cohere", {}, "by its head"),
-    ("mpt", dict(d_model=64, n_heads=4, n_layers=2), ""), ("deepseek_v3", EXPERTS, ""),
-    ("opt", dict(ffn_dim=64, word_embed_proj_dim=64), ""),
-    ("mixtral", dict(num_local_experts=4, router_jitter_noise=0.3), "training mode")]
-
-@pytest.mark.parametrize("kind, config, word", FAMILIES, ids=[row[0] for row in FAMILIES])
-def test_a_family_generates_what_transformers_generates_or_is_refused(
-        sound, tmp_path, kind, config, word):
-    """Greedy equality, in fp32 and without dropout; one line where it would go wrong."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-    tokenizer = tokenizer_in(sound)
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(kind, **{"vocab_size": len(tokenizer), **SIZES, **config})
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    if word:
-        with pytest.raises(UserError, match=word or None):
-            loaded(tmp_path)
-        return
-    policy = loaded(tmp_path)
-    assert {p.dtype for p in policy.model.parameters()} == {torch.float32}
-    assert not policy.model.training and policy.tokenizer.eos_token_id in policy.end_ids
-    prompts = dict(enumerate(sdar.encode_chats(policy.tokenizer, ["Hello", "Go to the desk now"])))
-    want = [policy.model.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False,
-                                  eos_token_id=list(policy.end_ids), pad_token_id=0)
-            for ids in prompts.values()]
-    want = [row[0, len(ids):].tolist() for row, ids in zip(want, prompts.values())]
-    assert answers(policy, prompts, settings()) == dict(enumerate(want))
-    modes = [sdar.response_logps(policy.model.train(mode), list(prompts.values()), want,
-                                 settings())[0] for mode in (True, False)]
-    assert torch.equal(*modes)
-
 # ---- kernels -------------------------------------------------------------------------------------
 
 def forward_and_gradient(model):
@@ -3724,28 +3692,19 @@ def forward_and_gradient(model):
     logits.square().sum().backward()
     return flat([logits.detach(), *(p.grad for p in model.parameters())]).cpu()
 
-@pytest.mark.parametrize("kind, norms, mlps", [
-    ("llama", 5, 2), ("qwen2", 5, 2), ("qwen3", 9, 2), ("gemma", 0, 0), ("gelu", 5, 0)])
-def test_fused_modules_compute_what_the_plain_ones_do(kind, norms, mlps, monkeypatch):
+@pytest.mark.parametrize("kind, fused", [
+    ("llama", 7), ("qwen2", 7), ("qwen3", 11), ("gemma", 0), ("gelu", 5)])
+def test_fused_modules_compute_what_the_plain_ones_do(kind, fused, monkeypatch):
     """Also after a deep copy; modules that compute something else, as Gemma's, stay."""
     model = small_model("llama", hidden_act="gelu") if kind == "gelu" else small_model(kind)
     modeling = sys.modules[type(model).__module__]
     plain = forward_and_gradient(model)
-    rotary = modeling.apply_rotary_pos_emb
-    monkeypatch.setattr(modeling, "apply_rotary_pos_emb", rotary)     # to have it back
+    monkeypatch.setattr(modeling, "apply_rotary_pos_emb", modeling.apply_rotary_pos_emb)
     monkeypatch.setattr(sdar, "compiled", lambda function: function)
-    calls = []
-    for name in ("fused_norm", "fused_mlp"):
-        def counted(self, x, name=name, function=getattr(sdar, name)):
-            calls.append(name)
-            return function(self, x)
-        monkeypatch.setattr(sdar, name, counted)
     sdar.fuse(model)
     sdar.fuse(model)                      # as of a second one, the reference
-    calls.clear()
+    assert sum("forward" in vars(module) for module in model.modules()) == fused
     assert torch.allclose(forward_and_gradient(model), plain, atol=1e-4, rtol=1e-4)
-    assert (calls.count("fused_norm"), calls.count("fused_mlp")) == (norms, mlps)
-    assert getattr(modeling.apply_rotary_pos_emb, "plain", rotary) is rotary
     twin = copy.deepcopy(model)
     with torch.no_grad():
         for p in model.parameters():
@@ -3754,11 +3713,9 @@ def test_fused_modules_compute_what_the_plain_ones_do(kind, norms, mlps, monkeyp
 
 def test_without_a_compiler_nothing_is_fused(monkeypatch, capsys):
     """The run is slower and says so."""
-    def none(function):
-        raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.")
-
     model = small_model("qwen2")
-    monkeypatch.setattr(sdar, "compiled", none)
+    error = RuntimeError("Failed to find C compiler. Please specify via CC environment variable.")
+    monkeypatch.setattr(sdar, "compiled", failing(error))
     sdar.fuse(model)
     assert "slower: Failed to find C compiler" in capsys.readouterr().out
     assert not any("forward" in vars(module) for module in model.modules())
@@ -3829,8 +3786,8 @@ def tokenizer_of(kind, texts):
 def test_a_tokenizer_must_give_back_messages_and_tags(env, sound, kind, word):
     """One with byte fallback does; one that lowers, or loses letters, is refused."""
     texts = [text.replace("'", "") for text in sdar.tiny_texts(env, settings(), 5)]
-    tokenizer = tokenizer_of(kind, texts)
     model = loaded(sound).model
+    tokenizer = tokenizer_of(kind, texts)
     model.resize_token_embeddings(len(tokenizer))
     fault = sdar.text_fault(sdar.wrap_policy(model, tokenizer))
     assert word in fault and bool(word) == bool(fault)
@@ -3871,7 +3828,18 @@ def test_experts_leave_out_the_tag_that_the_prompt_has_opened(worlds, folder, na
             text = sdar.response_text(policy, turn.response_ids)
             assert text.count("<think>") == opened and text.count("</think>") == 1
 
+def mentions(after, begin=""):
+    """A template with `after` behind each message and `begin` at the start of the answer."""
+    return (LOOP + "{{ m.content }}" + after + "<|im_end|>\n{% endfor %}"
+            "{% if add_generation_prompt %}<|im_start|>assistant\n" + begin + "{% endif %}")
+
 STYLES = {  # of well-known families: (template, think block, the token that ends a turn)
+    "told to think": (mentions("\nThink in <think> ... </think>."), "", "<|im_end|>"),
+    "told to start": (mentions("\nStart with <think>"), "", "<|im_end|>"),
+    "told and opened": (mentions("\nIn <think> </think>.", "<think>\n"), "opened", "<|im_end|>"),
+    "told and closed": (mentions("\nStart with <think>", "<think>\n\n</think>\n\n"), "closed",
+                        "<|im_end|>"),
+    "opened and a blank": (mentions("", "<think> "), "opened", "<|im_end|>"),
     "chatml": (sdar.TINY_TEMPLATE, "", "<|im_end|>"),
     "blanks before the end": (LOOP + "{{ m.content }}{% if m.role == 'assistant' %}  <|im_end|>\n"
                               "{% endif %}{% endfor %}", "", "<|im_end|>"),
@@ -3887,7 +3855,7 @@ STYLES = {  # of well-known families: (template, think block, the token that end
                     "{% else %}<|Assistant|>{{ m.content.split('</think>')[-1] }}</s>{% endif %}"
                     "{% endfor %}{% if add_generation_prompt %}<|Assistant|><think>\n{% endif %}",
                     "opened", "</s>"),
-    "qwen3": (CLOSES.replace("assistant<think>", "assistant{% if not enable_thinking %}<think>").replace(
+    "qwen3": (CLOSES.replace("<think>", "{% if not enable_thinking %}<think>").replace(
         "</think>\n\n", "</think>\n\n{% endif %}"), "closed", "<|im_end|>"),
     "alpaca": ("{% for m in messages %}### {{ m.role }}:\n{{ m.content }}\n\n{% endfor %}"
                "{% if add_generation_prompt %}### assistant:\n{% endif %}", "", None)}
@@ -3909,22 +3877,17 @@ def test_think_block_and_end_of_turn_of_known_templates(sound, style):
     ends = set(tokenizer.convert_ids_to_tokens(list(policy.end_ids))) - {"<|endoftext|>"}
     assert ends == ({end} if end else set())
 
-@pytest.mark.parametrize("date", [
-    "{{ strftime_now('%d %b %Y') }}", '{{ strftime_now( "%Y-%m-%d %H:%M" ) }}',
-    "{% if date_string is not defined %}{% if strftime_now is defined %}"
-    "{% set date_string = strftime_now('%d %b %Y') %}{% endif %}{% endif %}{{ date_string }}"])
-def test_a_template_that_prints_the_date_prints_one_fixed_date(folder, monkeypatch, capsys, date):
+@pytest.mark.parametrize("date, shown", [
+    ("{{ strftime_now('%d %b %Y') }}", "01 Jan 2026"),
+    ('{{ strftime_now( "%Y-%m-%d %H:%M" ) }}', "2026-01-01 00:00"),
+    ("{% set f = '%-d %B %Y' %}{{ strftime_now(f) }}", "1 January 2026"),
+    ("{% if date_string is not defined %}{% if strftime_now is defined %}"
+     "{% set date_string = strftime_now('%d %b %Y') %}{% endif %}{% endif %}{{ date_string }}",
+     "01 Jan 2026")])
+def test_a_template_that_prints_the_date_prints_one_fixed_date(folder, capsys, date, shown):
     """The same seed gives the same run tomorrow; one line says so."""
-    from transformers.utils import chat_template_utils
     policy = loaded(with_template(folder, date + sdar.TINY_TEMPLATE))
-    today = sdar.render_chat(policy.tokenizer, "x")
-
-    class Later(datetime.datetime):
-        @classmethod
-        def now(cls, *zone):
-            return cls(2030, 5, 6)
-    monkeypatch.setattr(chat_template_utils, "datetime", Later)
-    assert sdar.render_chat(policy.tokenizer, "x") == today and "2026" in today
+    assert sdar.render_chat(policy.tokenizer, "x").startswith(shown + "<|im_start|>user")
     sdar.check_lengths(policy, settings())
     assert "always 01 Jan 2026" in capsys.readouterr().out
 
@@ -3936,12 +3899,10 @@ def test_a_template_that_prints_the_date_prints_one_fixed_date(folder, monkeypat
 def test_prompts_longer_than_a_model_knows(sound, capsys, config, prompt, word):
     """A line where rotary positions go on; an error where they are learnt or vary by row."""
     policy = loaded(sound)
-    for name, value in config.items():
-        setattr(policy.model.config, name, value)
+    policy.model.config.update(config)
     s = settings(max_prompt=prompt, max_teacher_prompt=prompt)
     if word == "error":
-        with pytest.raises(UserError, match="--max-prompt"):
-            sdar.check_lengths(policy, s)
+        one_line("--max-prompt", sdar.check_lengths, policy, s)
     else:
         sdar.check_lengths(policy, s)
     assert ("--max-prompt" in capsys.readouterr().out) == (word == "note")
@@ -3958,27 +3919,42 @@ SMALL = dict(SIZES, head_dim=16, pad_token_id=0)
 HALF = dict(sliding_window=8, layer_types=["sliding_attention", "full_attention"])
 DELTA = dict(linear_num_value_heads=4, linear_num_key_heads=2, linear_key_head_dim=16,
              linear_value_head_dim=16, layer_types=["linear_attention", "full_attention"])
-OTHERS = [  # a model type, its configuration, why it decodes plainly, and whether it may be padded
-    ("mistral", dict(SMALL, sliding_window=8), "SlidingWindow", True),
-    ("gemma3_text", SMALL | HALF, "SlidingWindow", True),
-    ("gpt_oss", SMALL | HALF | dict(num_local_experts=4, num_experts_per_tok=2), "Sliding", True),
-    ("phi3", dict(SMALL, sliding_window=8), "SlidingWindow", True),
+FAMILIES = [  # a model type, its configuration, why it decodes through generate, or the refusal
+    ("llama", dict(SIZES, mlp_bias=True), "", ""), ("qwen3", dict(SIZES, head_dim=16), "", ""),
+    ("phi", SIZES, "", ""), ("olmo2", SIZES, "", ""), ("smollm3", SMALL, "", ""),
+    ("gemma", dict(SIZES, head_dim=16), "", ""), ("gptj", GPT | {"rotary_dim": 8}, "", ""),
+    ("gpt2", dict(GPT, attn_pdrop=0.3, resid_pdrop=0.3, embd_pdrop=0.3), "", ""),
+    ("phi3", dict(SIZES, pad_token_id=0, resid_pdrop=0.3), "", ""),
+    ("starcoder2", dict(SIZES, attention_dropout=0.3, residual_dropout=0.3), "", ""),
+    ("qwen2", SIZES | {"attention_dropout": 0.5, "num_key_value_heads": 2}, "", ""),
+    ("qwen2_moe", dict(SIZES, num_experts=4, moe_intermediate_size=32), "", ""),
+    ("mistral", dict(SIZES, sliding_window=None), "", ""),
+    ("mpt", dict(d_model=64, n_heads=4, n_layers=2), "", ""),
+    ("deepseek_v3", SIZES | EXPERTS, "", ""),
+    ("opt", dict(SIZES, ffn_dim=64, word_embed_proj_dim=64), "", ""),
+    ("gemma2", dict(SIZES, head_dim=16), "", "caps its logits"),
+    ("granite", dict(SIZES, logits_scaling=8.0), "", "by its head"),
+    ("cohere", SIZES, "", "by its head"),
+    ("mixtral", dict(SIZES, num_local_experts=4, router_jitter_noise=0.3), "", "training mode"),
+    ("mistral", dict(SMALL, sliding_window=8), "SlidingWindow", ""),
+    ("gemma3_text", SMALL | HALF, "SlidingWindow", ""),
+    ("gpt_oss", SMALL | HALF | dict(num_local_experts=4, num_experts_per_tok=2), "Sliding", ""),
+    ("phi3", dict(SMALL, sliding_window=8), "SlidingWindow", ""),
     ("qwen2", dict(SMALL, use_sliding_window=True, sliding_window=8, max_window_layers=0),
-     "SlidingWindow", True),
-    ("qwen3_5_text", SMALL | DELTA, "LinearAttention", True),
-    ("lfm2", dict(SMALL, layer_types=["conv", "full_attention"]), "LinearAttention", True),
-    ("mamba", dict(SMALL, state_size=8), "LinearAttention", True),
-    ("rwkv", SMALL, "AttributeError", False),
+     "SlidingWindow", ""),
+    ("qwen3_5_text", SMALL | DELTA, "LinearAttention", ""),
+    ("lfm2", dict(SMALL, layer_types=["conv", "full_attention"]), "LinearAttention", ""),
+    ("mamba", dict(SMALL, state_size=8), "LinearAttention", ""),
+    ("rwkv", SMALL, "AttributeError", ""), ("bloom", SIZES | GPT, "AttributeError", ""),
     ("gpt_neo", dict(SIZES, num_layers=2, num_heads=4,
-                     attention_types=[[["global", "local"], 1]]), "local", True),
-    ("bloom", SIZES | GPT, "AttributeError", True),
-    ("falcon", dict(SIZES, alibi=True), "AttributeError", True),
-    ("deepseek_v2", SIZES | EXPERTS, "RuntimeError", True)]
+                     attention_types=[[["global", "local"], 1]]), "local", ""),
+    ("falcon", dict(SIZES, alibi=True), "AttributeError", ""),
+    ("deepseek_v2", SIZES | EXPERTS, "RuntimeError", "")]
 
 def other_model(sound, folder, kind, config):
     """A random model of a type in a folder, with the tokenizer of `sound`."""
-    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(sound)
+    from transformers import AutoConfig, AutoModelForCausalLM
+    tokenizer = tokenizer_in(sound)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(
         AutoConfig.for_model(kind, **config, vocab_size=len(tokenizer)))
@@ -3986,43 +3962,46 @@ def other_model(sound, folder, kind, config):
         p.data += 0.1 * torch.randn_like(p) * (p.dim() > 1)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return sdar.load_policy(str(folder), "cpu")
+    return loaded(folder)
 
 def responses(policy, prompts, temperature=0, **options):
-    """{key: response ids}, and the prompts are left as they are."""
+    """{key: response ids} with the tag that ends one."""
     s = settings(max_response=12, **options)
-    generator = sdar.generator_for(policy, s, "test")
-    found = {}
-    for ended in sdar.generate(policy, dict(prompts), s, temperature, ("</action>",), generator):
-        found |= ended
-    return found
+    return answers(policy, prompts, s, temperature, None, ("</action>",),
+                   sdar.generator_for(policy, s, "test"))
 
-@pytest.mark.parametrize("kind, config, why, pads", OTHERS, ids=[row[0] for row in OTHERS])
-def test_models_with_another_memory_decode_through_generate(sound, tmp_path, kind, config, why,
-                                                            pads):
-    """Greedy tokens are those of generate on each prompt alone; the log-probabilities that are
-    trained are those of generate's logits; sampling repeats with its seed; the model is saved."""
+@pytest.mark.parametrize("kind, config, why, word", FAMILIES, ids=[row[0] for row in FAMILIES])
+def test_a_family_is_trained_as_transformers_runs_it_or_refused(sound, tmp_path, kind, config, why,
+                                                                word):
+    """Greedy and scored as each prompt alone, in fp32 without dropout, sampled by its seed, saved;
+    one line where that would go wrong."""
+    if word:
+        one_line(word, other_model, sound, tmp_path, kind, config)
+        return
     policy = other_model(sound, tmp_path / "a", kind, config)
-    assert why in policy.plain and policy.pads == pads
+    assert why in policy.plain and bool(why) == bool(policy.plain)
+    assert policy.pads == (kind != "rwkv") and not policy.model.training
+    assert {p.dtype for p in policy.model.parameters()} == {torch.float32}
     texts = ["Hello", "Go to the desk now", "Look at the shelf", "Yes", "Hello again", "Hello"]
     prompts = dict(enumerate(sdar.encode_chats(policy.tokenizer, texts)))
     ends = [*policy.end_ids, policy.tokenizer.convert_tokens_to_ids("</action>")]
-    alone = [policy.model.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False,
-                                   eos_token_id=ends, pad_token_id=0)
-             for ids in prompts.values()]
-    want = {i: row[0, len(prompts[i]):].tolist() for i, row in enumerate(alone)}
+    want = {}
+    for i, ids in prompts.items():
+        row, = policy.model.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False,
+                                     eos_token_id=ends, pad_token_id=0)
+        want[i] = row[len(ids):].tolist()
     assert responses(policy, prompts) == want == responses(policy, prompts, rollout_rows=2)
     sampled = responses(policy, prompts, 1.0)
     assert sampled == responses(policy, prompts, 1.0) != want
-    scored, _ = sdar.response_logps(policy.model, list(prompts.values()), [*sampled.values()],
-                                    settings())
-    for ids, answer, row in zip(prompts.values(), sampled.values(), scored):
-        logits = policy.model(input_ids=torch.tensor([ids + answer])).logits[0, len(ids) - 1:-1]
-        logp = torch.log_softmax(logits, -1).gather(1, torch.tensor(answer)[:, None])[:, 0]
-        assert close(row[:len(answer)], logp, 1e-4)
+    for mode in (True, False):
+        scored, _ = sdar.response_logps(policy.model.train(mode), list(prompts.values()),
+                                        [*sampled.values()], settings())
+        policy.model.eval()
+        for ids, answer, row in zip(prompts.values(), sampled.values(), scored):
+            logp = full_logps(policy, ids, answer).gather(1, torch.tensor(answer)[:, None])
+            assert close(row[:len(answer)], logp[:, 0], 1e-4)
     sdar.save_model(policy, tmp_path / "b")
-    again = sdar.load_policy(str(tmp_path / "b"), "cpu")
-    assert responses(again, prompts) == want
+    assert responses(loaded(tmp_path / "b"), prompts) == want
 
 def test_a_plain_response_ends_where_ours_does(sound, tmp_path):
     """With a closing tag, an end token, or at its limit, whichever row is longest."""
@@ -4042,22 +4021,13 @@ def test_a_plain_response_ends_where_ours_does(sound, tmp_path):
         patch.setattr(sdar, "sample", told)
         assert responses(policy, prompts) == script
 
-def test_a_run_of_a_plain_model_resumes_to_the_same_numbers(sound, tmp_path, handlers, capsys):
+def test_a_run_of_a_plain_model_resumes_to_the_same_numbers(sound, tmp_path, capsys):
     """Rollout, teacher, reference and update; the line says that it is slower."""
     other_model(sound, tmp_path / "m", "gemma3_text", SMALL | HALF)
-    flags = ["--model", tmp_path / "m", "--data", "built-in", "--env-args", "house=4", "--groups",
-             1, "--group-size", 2, "--max-turns", 2, "--max-response", 6, "--val-every", 0,
-             "--save-every", 1, "--device", "cpu", "--prompt-style", "brief", "--max-prompt", 400,
-             "--max-teacher-prompt", 500]
-    def run(*words):
-        sdar.train(*sdar.read_settings(list(map(str, words))))
-    run(*flags, "--steps", 2, "--out", tmp_path / "whole")
+    s = settings(model=str(tmp_path / "m"), max_turns=2, max_response=6, val_every=1,
+                 val_episodes=1, kl=0.01)
+    assert same_run(*whole_and_resumed(s, tmp_path))
     assert "generate, which is slower" in capsys.readouterr().out
-    run(*flags, "--steps", 1, "--out", tmp_path / "parts")
-    run("--resume", tmp_path / "parts", "--steps", 2)
-    last = [load_file(sdar.checkpoints(tmp_path / name)[-1] / "model.safetensors")
-            for name in ("whole", "parts")]
-    assert all(torch.equal(last[0][key], last[1][key]) for key in last[0])
 
 # ---- what a run checks before its first step -----------------------------------------------------
 
@@ -4075,36 +4045,11 @@ def test_a_run_says_what_it_needs_and_is_refused_where_that_is_not_there(
         with contextlib.nullcontext() if fits else pytest.raises(UserError, match="make room"):
             sdar.check_room(state, s)
 
-def test_a_model_that_cannot_be_saved_is_refused_before_training(
-        sound, tmp_path, monkeypatch, handlers, capsys):
-    """Also with --kl 0; the message names what failed, and no run is left."""
-    from transformers import PreTrainedModel
-    monkeypatch.setattr(PreTrainedModel, "save_pretrained",
-                        lambda *a, **k: (_ for _ in ()).throw(ValueError("not\nserializable")))
-    s = settings(model=str(sound), data="built-in", out=str(tmp_path / "run"))
-    with pytest.raises(UserError, match="could not be saved: not;") as error:
-        sdar.train(s)
-    assert "make room" not in str(error.value)
-    assert not list((tmp_path / "run").glob("*"))
-
-def test_only_a_full_disk_asks_for_room(sound, tmp_path, monkeypatch):
-    """Other errors in saving are named, never a traceback."""
-    s = settings(out=str(tmp_path / "run"))
-    state = sdar.make_state(sdar.load_policy(str(sound), "cpu"), s)
-    for error, advice in ((ValueError("not\nserializable"), "not; put that right"),
-                          (OSError(errno.ENOSPC, "No space left on device"), "make room")):
-        with monkeypatch.context() as patch:
-            def fails(*a, **k):
-                raise error
-            patch.setattr(type(state.policy.model), "save_pretrained", fails)
-            with pytest.raises(OSError, match=advice) as refused:
-                sdar.save_checkpoint(state, s)
-        assert "previous" not in str(refused.value) and not sdar.checkpoints(s.out)
 
 def test_a_saved_tiny_is_loaded_by_auto_tokenizer(sound, tmp_path):
     """To the same ids, also when it is saved once more."""
     from transformers import AutoTokenizer
-    policy = sdar.load_policy(str(sound), "cpu")
+    policy = loaded(sound)
     text = "step 12\n\nput 2 mugs in cabinet 10\n<action>go</action> it's"
     sdar.save_model(policy, tmp_path / "a")
     other = AutoTokenizer.from_pretrained(tmp_path / "a")
@@ -4114,16 +4059,6 @@ def test_a_saved_tiny_is_loaded_by_auto_tokenizer(sound, tmp_path):
         ids = AutoTokenizer.from_pretrained(tmp_path / name)(text)["input_ids"]
         assert ids == policy.tokenizer(text)["input_ids"]
 
-# ---- eval.py's commands, the judge ---------------------------------------------------------------
-
-@pytest.mark.parametrize("words, shown", [
-    ("comapre a b", "compare?"), ("tabel a", "table?"), ("zzz", "--model?"),
-    ("runs/x --env search", "--model?")])
-def test_an_unknown_command_of_eval_names_the_closest(capsys, words, shown):
-    """As an unknown flag does."""
-    with pytest.raises(SystemExit) as end:
-        ev.main(words.split())
-    assert end.value.code == 2 and capsys.readouterr().err.endswith(f"did you mean {shown}\n")
 
 def test_the_footnote_on_bamboogle_appears_with_search_only():
     """It is about one of Search-QA's columns."""
@@ -4137,50 +4072,15 @@ def test_the_judge_may_change_with_resume(tmp_path):
     assert sdar.read_settings([*words, "http://x"])[0].judge == "http://x"
     assert sdar.read_settings([*words, ""])[0].judge == ""
 
-# ---- further cases of the ten kinds --------------------------------------------------------------
-
-def spoilt_tokenizer(folder, **changes):
-    """Change keys of the model in tokenizer.json."""
-    file = folder / "tokenizer.json"
-    data = json.loads(file.read_text())
-    data["model"] |= changes
-    file.write_text(json.dumps(data))
 
 def test_merges_are_never_left_out_at_random(folder):
     """BPE dropout, which some training scripts leave in tokenizer.json."""
     text = "put 2 mugs in cabinet 10, then look at the desk"
-    want = sdar.load_policy(str(folder), "cpu").tokenizer(text)["input_ids"]
-    spoilt_tokenizer(folder, dropout=0.5)
-    tokenizer = sdar.load_policy(str(folder), "cpu").tokenizer
+    want = loaded(folder).tokenizer(text)["input_ids"]
+    model = load(folder / "tokenizer.json")["model"]
+    edit(folder / "tokenizer.json", model=model | {"dropout": 0.5})
+    tokenizer = loaded(folder).tokenizer
     assert [tokenizer(text)["input_ids"] for _ in range(5)] == [want] * 5
-
-BEGIN = "{% if add_generation_prompt %}<|im_start|>assistant\n%s{% endif %}"
-SAID_TURN = LOOP + "{{ m.content }}%s<|im_end|>\n{% endfor %}"
-
-@pytest.mark.parametrize("after, begin, closed, opened", [
-    ("\nThink in <think> ... </think>.", "", False, ""), ("\nStart with <think>", "", False, ""),
-    ("\nThink in <think> ... </think>.", "<think>\n", False, "<think>"),
-    ("\nStart with <think>", "<think>\n\n</think>\n\n", True, ""),
-    ("", "<think> ", False, "<think>")])
-def test_only_what_begins_the_answer_opens_or_closes_its_think_block(folder, after, begin, closed,
-                                                                     opened):
-    """A template may mention the tags in the user's turn."""
-    template = SAID_TURN.replace("%s", after) + BEGIN.replace("%s", begin)
-    policy = sdar.load_policy(str(with_template(folder, template)), "cpu")
-    assert (policy.think_closed, policy.opened) == (closed, opened)
-
-@pytest.mark.parametrize("change", ["replace('\\n\\n', '\\n')", "replace('  ', ' ')"])
-def test_blank_lines_and_spaces_of_a_message_stay(folder, change):
-    """A template that takes them out is refused."""
-    template = LOOP + "{{ m.content | %s }}<|im_end|>\n{%% endfor %%}" % change
-    with pytest.raises(UserError, match="leaves out or changes messages"):
-        sdar.load_policy(str(with_template(folder, template)), "cpu")
-
-def test_a_date_whose_format_is_a_variable_is_fixed_too(folder):
-    """As one that stands in the call."""
-    template = "{% set f = '%-d %B %Y' %}{{ strftime_now(f) }} " + sdar.TINY_TEMPLATE
-    policy = sdar.load_policy(str(with_template(folder, template)), "cpu")
-    assert sdar.render_chat(policy.tokenizer, "x").startswith("1 January 2026 <|im_start|>user")
 
 @pytest.mark.parametrize("file, rows, found", [
     ("nq/test/0000.jsonl", 1, {"test": [("NQ", "a")]}),
@@ -4195,25 +4095,6 @@ def test_folders_name_splits_and_equal_rows_share_their_answers(tmp_path, file, 
     splits, _, _ = envs.load_questions(path.parent)
     assert {name: [(q.group, " ".join(q.answers)) for q in split.values()]
             for name, split in splits.items() if split} == found
-
-def test_skill_files_with_a_bom_and_folders_with_several(tmp_path):
-    """A byte order mark is no text; which of two card files is meant has to be said."""
-    names = envs.Alfworld.skill_names
-    (tmp_path / "skill_mapping.json").write_text(json.dumps(
-        {"skill_files": {name: "all.md" for name in names}}), encoding="utf-8-sig")
-    (tmp_path / "all.md").write_text("text", encoding="utf-8-sig")
-    assert envs.read_skills(tmp_path, {}, names)[names[0]] == "text"
-    for name in ("claude_style_skills.json", "claude_style_skills_2.json"):
-        (tmp_path / name).write_text("{}")
-    with pytest.raises(UserError, match="holds claude_style_skills.json, claude.*give one"):
-        envs.read_skills(tmp_path, {}, names)
-
-@pytest.mark.parametrize("text, terms", [
-    ("x\u200by", ["x", "y"]), ("x\u200cy", ["x\u200cy"]), ("co\u00adop", ["co\u00adop"]),
-    ("a\u2066b", ["a\u2066b"])])
-def test_a_zero_width_space_separates_words(text, terms):
-    """Of the invisible characters it alone does, by UAX #29."""
-    assert envs.words(text) == terms
 
 # ======== Files, names, terminals and schedulers ==================================================
 
@@ -4279,13 +4160,12 @@ def test_paths_mean_the_same_in_every_folder(run_home, capsys, monkeypatch, tmp_
 
 def test_skills_may_move_but_not_change_within_a_run(run_home, capsys, tmp_path, handlers):
     """The texts decide, not the folder's name."""
-    run = shutil.copytree(run_home / "runs/first", tmp_path / "run")
+    out = shutil.copytree(run_home / "runs/first", tmp_path / "run")
     moved = shutil.copytree(run_home / "skills", tmp_path / "moved")
-    sdar.train(*sdar.read_settings(["--resume", str(run), "--steps", "2",
-                                    "--skills", str(moved)]))
+    sdar.main(["--resume", str(out), "--steps", "2", "--skills", str(moved)])
     file = moved / "claude_style_skills.json"
     file.write_text(file.read_text().replace("first", "second"))
-    assert "other skills" in refused_line(capsys, "--resume", run, "--steps", 3)
+    assert "other skills" in refused_line(capsys, "--resume", out, "--steps", 3)
 
 def test_a_new_run_from_a_run_takes_its_prompts_and_world(run_home, monkeypatch):
     """Prompt style, lengths, world and learning rate, where no flag says otherwise."""
@@ -4313,17 +4193,21 @@ def wait_for(found, seconds=240):
         assert time.time() < end
         time.sleep(0.05)
 
+def endless(out, **options):
+    """A run of very many steps, as soon as its log has one."""
+    process = command(*FAST, "--steps", 10**6, "--out", out, **options)
+    wait_for(lambda: sdar.read_lines(out / "metrics.jsonl"))
+    return process
+
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGHUP"])
 def test_what_a_scheduler_sends_saves_the_run(tmp_path, name):
     """As Ctrl-C does. The last step of the log is in the checkpoint."""
-    out = tmp_path / "run"
-    run = command(*FAST, "--steps", 10**6, "--out", out)
-    wait_for(lambda: sdar.read_lines(out / "metrics.jsonl"))
-    run.send_signal(getattr(signal, name))
-    text = run.communicate(timeout=240)[0]
-    state = json.loads((sdar.checkpoints(out)[-1] / "state.json").read_text())
-    assert run.returncode == 130 and "stopped and saved" in text
-    assert state["step"] == sdar.read_lines(out / "metrics.jsonl")[-1]["step"]
+    process = endless(tmp_path)
+    process.send_signal(getattr(signal, name))
+    text = process.communicate(timeout=240)[0]
+    assert process.returncode == 130 and "stopped and saved" in text
+    state = load(sdar.last_checkpoint(tmp_path) / "state.json")
+    assert state["step"] == sdar.read_lines(tmp_path / "metrics.jsonl")[-1]["step"]
 
 def test_a_lost_terminal_saves_the_run(tmp_path):
     """Nothing can be written to it any more, not even by a progress bar."""
@@ -4340,15 +4224,12 @@ def test_a_lost_terminal_saves_the_run(tmp_path):
 
 def test_nohup_is_respected(tmp_path):
     """A run that ignores SIGHUP goes on."""
-    out = tmp_path / "run"
-    run = command(*FAST, "--steps", 10**6, "--out", out,
-                  preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
-    wait_for(lambda: sdar.read_lines(out / "metrics.jsonl"))
-    run.send_signal(signal.SIGHUP)
-    seen = len(sdar.read_lines(out / "metrics.jsonl"))
-    wait_for(lambda: len(sdar.read_lines(out / "metrics.jsonl")) > seen + 1)
-    run.kill()
-    run.wait()
+    process = endless(tmp_path, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    process.send_signal(signal.SIGHUP)
+    seen = len(sdar.read_lines(tmp_path / "metrics.jsonl"))
+    wait_for(lambda: len(sdar.read_lines(tmp_path / "metrics.jsonl")) > seen + 1)
+    process.kill()
+    process.wait()
 
 # ======== A pretrained model, end to end: SDAR_TEST_MODELS=DIR ====================================
 
@@ -4398,14 +4279,12 @@ def test_a_pretrained_model_goes_the_whole_way(tmp_path, name):
 
 def contrast(own, control, beta=5.0, baseline=0.0):
     """The contrast's loss of every token as a function of log pi (V,), by the code that trains."""
-    s = settings(gap="contrast", beta=beta, lam=1.0)
-
     def token_loss(logp):
         turn = sdar.Turn([0], [0] * len(logp), teacher_logp=own, extra={"control": control})
         b = sdar.batch_of([turn])
         b.logp = logp[None]
         b.baseline = baseline
-        return sdar.sdar(b, s)[0]
+        return sdar.sdar(b, settings(gap="contrast", beta=beta, lam=1.0))[0]
     return token_loss
 
 @pytest.mark.parametrize("beta", [0.1, 1.0, 5.0])
@@ -4428,16 +4307,15 @@ def test_contrast_gate_rewards_what_only_the_own_skill_says(beta):
     tiny = expected_gradient(contrast(own, control, 1e-5), logits) / (1e-5 / 4)
     assert close(tiny, apart, 1e-5)
 
-CONTRASTS = [{}, dict(gate_baseline=True), dict(gate="soft-or"), dict(divergence="reverse-kl")]
-
 def contrasted(policy):
     """random_turns with log-probabilities under another category's skill."""
     turns = random_turns(policy)
-    for t, other in zip(turns, random_turns(policy, seed=0)):
-        t.extra["control"] = other.ref_logp
+    for t in turns:
+        t.extra["control"] = t.ref_logp
     return turns
 
-@pytest.mark.parametrize("changes", CONTRASTS, ids=str)
+@pytest.mark.parametrize("changes", [
+    {}, dict(gate_baseline=True), dict(gate="soft-or"), dict(divergence="reverse-kl")], ids=str)
 def test_micro_batches_change_no_gradient_of_the_contrast(exact, changes):
     """Tokens per micro-batch, row order and padding: same gradient, same metrics."""
     results = []
@@ -4472,12 +4350,6 @@ def test_contrast_changes_the_gate_and_nothing_else(exact):
 
 CONTROLS = {"control_gap", "control_correlation", "control_gate_moved"}
 
-def numbers(run):
-    """The metrics of a run without its times, by step."""
-    return [{name: value for name, value in row.items() if "second" not in name
-             and "per_s" not in name and "memory" not in name}
-            for row in sdar.read_lines(run / "metrics.jsonl")]
-
 @pytest.mark.parametrize("algo", ["sdar", "skill-sd", "rlsd", "atod", "craft"])
 def test_control_is_logged_and_changes_no_number(tmp_path, capsys, algo):
     """Every second step, from the first, has the control's metrics; all else stays as it was."""
@@ -4486,22 +4358,17 @@ def test_control_is_logged_and_changes_no_number(tmp_path, capsys, algo):
     assert "  control " not in capsys.readouterr().out
     sdar.train(dataclasses.replace(s, out=str(tmp_path / "control"), control_every=2))
     assert capsys.readouterr().out.count("  control -") >= 1
-    rows = numbers(tmp_path / "control")
+    rows = log_of(tmp_path / "control")
     assert [CONTROLS <= row.keys() for row in rows] == [True, False, True]
-    assert numbers(tmp_path / "plain") == [
+    assert log_of(tmp_path / "plain") == [
         {name: value for name, value in row.items() if name not in CONTROLS} for row in rows]
 
 def test_contrast_resumes_bit_for_bit(tmp_path):
     """An interrupted run ends with the same metrics and weights; its log shows the gate used."""
-    s = settings(gap="contrast", gate_baseline=True, mini_batch=5, out=str(tmp_path / "whole"))
-    whole = sdar.train(s)
-    part = dataclasses.replace(s, out=str(tmp_path / "part"))
-    sdar.train(dataclasses.replace(part, steps=1))
-    resumed = sdar.train(part, resume=part.out)
-    assert numbers(tmp_path / "whole") == numbers(tmp_path / "part")
-    pairs = zip(whole.policy.model.parameters(), resumed.policy.model.parameters())
-    assert all(torch.equal(a, b) for a, b in pairs)
-    turn = sdar.read_lines(tmp_path / "whole" / "episodes.jsonl")[0]["turns"][0]
+    s = settings(gap="contrast", gate_baseline=True, mini_batch=5, val_every=1, val_episodes=1)
+    whole, part = whole_and_resumed(s, tmp_path)
+    assert same_run(whole, part)
+    turn = log_of(whole, "episodes.jsonl")[0]["turns"][0]
     shown = torch.tensor([turn["gate"], turn["gap"]])
     assert (shown[0] - torch.sigmoid(5 * shown[1])).abs().max() > 1e-3
 
@@ -4509,17 +4376,14 @@ def test_the_control_is_the_nearest_other_skill_in_the_same_prompt(policy, env):
     """In the teacher's prompt another skill stands for the own one, and nothing else differs."""
     s = settings(control_every=1)
     tasks = env.tasks("train")[:4]
-    state = sdar.State(policy, None)
-    skills = sdar.choose_skills(env, tasks, s, state)
-    assert [skill[:2] for skill in skills] == sdar.choose_skills(env, tasks, settings(), state)
-
-    def length(text):
-        return len(policy.tokenizer(text)["input_ids"])
-
+    skills = sdar.choose_skills(env, tasks, s, sdar.State(policy, None))
+    plain = sdar.choose_skills(env, tasks, settings(), sdar.State(policy, None))
+    assert [skill[:2] for skill in skills] == plain
     for name, text, control in skills:
         others = [env.skill(other, True) for other in env.skill_names if other != name]
-        distance = [abs(length(other) - length(text)) for other in others]
-        assert control in others and abs(length(control) - length(text)) == min(distance)
+        apart = {other: abs(len(ids_of(policy, other)) - len(ids_of(policy, text)))
+                 for other in others}
+        assert apart[control] == min(apart.values())
     episodes = sdar.rollout(policy, env, tasks, s, 1.0, sdar.generator_for(policy, s, "a"),
                             skills=skills, both=True)
     for e, (_, text, control) in zip(episodes, skills):
@@ -4585,7 +4449,7 @@ def test_intervals_are_over_episodes():
     r, low, high = ev.clustered(owners, x, y)
     assert r == pytest.approx(torch.stack([x, y]).corrcoef()[0, 1].item()) and low < r < high
 
-@pytest.mark.parametrize("name", ["alfworld", "webshop", "search"])
+@every_benchmark
 def test_unrelated_text_is_as_long_as_the_skill(policy, name, monkeypatch):
     """It has the skill's number of tokens, give or take one, and nothing of this benchmark."""
     s = settings(env=name, env_args="", control_every=1, max_turns=1, max_teacher_prompt=4096,
@@ -4608,12 +4472,6 @@ def no_collection():
     gc.disable()
     yield
     gc.enable()
-
-def one_line(match, function, *args, **options):
-    """The call is refused with one line that matches."""
-    with pytest.raises(UserError, match=match or None) as error:
-        function(*args, **options)
-    assert "\n" not in str(error.value)
 
 # ---- what holds for all three --------------------------------------------------------------------
 
@@ -4758,8 +4616,34 @@ def test_texts_are_cut_in_their_middle():
     assert envs.shorten_middle(text, None) == envs.shorten_middle(text, 10) == text
     assert all(len(envs.shorten_middle(text, room)) <= room for room in range(10))
     text = envs.shorten_middle("head " + "x" * 1000 + " tail", 50)
-    assert len(text) == 50 and " ... " in text
-    assert text.startswith("head") and text.endswith("tail")
+    assert len(text) == 50 and re.fullmatch(r"head x* \.\.\. x* tail", text)
+
+@pytest.mark.parametrize("name, words", [
+    ("alfworld", ("already taken", "already taken 3 step(s)", "now at step 4")),
+    ("webshop", ("Steps taken", "Steps taken so far: 3", "This is step 4"))])
+def test_prompts_carry_what_the_turn_needs(worlds, name, words):
+    """Task, step, last turns, page, commands, skill; brief in under a third; room cuts no task."""
+    env = worlds[name]
+    session = env.start(env.tasks("train")[0])
+    first, short = session.prompt(), session.prompt(room=20)
+    assert session.task in first and session.task in short and words[0] not in first
+    assert first.count(session.task) == 1 or name == "webshop"
+    assert session.observation not in short and session.observation[:5] in short
+    for _ in range(3):
+        env.step([session], [session.expert()])
+    text, skill = session.prompt(), env.skill(session.category)
+    assert all(part in text for part in (*words, session.task, session.observation))
+    for number, (seen, action) in enumerate(session.turns, 1):
+        assert (f"Observation {number}: '{seen}'" in text) == (number > 1)
+        assert (f"Action {number}: '{action}'" in text) == (number > 1)
+    assert all(f"'{command}'" in text for command in session.commands if command != "help")
+    assert "'help'" not in text and skill in session.prompt(skill) and skill not in text
+    bare, whole = session.prompt(history=0), session.prompt(history=9)
+    assert "Observation" not in bare and session.task in bare and "Observation 1: '" in whole
+    brief = session.prompt(skill, brief=True)
+    assert all(part in brief for part in (skill, session.task.rstrip("."), session.turns[-1][1]))
+    assert len(session.prompt(brief=True)) < len(text) / 3
+    assert "[buy now]" in brief or name == "alfworld"
 
 def test_downloads_are_checked(server, tmp_path):
     """A file arrives whole, or one line says why not (Drive's page, too) and nothing is left."""
@@ -4944,6 +4828,9 @@ def test_folder_and_zip_give_the_same_sorted_panel(tmp_path, monkeypatch):
     archive.rename(cache / archive.name)
     assert envs.Alfworld().tasks("train") == TRIALS and envs.Alfworld("built-in").builtin
     one_line("no games", envs.Alfworld(task_types="Pick").tasks, "train")
+    tasks = envs.Alfworld("built-in", task_types="Pick,heat").tasks("train")   # in any case
+    assert {task.split("/")[1] for task in tasks} == {
+        "pick_and_place", "pick_heat_then_place_in_recep"}
 
 def test_only_games_marked_as_solvable_are_played(tmp_path):
     """As in the original; how many are left out is said."""
@@ -5015,12 +4902,6 @@ def test_built_in_splits_are_disjoint():
     assert not any(shown[a] & shown[b] for a in shown for b in shown if a < b)
     assert not pairs["valid_unseen"] & (pairs["train"] | pairs["valid_seen"])
 
-def test_task_types_restrict_the_games():
-    """task_types takes names and columns of the paper, in any case."""
-    tasks = envs.Alfworld(task_types="Pick,heat").tasks("train")
-    assert {task.split("/")[1] for task in tasks} == {
-        "pick_and_place", "pick_heat_then_place_in_recep"}
-
 def test_detours_search_before_the_object_is_found():
     """With detours most games take longer, nothing is searched twice, and a seed decides where."""
     env = envs.Alfworld(house=8)
@@ -5036,31 +4917,6 @@ def test_detours_search_before_the_object_is_found():
         assert len(set(visits)) == len(visits)
     assert longer > len(tasks) / 2
     assert len({env.start(tasks[0], seed=k, detours=4).expert() for k in range(10)}) > 1
-
-def test_alfworld_prompts_carry_what_the_turn_needs():
-    """Task, step, last turns, commands, skill; brief in under a third; room cuts no task."""
-    env = envs.Alfworld(house=6)
-    session = env.start(env.tasks("train")[0])
-    first, short = session.prompt(), session.prompt(room=20)
-    assert first.count(session.task) == 1 and "already taken" not in first
-    assert "'help'" not in first and "'look'" in first
-    assert len(short) < len(first) and session.task in short
-    for _ in range(3):
-        session.step(session.expert())
-    prompt, skill = session.prompt(), env.skill(session.category)
-    for part in ("taken 3 step(s)", "now at step 4", session.task, session.observation):
-        assert part in prompt
-    assert [f"Observation {i}:" in prompt for i in (1, 2, 3)] == [False, True, True]
-    assert all(f"Action {i}: '{session.turns[i - 1][1]}'" in prompt for i in (2, 3))
-    commands = [x for x in session.engine.admissible_commands if x != "help"]
-    assert all(f"'{command}'" in prompt for command in commands)
-    assert skill in session.prompt(skill) and skill not in prompt
-    bare = session.prompt(history=0)
-    assert "Observation" not in bare and session.task in bare
-    brief = session.prompt(skill, brief=True)
-    for part in (skill, session.task.rstrip("."), session.turns[-1][1]):
-        assert part in brief
-    assert len(session.prompt(brief=True)) < len(prompt) / 3
 
 def test_inadmissible_actions_are_counted_and_played(worlds):
     """They take a turn without effect, and are counted apart from the invalid ones."""
@@ -5115,10 +4971,11 @@ def skill_folder(folder, names=SKILLS):
              "look_at_obj_in_light": "look_at_obj_in_light"}
     tasks |= {f"pick_{verb}_then_place_in_recep": verb for verb in ("heat", "cool", "clean")}
     files = {name: name + ".md" for name in ("general_skills", *names)}
+    folder.mkdir()
     mapping = {"skill_files": files, "task_to_skill": tasks, "task_keywords": {}}
-    write(folder / "skill_mapping.json", [mapping])
+    (folder / "skill_mapping.json").write_text(json.dumps(mapping), encoding="utf-8-sig")
     for name, file in files.items():
-        write(folder / file, [f"Text of {name}."])
+        (folder / file).write_text(f"Text of {name}.", encoding="utf-8-sig")
     card = {"title": "T", "principle": "P", "when_to_apply": "W"}
     own = {name: [card | {"principle": f"card {name}"}] for name in names}
     write(folder / "claude_style_skills.json", [{
@@ -5133,7 +4990,7 @@ def test_public_skill_directories_are_read(tmp_path):
     text = env.skill("pick_heat_then_place_in_recep")
     for part in ("Text of general_skills.", "Text of heat.", "D Instead: A"):
         assert part in text
-    assert "Text of cool." not in text
+    assert "Text of cool." not in text and "\ufeff" not in text
     assert "Text of pick_and_place." in env.skill("pick_two_obj_and_place")
     (folder / "skill_mapping.json").unlink()
     text = envs.Alfworld(skills=folder).skill("pick_clean_then_place_in_recep")
@@ -5152,16 +5009,19 @@ def test_incomplete_skills_are_refused(tmp_path):
         one_line(hint, envs.Alfworld, skills=folder)
 
 def test_skill_libraries_are_read_as_published(tmp_path):
-    """SkillRL's search cards call compare comparison; a file stands for itself."""
+    """SkillRL's search cards call compare comparison; a file stands for itself, with a byte order
+    mark or without; which of two card files is meant has to be said."""
     names = ("direct_retrieval", "multi_hop_reasoning", "entity_attribute_lookup", "comparison")
     file = write(tmp_path / "claude_style_skills_search.json", [{
         "general_skills": [{"title": "g", "principle": "p"}],
         "query_type_skills": {name: [{"title": name, "principle": "p"}] for name in names}}])
+    file.write_text(file.read_text(), encoding="utf-8-sig")
     write(tmp_path / "claude_style_skills.json", [{}])
     env = envs.open_env("search", "built-in", skills=str(file))
     assert "comparison" in env.skill("compare") and "g" in env.skill("compare")
-    one_line("nothing.json.*holds claude_style", envs.open_env, "search", "built-in",
-             skills=str(tmp_path / "nothing.json"))
+    for name, hint in (("nothing.json", "nothing.json.*holds claude_style"),
+                       ("", "holds claude_style_skills.json, claude.*give one")):
+        one_line(hint, envs.open_env, "search", "built-in", skills=str(tmp_path / name))
 
 # ---- WebShop -------------------------------------------------------------------------------------
 
@@ -5425,31 +5285,6 @@ def test_admissible_is_what_was_offered(worlds):
         env.step([session], [act(action)])
         assert session.admissible == admissible and session.valid, action
     assert not session.done and session.score == 0 and len(session.turns) == 7
-
-def test_webshop_prompts_carry_what_the_turn_needs(worlds):
-    """Task, step, last turns, page, clicks, skill; brief in under a third; room cuts pages."""
-    env = worlds["webshop"]
-    session = env.start(env.tasks("test")[0])
-    text = session.prompt()
-    assert session.task in text and "'search[<your query>]'" in text and "Steps taken" not in text
-    for _ in range(3):
-        env.step([session], [session.expert()])
-    text, seen = session.prompt(), [observation for observation, _ in session.turns]
-    assert "Observation 1" not in text
-    assert all(f"Observation {i}: '{seen[i - 1]}'" in text for i in (2, 3))
-    for part in (f"'{session.turns[-1][1]}']", "This is step 4", session.observation):
-        assert part in text
-    assert all(f"'click[{name}]'," in text for name in session.engine.clickables)
-    assert session.prompt(skill="SKILL TEXT") == "SKILL TEXT\n\n" + text
-    assert f"Observation 1: '{seen[0]}'" in session.prompt(history=9)
-    assert "Observation" not in session.prompt(history=0)
-    short = session.prompt(room=40)
-    assert session.observation[:15] in short and session.observation not in short
-    assert len(short) < len(text)
-    brief = session.prompt(brief=True)
-    for part in (session.task, "[buy now]", session.turns[-1][1]):
-        assert part in brief
-    assert len(brief) < len(text) / 3
 
 # ---- Search-QA -----------------------------------------------------------------------------------
 
@@ -5891,9 +5726,12 @@ def test_porter_stems_of_the_paper():
     ("men's 3.5-inch u.s.a. can't", ["men's", "3.5", "inch", "u.s.a", "can't"]),
     ("description:solid 10,000 a_b __ 2x4", ["description:solid", "10,000", "a_b", "__", "2x4"]),
     ("caf\u00e9 \u4e2d\u6587 1\u20442 x\u00b2", ["caf\u00e9", "\u4e2d", "\u6587", "1\u20442", "x"]),
-    ("\u2764\ufe0f\u2764", ["\u2764\ufe0f", "\u2764"]), ("a" * 300, ["a" * 255, "a" * 45])])
+    ("\u2764\ufe0f\u2764", ["\u2764\ufe0f", "\u2764"]), ("a" * 300, ["a" * 255, "a" * 45]),
+    ("x\u200by", ["x", "y"]), ("x\u200cy", ["x\u200cy"]), ("co\u00adop", ["co\u00adop"]),
+    ("a\u2066b", ["a\u2066b"])])
 def test_words_follow_the_unicode_word_rules(text, expected):
-    """Words, numbers, ideographs and emoji as Lucene's tokenizer cuts them."""
+    """Words, numbers, ideographs and emoji as Lucene's tokenizer cuts them; of the invisible
+    characters the zero-width space alone separates."""
     assert envs.words(text) == expected
 
 @pytest.mark.parametrize("text, terms", [
@@ -6421,7 +6259,9 @@ def test_published_rows_stand_beside_real_tasks_alone(capsys):
     ("--model {run} --out /no/folder/x.json", "cannot write"),
     ("", "--model"), ("--model nothing/here", "nothing/here"), ("gates .", "gates"),
     ("bench --no-such-flag", "--no-such-flag"), ("bench --pairs 0", "--pairs"),
-    ("bench --random-weights 9B", "9B"), ("plot .", "config.json"), ("table", "RUN")])
+    ("bench --random-weights 9B", "9B"), ("plot .", "config.json"), ("table", "RUN"),
+    ("comapre a b", "did you mean compare?"), ("tabel a", "did you mean table?"),
+    ("zzz", "did you mean --model?"), ("runs/x --env search", "did you mean --model?")])
 def test_mistakes_in_evaluating_are_one_line(evaluated_run, tmp_path, monkeypatch, capsys, argv,
                                              hint):
     """Every command says what is wrong, missing or unknown, and the exit status is 2."""
@@ -6430,30 +6270,22 @@ def test_mistakes_in_evaluating_are_one_line(evaluated_run, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     assert hint in refused(capsys, *argv.format(run=evaluated_run).split())
 
-@pytest.mark.parametrize("file, kept", [
+@pytest.mark.parametrize("file, change", [
     *itertools.product(["model.safetensors", "tokenizer.json", "tokenizer_config.json",
                         "config.json", "state.json"], [0, 0.5, 0.99]),
-    ("model.safetensors", None), ("tokenizer.json", None), ("config.json", None)])
-def test_damaged_model_folders_are_refused(evaluated_run, tmp_path, capsys, file, kept):
-    """A file cut to a share of its length, or missing (None): one line, whatever the file."""
-    folder = tmp_path / "model"
-    shutil.copytree(next(evaluated_run.glob("checkpoints/*")), folder)
-    if file != "state.json" and kept is not None:
+    ("model.safetensors", None), ("tokenizer.json", None), ("config.json", None),
+    *itertools.product(["state.json"], ["[]", "{}", "0", '{"settings": 3}'])])
+def test_damaged_model_folders_are_refused(evaluated_run, tmp_path, capsys, file, change):
+    """A file that is cut, missing or not what it should be: one line, whatever the file."""
+    folder = shutil.copytree(sdar.last_checkpoint(evaluated_run), tmp_path / "model")
+    damage(folder / file, change)
+    if file != "state.json" and change is not None:
         (folder / "state.json").unlink()             # a model folder, not a checkpoint
-    data = (folder / file).read_bytes()
-    (folder / file).unlink()
-    if kept is not None:
-        (folder / file).write_bytes(data[:int(kept * len(data))])
     error = refused(capsys, "--model", folder, "--env-args", "house=4", "--device", "cpu")
     assert "cannot load" in error or (file == "state.json" and "damaged" in error) or (
         file == "tokenizer.json" and "has a tokenizer that" in error)
 
-@pytest.mark.parametrize("text", ["[]", "{}", "0", '{"settings": 3}'])
-def test_a_state_that_is_none_is_refused(evaluated_run, tmp_path, capsys, text):
-    """A checkpoint's state.json must hold the settings of its run."""
-    shutil.copytree(evaluated_run, tmp_path / "copy")
-    next(tmp_path.glob("copy/checkpoints/*/state.json")).write_text(text)
-    assert "damaged" in refused(capsys, "--model", tmp_path / "copy")
+
 
 def test_a_closed_pipe_is_no_traceback(tmp_path):
     """`python eval.py ... | head -0` writes nothing to stderr."""
@@ -6792,15 +6624,6 @@ def test_gates_of_a_damaged_log_is_one_line(tmp_path, monkeypatch, capsys, chang
     monkeypatch.chdir(gated_run(tmp_path, **changes))
     refused(capsys, "gates", ".", "--episode", 1, *flags)
 
-def test_gates_still_reads_older_logs(tmp_path, capsys):
-    """There the gates were text behind each token."""
-    turns = [{"observation": "a room", "response": "go on", "gates": "go[0.52] on[1.00]"}]
-    row = {"step": 2, "task_id": "t", "skill": "s", "won": True, "turns": turns}
-    write(tmp_path / "episodes.jsonl", [row])
-    assert "> a room\ngo[0.52] on[1.00]" in printed(capsys, "gates", tmp_path)
-    printed(capsys, "gates", tmp_path, "--html", tmp_path / "page.html")
-    assert "gate 0.52" in (tmp_path / "page.html").read_text()
-
 def test_the_page_stands_alone_and_escapes_all_text(tmp_path, capsys):
     """Nothing is loaded, no script is there, and markup of a model stays text."""
     text = printed(capsys, "gates", gated_run(tmp_path), "--html", tmp_path / "page.html")
@@ -6989,21 +6812,6 @@ def test_config_drops_what_another_method_cannot_use(tmp_path):
     assert sdar.read_settings(["--config", path, "--out", "x"])[0] == before
     with pytest.raises(UserError, match="--beta has no effect"):
         sdar.read_settings(["--config", path, "--algo", "grpo", "--beta", "2"])
-
-@pytest.mark.parametrize("content, hint", [
-    (None, "does not exist"), ("{", "damaged"), ("[1]", "damaged or another"),
-    ({"from_the_future": 1}, "another version"), ({"algo": "magic"}, "--algo"),
-    ({"env": 5}, "--env"), ({"model": [1]}, "--model"), ({"lr": "fast"}, "--lr")])
-def test_a_config_that_cannot_be_used_is_one_line(tmp_path, capsys, content, hint):
-    """No file, a damaged one, another version's, a value that cannot be."""
-    path = Path(config_file(tmp_path)[0])
-    if content is None:
-        path.unlink()
-    elif isinstance(content, str):
-        path.write_text(content)
-    else:
-        edit(path, **content)
-    assert hint in refused_line(capsys, "--config", path)
 
 def test_config_json_says_the_versions(logged, tmp_path):
     """Code, torch and transformers, under one key that --resume and --config ignore."""
@@ -7749,7 +7557,8 @@ def test_readme_shows_what_a_run_prints(tmp_path, capsys):
     ("--resume {run} --beta 3", "--beta cannot change within a run"),
     ("--resume {run} --out elsewhere", "--out cannot change"),
     ("--resume {run} --steps -1", "--steps"),
-    ("--out {run}", "holds a run: continue it with --resume"), ("--out {tmp}/file/run", "file")])
+    ("--config no.json", "does not exist"), ("--out {tmp}/file/run", "file"),
+    ("--out {run}", "holds a run: continue it with --resume")])
 def test_a_mistake_is_one_line_and_status_2(finished, tmp_path, monkeypatch, capsys, arguments,
                                             hint):
     """It says what was wrong, on stderr and without a traceback; nothing is changed."""
