@@ -3624,7 +3624,6 @@ def loaded(folder):
 LOOP = "{% for m in messages %}<|im_start|>{{ m.role }}\n"
 PARTS = LOOP + "{% for x in m.content if x.type %}{{ x.text }}{% endfor %}{% endfor %}"
 
-CHANGING = LOOP + "{{ m.content | %s }}<|im_end|>\n{%% endfor %%}"
 TEMPLATE = "chat_template.jinja"
 SPOILT = {  # what is wrong: (file, what is done to it, word of the message)
     "renamed weights": ("", lambda d: edit_weights(d, lambda w: {
@@ -3647,8 +3646,9 @@ SPOILT = {  # what is wrong: (file, what is done to it, word of the message)
     "template divides": (TEMPLATE, "{{ 1 / 0 }}", "division"),
     "message is gone": (TEMPLATE, PARTS, "leaves out or changes messages"),
     "message cut short": (TEMPLATE, LOOP + "{{ m.content[:20] }}{% endfor %}", "leaves out"),
-    **{f"message | {change}": (TEMPLATE, CHANGING % change, "leaves out") for change in (
-        "e", "upper", "replace('\\n\\n', '\\n')", "replace('  ', ' ')")}}
+    **{f"message | {change}": (TEMPLATE, LOOP + "{{ m.content | " + change + " }}{% endfor %}",
+                               "leaves out")
+       for change in ("e", "upper", "replace('\\n\\n', '\\n')", "replace('  ', ' ')")}}
 
 @pytest.mark.parametrize("kind", SPOILT)
 def test_a_model_that_cannot_be_trained_is_refused_in_one_line(folder, kind):
@@ -4081,20 +4081,6 @@ def test_merges_are_never_left_out_at_random(folder):
     edit(folder / "tokenizer.json", model=model | {"dropout": 0.5})
     tokenizer = loaded(folder).tokenizer
     assert [tokenizer(text)["input_ids"] for _ in range(5)] == [want] * 5
-
-@pytest.mark.parametrize("file, rows, found", [
-    ("nq/test/0000.jsonl", 1, {"test": [("NQ", "a")]}),
-    ("nq/validation/0000.jsonl", 1, {"dev": [("NQ", "a")]}),
-    ("nq_test.jsonl", 2, {"test": [("NQ", "a b")]})])
-def test_folders_name_splits_and_equal_rows_share_their_answers(tmp_path, file, rows, found):
-    """In the layout of a data set's snapshot; a question with two rows has both answers."""
-    path = tmp_path / file
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps({"question": "Who?", "answer": x}) for x in "ab"[:rows]]
-    path.write_text("\n".join(lines))
-    splits, _, _ = envs.load_questions(path.parent)
-    assert {name: [(q.group, " ".join(q.answers)) for q in split.values()]
-            for name, split in splits.items() if split} == found
 
 # ======== Files, names, terminals and schedulers ==================================================
 
@@ -4634,8 +4620,8 @@ def test_prompts_carry_what_the_turn_needs(worlds, name, words):
     text, skill = session.prompt(), env.skill(session.category)
     assert all(part in text for part in (*words, session.task, session.observation))
     for number, (seen, action) in enumerate(session.turns, 1):
-        assert (f"Observation {number}: '{seen}'" in text) == (number > 1)
-        assert (f"Action {number}: '{action}'" in text) == (number > 1)
+        past = f"[Observation {number}: '{seen}', Action {number}: '{action}']"
+        assert (past in text) == (number > 1)
     assert all(f"'{command}'" in text for command in session.commands if command != "help")
     assert "'help'" not in text and skill in session.prompt(skill) and skill not in text
     bare, whole = session.prompt(history=0), session.prompt(history=9)
@@ -4833,14 +4819,14 @@ def test_folder_and_zip_give_the_same_sorted_panel(tmp_path, monkeypatch):
         "pick_and_place", "pick_heat_then_place_in_recep"}
 
 def test_only_games_marked_as_solvable_are_played(tmp_path):
-    """As in the original; how many are left out is said."""
-    values = {"a": "true", "b": "null", "c": None, "d": "false", "e": '"yes"', "f": "true"}
-    for name, value in values.items():
-        long = f'"x": "{"y" * 20000}"'
-        marked = [] if value is None else [f'"solvable": {value}']
-        parts = [long, *marked] if name == "f" else [*marked, long]
+    """As in the original, wherever the mark stands; how many are left out is said."""
+    long = f'"x": "{"y" * 20000}"'
+    games = {"a": '"solvable": true, ' + long, "b": '"solvable": null, ' + long, "c": long,
+             "d": '"solvable": false, ' + long, "e": '"solvable": "yes", ' + long,
+             "f": long + ', "solvable": true'}
+    for name, text in games.items():
         path = f"json_2.1.1/train/pick_and_place_simple-Mug-None-Desk-1/trial_{name}/game.tw-pddl"
-        write(tmp_path / path, ["{" + ", ".join(parts) + "}"])
+        write(tmp_path / path, ["{" + text + "}"])
     env = envs.open_env("alfworld", str(tmp_path))
     assert [task[-1] for task in env.tasks("train")] == ["a", "f"]
     assert "4 games of train" in env.source
@@ -4848,25 +4834,21 @@ def test_only_games_marked_as_solvable_are_played(tmp_path):
 def test_unusable_alfworld_data_is_named(tmp_path):
     """An empty folder, a split without games, a broken game and a broken zip: one line each."""
     one_line("no game.tw-pddl", envs.Alfworld, data=tmp_path)
-    folder = release(tmp_path / "data", splits=("train",))
-    env = envs.Alfworld(data=folder)
+    env = envs.Alfworld(data=release(tmp_path / "data", splits=("train",)))
     one_line("", env.tasks, "valid_seen")
     one_line("", env.start, "train/x/y")
-    for file in folder.rglob("game.tw-pddl"):
+    for file in tmp_path.rglob("game.tw-pddl"):
         file.write_text(game_text()[:500])
-    one_line("trial_", lambda: [env.start(task) for task in env.tasks("train")])
+    one_line("trial_", env.start, env.tasks("train")[0])
     (tmp_path / "x.zip").write_bytes(b"PK\x03\x04 no zip")
     one_line("x.zip", envs.Alfworld, data=tmp_path / "x.zip")
 
 def test_games_are_parsed_once(tmp_path):
     """A second session on a game needs no file, and starts from the beginning."""
-    folder = release(tmp_path / "data", splits=("train",))
-    env = envs.Alfworld(data=folder)
-    session = env.start(TRIALS[0])
-    opening = session.prompt()
-    shutil.rmtree(folder)
-    assert play(env, TRIALS[0]).won and not session.done
-    assert env.start(TRIALS[0]).prompt() == session.prompt() == opening
+    env = envs.Alfworld(data=release(tmp_path / "data", splits=("train",)))
+    opening = env.start(TRIALS[0]).prompt()
+    shutil.rmtree(tmp_path / "data")
+    assert play(env, TRIALS[0]).won and env.start(TRIALS[0]).prompt() == opening
 
 @pytest.mark.parametrize("house", [4, 6, 12])
 @pytest.mark.parametrize("detours", [0, 4])
@@ -4944,9 +4926,9 @@ def test_alfworld_tells_whether_the_object_was_within_reach():
             assert session.found_object or not reachable or not session.turns
             session.step(session.expert())
         assert session.found_object
-        lost = world.start(task)
-        lost.step("<think></think><action>inventory</action>")
-        assert not lost.found_object
+        session = world.start(task)
+        session.step(act("inventory"))
+        assert not session.found_object
 
 def test_alfworld_is_downloaded_as_a_zip_and_played_in_place(server, tmp_path, capsys):
     """The archive is checked by its sha256, kept packed and found in the cache."""
@@ -5131,20 +5113,19 @@ def test_title_nouns(title, nouns):
 
 def test_the_reward_counts_attributes_options_and_price():
     """Each met wish is one part; the product's type scales the sum to 1, 0.5, 0.1 or 0."""
-    product = {"title": "Birk Lamp", "query": "lamp", "product_category": "A \u203a B",
-               "attributes": ["easy clean"], "texts": ("birk lamp", "made of solid wood", "")}
-    goal = {"name": "Birk Lamp", "query": "lamp", "product_category": "A \u203a B",
-            "attributes": ["easy clean", "solid wood", "easy wash"], "price_upper": 20.0,
-            "goal_options": {"color": "red", "size": "10 inch"}}
-    other = {**goal, "name": "Corvin Rug Pad", "query": "rug", "product_category": "C"}
-    near = {**other, "name": "Lamp " + "word " * 8}
-    dark = {"color": "dark red", "size": "10 inch"}  # its first colour word is "dark"
-    for price, chosen, reward in ((20.0, dark, 4 / 6), (20.0, {**dark, "color": "red"}, 5 / 6),
-                                  (20.1, {**dark, "color": "red"}, 4 / 6)):
-        assert envs.shop_reward(product, goal, price, chosen)[0] == pytest.approx(reward)
-    reward, parts = envs.shop_reward(product, other, 1.0, {})
-    assert reward == 0 and parts["r_type"] == 0
-    assert envs.shop_reward(product, near, 1.0, {})[1]["r_type"] == 0.5
+    shared = {"query": "lamp", "product_category": "A \u203a B"}
+    product = shared | {"title": "Birk Lamp", "attributes": ["easy clean"],
+                        "texts": ("birk lamp", "made of solid wood", "")}
+    goal = shared | {"name": "Birk Lamp", "attributes": ["easy clean", "solid wood", "easy wash"],
+                     "price_upper": 20.0, "goal_options": {"color": "red", "size": "10 inch"}}
+    for price, color, met in ((20.0, "dark red", 4),     # its first colour word is "dark"
+                              (20.0, "red", 5), (20.1, "red", 4)):
+        chosen = {"color": color, "size": "10 inch"}
+        assert envs.shop_reward(product, goal, price, chosen)[0] == pytest.approx(met / 6)
+    other = goal | {"query": "rug", "product_category": "C"}
+    for name, scale in (("Corvin Rug Pad", 0), ("Lamp " + "word " * 8, 0.5)):
+        reward, parts = envs.shop_reward(product, other | {"name": name}, 1.0, {})
+        assert parts["r_type"] == scale and bool(reward) == bool(scale)
 
 def test_pages_are_those_of_the_original(worlds):
     """Each page, what can be clicked, options kept and lost on the way, and a final receipt."""
@@ -5219,33 +5200,30 @@ def test_half_right_is_no_success(worlds):
 def test_human_goals(tmp_path):
     """Goals that people wrote, if they have attributes, are won; broken files are named."""
     folder = write_catalogue(tmp_path, *envs.build_catalogue(3))
+    file = folder / "items_human_ins.json"
+    one_line("items_human_ins", envs.WebShop, folder, human_goals=True)
     catalogue = envs.Catalogue(folder)
     skipped = {"instruction": "no", "instruction_attributes": [], "instruction_options": []}
+    for broken in ({"instruction_attributes": ["x"]}, 3,
+                   skipped | {"instruction": 5, "instruction_attributes": ["x"]}):
+        file.write_text(json.dumps({catalogue.asins[0]: [broken]}))
+        one_line("not in WebShop's form", envs.WebShop, folder, human_goals=True)
     people = {product["asin"]: [skipped, {
         "instruction": "i want it.", "instruction_attributes": product["attributes"][:1],
         "instruction_options": [values[-1] for values in product["options"].values()]}]
         for product in map(catalogue.product, range(40))}
-    one_line("items_human_ins", envs.WebShop, folder, human_goals=True)
-    file = folder / "items_human_ins.json"
-    for broken in ({"instruction_attributes": ["x"]}, 3,
-                   {**skipped, "instruction": 5, "instruction_attributes": ["x"]}):
-        file.write_text(json.dumps({catalogue.asins[0]: [broken]}))
-        one_line("not in WebShop's form", envs.WebShop, folder, human_goals=True)
     file.write_text(json.dumps(people))
     env = envs.WebShop(folder, human_goals=True)
     assert not env.builtin and env.catalogue.n_goals == 40 and len(env.tasks("test500")) == 10
     assert all(play(env, task, 15).won for task in env.tasks("train"))
 
-def test_webshop_splits(worlds):
-    """128 fixed tasks among those held out, which are no training tasks."""
+def test_no_training_goal_is_a_test_goal_again(worlds, tmp_path):
+    """128 fixed tasks among those held out; a goal of the same product and instruction as one of
+    these leaves training."""
     env = worlds["webshop"]
-    numbers = {split: {int(task[-5:]) for task in env.tasks(split)} for split in env.splits}
-    train, test, held_out = numbers.values()
+    train, test, held_out = ({int(task[-5:]) for task in env.tasks(split)} for split in env.splits)
     assert len(test) == 128 and test < held_out and not train & held_out
     one_line("", env.start, env.tasks("train")[0].replace("train", "test"))
-
-def test_no_training_goal_is_a_test_goal_again(tmp_path):
-    """A goal of the same product and instruction as one held out leaves training."""
     items, instructions = map(json.loads, envs.build_catalogue(1))
     for product in items:
         for values in product["customization_options"].values():
@@ -5365,7 +5343,7 @@ def test_the_blind_rule_fits_the_built_in_world(worlds):
 # ---- question files ------------------------------------------------------------------------------
 
 def test_every_known_layout_of_questions_is_read(tmp_path):
-    """Search-R1's, FlashRAG's and plain rows, with the data set named in them or by the file."""
+    """Search-R1's, FlashRAG's and plain rows, with the data set named in them."""
     target = {"ground_truth": {"target": ["z"]}}
     rows = [{"id": "a", "question": "Q1?", "golden_answers": ["x", "y"],
              "data_source": "searchR1_nq"},
@@ -5380,9 +5358,28 @@ def test_every_known_layout_of_questions_is_read(tmp_path):
         ("NQ/a", "Q1?", ("x", "y"), "NQ"), ("2Wiki/b", "Q2?", ("z",), "2Wiki"),
         ("Bamboogle/c", "Q3?", ("w",), "Bamboogle"), ("own-set/7", "Q4?", ("v",), "own-set"),
         ("PopQA/4", "Q5?", ("u",), "PopQA")]
-    found = questions_of(tmp_path / "test_musique_500.jsonl",
-                         [{"idx": 1, "question": "Q?", "answer": "a"}])
-    assert [question.group for question in found["test"].values()] == ["MuSiQue"]
+
+@pytest.mark.parametrize("files, want", [
+    ({"nq/test/0000.jsonl": ["Q? a"]}, {"test": ["NQ Q? a"]}),
+    ({"nq/validation/0000.jsonl": ["Q? a"]}, {"dev": ["NQ Q? a"]}),
+    ({"nq_test.jsonl": ["Q? a", "Q? b"]}, {"test": ["NQ Q? a b"]}),
+    ({"test_musique_500.jsonl": ["Q? a"]}, {"test": ["MuSiQue Q? a"]}),
+    ({"nq/test.jsonl": ["A? a"], "nq/train.jsonl": ["B? b"], "hotpotqa/dev.jsonl": ["C? c"],
+      "bamboogle.jsonl": ["D? d"]},
+     {"train": ["NQ B? b"], "dev": ["HotpotQA C? c"], "test": ["Bamboogle D? d", "NQ A? a"]}),
+    ({"latest_nq_train.jsonl": ["Train? x", "Both? x"], "nq-test.jsonl.gz": ["both x", "Test? x"],
+      "nq_dev_small.jsonl": ["Dev? x"], "nq_validation.jsonl": ["Valid? x"]},
+     {"train": ["NQ Train? x"], "dev": ["NQ Dev? x", "NQ Valid? x"],
+      "test": ["NQ Test? x", "NQ both x"]})], ids=lambda files: next(iter(files)))
+def test_names_of_files_and_folders_tell_data_set_and_split(tmp_path, files, want):
+    """Wordings of another split leave train; a question with two rows has both answers."""
+    paths = []
+    for name, texts in files.items():
+        rows = [dict(zip(("question", "answer"), text.split())) for text in texts]
+        paths.append(write(tmp_path / name, rows))
+    splits, *_ = envs.load_questions(Path(os.path.commonpath([path.parent for path in paths])))
+    assert {split: sorted(" ".join((q.group, q.text, *q.answers)) for q in part.values())
+            for split, part in splits.items() if part} == want
 
 @pytest.mark.parametrize("row, answers", [
     (dict(answer="Lake Geneva", answer_aliases=["Lac Leman"]), ("Lake Geneva", "Lac Leman")),
@@ -5423,48 +5420,25 @@ def test_arrays_are_read_and_archives_named(tmp_path, file, text, word):
         found = questions_of(tmp_path / file, [text])["test"]
         assert [q.answers for q in found.values()] == [("b",)]
 
-def test_a_folder_of_data_sets_is_read_whole(tmp_path):
-    """Folders name data sets, files splits; what is neither questions nor passages is named."""
-    files = {"nq/test.jsonl": {"question": "a?", "answer": "b"},
-             "nq/train.jsonl": {"question": "b?", "answer": "b"},
-             "hotpotqa/dev.json": [{"question": "c?", "answer": "b"}],
-             "wiki/corpus.jsonl": {"id": 1, "title": "A", "text": "B"},
-             "notes.json": {"a": 1}, "README.md": "x", ".cache/x.jsonl": "x"}
-    for name, content in files.items():
-        write(tmp_path / name, [content])
-    write(tmp_path / "bamboogle.jsonl", [{"Question": f"Who is {i}?", "Answer": "x"}
-                                         for i in range(50)])
+def test_a_folder_of_questions_and_passages_is_read_whole(tmp_path):
+    """Its passages are searched; what is neither questions nor passages is named."""
+    files = {"nq/test.jsonl": [{"question": "a?", "answer": "b"}] * 2, "notes.json": [{"a": 1}],
+             "bamboogle.jsonl": [{"Question": f"{i}?", "Answer": "x"} for i in range(50)],
+             "wiki/corpus.jsonl": [{"id": 1, "title": "A", "text": "B"}],
+             "README.md": ["x"], ".cache/x.jsonl": ["x"]}
+    for name, rows in files.items():
+        write(tmp_path / name, rows)
     env = envs.open_env("search", str(tmp_path))
-    groups = {split: sorted({q.group for q in rows.values()})
-              for split, rows in env.questions.items()}
-    assert groups == {"train": ["NQ"], "dev": ["HotpotQA"], "test": ["Bamboogle", "NQ"]}
-    assert len(env.questions["test"]) == 51
+    assert len(env.questions["test"]) == 51 and "1 passage" in env.source
     assert env.source.endswith("neither questions nor passages: README.md, notes.json")
     assert env.engine.search(["B"], 1) == [['"A"\nB']]
-
-def test_splits_are_named_by_files_and_disjoint_in_wording(tmp_path):
-    """A file's name tells its split; wordings of another split leave train."""
-    for name, texts in (("latest_train.jsonl", ["only train?", "In both?"]),
-                        ("nq-test.jsonl.gz", ["in both", "only test?"]),
-                        ("dev_small.jsonl", ["only dev?"]), ("nq_validation.jsonl", ["valid?"])):
-        write(tmp_path / name, [{"question": text, "golden_answers": ["x"], "data_source": "nq"}
-                                for text in texts])
-    write(tmp_path / "corpus.jsonl", ANIMALS)
-    write(tmp_path / "predictions.jsonl", [{"pred": "x"}])
-    env = envs.SearchQA(data=tmp_path)
-    assert env.splits == ("train", "dev", "test") and "4 passages" in env.source
-    texts = {split: sorted(env.start(task).task for task in env.tasks(split))
-             for split in env.splits}
-    assert texts == {"train": ["only train?"], "dev": ["only dev?", "valid?"],
-                     "test": ["in both", "only test?"]}
 
 def test_equal_ids_are_different_questions(tmp_path):
     """In two files or in one, told apart at once and not by a mark more for each."""
     for name in ("train", "test"):
         write(tmp_path / f"{name}.jsonl", [{"id": i, "question": f"{name} {i}?", "answer": "x"}
                                            for i in range(3)])
-    write(tmp_path / "corpus.jsonl", ANIMALS)
-    env = envs.SearchQA(data=tmp_path)
+    env = envs.SearchQA(data=tmp_path, corpus=write(tmp_path / "corpus.jsonl", ANIMALS))
     for split in env.splits:
         texts = sorted(env.start(task).task for task in env.tasks(split))
         assert texts == [f"{split} {i}?" for i in range(3)]
