@@ -39,7 +39,6 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
-import io
 import itertools
 import json
 import math
@@ -6918,16 +6917,6 @@ def test_plot_draws_the_pairs(tmp_path, capsys):
     printed(capsys, "plot", study_file(tmp_path), "--out", out)
     assert out.read_bytes().startswith(b"\x89PNG")
 
-# ---- README's first picture ----------------------------------------------------------------------
-
-def test_readme_tells_a_newcomer_what_he_needs():
-    """It opens with a picture of gates; clone, Python, hub, citation and what is kept out."""
-    text = page("README.md")
-    assert re.search(r"!\[.*?\]\((.*?)\)", text)[1] == "docs/gates.png"
-    assert (HERE / "docs" / "gates.png").stat().st_size < 200_000
-    for part in ("git clone ", "Python 3.", "hf upload ", "eprint={2605.15155}", "docs/results.md",
-                 "Kept out on purpose: LoRA, vLLM, notebooks, Docker"):
-        assert part in text, part
 
 # ======== README and docs: what they promise ======================================================
 
@@ -6974,47 +6963,32 @@ def test_copy_paste_block_equals_the_loss(beta):
     """The copied loss has the value and gradient of the trainer's, in any micro-batches."""
     student, teacher, mask = ragged_batch()
     copied = run_block("gate", {})["sdar_loss"]
-
-    def trainers(p):
-        return sdar.aggregate(sdar.sdar_tokens(p, teacher, beta), sdar.token_weights(mask))
-
-    def whole(p):
-        return copied(p, teacher, mask, beta)
-
-    def in_parts(p):
-        return sum(copied(p[rows], teacher[rows], mask[rows], beta, total_tokens=mask.sum())
-                   for rows in (slice(0, 3), slice(3, 8)))
-
+    ways = (lambda p: sdar.aggregate(sdar.sdar_tokens(p, teacher, beta), sdar.token_weights(mask)),
+            lambda p: copied(p, teacher, mask, beta),
+            lambda p: sum(copied(p[i], teacher[i], mask[i], beta, total_tokens=mask.sum())
+                          for i in (slice(0, 3), slice(3, 8))))
     results = []
-    for function in (trainers, whole, in_parts):
+    for loss_of in ways:
         logp = student.clone().requires_grad_()
-        loss = function(logp)
-        results.append((loss.detach(), torch.autograd.grad(loss, logp)[0]))
-    for loss, gradient in results[1:]:
-        assert torch.allclose(loss, results[0][0], atol=1e-12)
-        assert torch.allclose(gradient, results[0][1], atol=1e-12)
-    assert results[0][1].abs().max() > 1e-3
+        loss = loss_of(logp)
+        results.append(flat([loss.detach(), torch.autograd.grad(loss, logp)[0]]))
+    assert close(results[1], results[0], 1e-12) and close(results[2], results[0], 1e-12)
+    assert results[0][1:].abs().max() > 1e-3
 
 def test_plain_loop_adapter():
     """README's loop takes the step of its formula, whatever the size of the micro-batches."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Embedding(11, 8), torch.nn.Linear(8, 11))
-    start = {k: v.clone() for k, v in model.state_dict().items()}
+    start = copy.deepcopy(model.state_dict())
 
     def logps(model, prompts, responses):  # sees the last prompt token at every position
         logp = torch.log_softmax(model(prompts[:, -1:]) + model(responses), -1)
         return logp.gather(2, responses[..., None])[..., 0]
 
-    def weights():
-        return flat(p.detach() for p in model.parameters())
-
     g = torch.Generator().manual_seed(1)
-    data = {
-        "prompts": torch.randint(0, 11, (6, 3), generator=g),
-        "skilled_prompts": torch.randint(0, 11, (6, 5), generator=g),
-        "responses": torch.randint(0, 11, (6, 4), generator=g),
-        "mask": torch.ones(6, 4),
-        "advantages": torch.randn(6, 1, generator=g)}
+    data = {name: torch.randint(0, 11, (6, width), generator=g)
+            for name, width in (("prompts", 3), ("skilled_prompts", 5), ("responses", 4))}
+    data |= {"mask": torch.ones(6, 4), "advantages": torch.randn(6, 1, generator=g)}
     data["mask"][2:, 2:] = 0
     after = []
     for size in (2, 6):
@@ -7023,18 +6997,17 @@ def test_plain_loop_adapter():
         scope |= {"model": model, "logps": logps, "micro_batch": size, "coef": 0.5,
                   "optimizer": torch.optim.SGD(model.parameters(), lr=1.0)}
         run_block("loop", scope)
-        after.append(weights())
+        after.append(flat(p.detach() for p in model.parameters()))
     model.load_state_dict(start)
-    before = weights()
+    model.zero_grad()
     student = logps(model, data["prompts"], data["responses"])
     teacher = logps(model, data["skilled_prompts"], data["responses"]).detach()
     gate = torch.sigmoid(5 * (teacher - student)).detach()
     baseline = gate[data["mask"] > 0].mean()
     reward = data["advantages"] + 0.5 * (gate - baseline)     # GRPO's and the gate's, per token
     (-(reward * student * data["mask"]).sum() / data["mask"].sum()).backward()
-    step = flat(p.grad for p in model.parameters())
-    for end in after:
-        assert torch.allclose(end, before - step, atol=1e-6)
+    want = flat((p - p.grad).detach() for p in model.parameters())
+    assert all(torch.allclose(end, want, atol=1e-6) for end in after)
 
 TINY_TRL = '''
 from datasets import Dataset
@@ -7320,49 +7293,40 @@ def test_links_of_readme_and_docs_lead_somewhere():
             if anchor:
                 assert anchor in anchors(to.read_text(encoding="utf-8")), f"{file}: {target}"
 
-def section_starts():
-    """The first line of each numbered section of sdar.py: {1: line, ...}."""
+def test_readme_is_one_sitting():
+    """At most 250 lines: a picture of gates first, then what a newcomer needs, every method, and
+    what is kept out."""
+    text = page("README.md")
+    assert len(text.splitlines()) <= 250
+    assert re.search(r"!\[.*?\]\((.*?)\)", text)[1] == "docs/gates.png"
+    assert (HERE / "docs" / "gates.png").stat().st_size < 200_000
+    for part in ("git clone ", "Python 3.", "hf upload ", "eprint={2605.15155}", "docs/results.md",
+                 "Kept out on purpose: LoRA, vLLM, notebooks, Docker",
+                 *(f"`--algo {name}`" for name in sdar.METHODS)):
+        assert part in text, part
+
+def test_readmes_reading_list_follows_the_code():
+    """It names functions in sdar.py's order, each in its section; sections 1 to 9, the whole
+    method, have at most 450 lines."""
     starts = {}
     for line, text in enumerate((HERE / "sdar.py").read_text(encoding="utf-8").splitlines(), 1):
         if found := re.match(r"# =+ (\d+)\. ", text):
             starts[int(found[1])] = line
-    return starts
-
-def test_functions_that_readme_names_exist():
-    """README's reading list names them in sdar.py's order, each in its section."""
-    text = page("README.md")
-    items = re.findall(r"^(\d)\. (`\w+`.*?): ", text, re.M)[:9]
+    text = " ".join(page("README.md").split())
+    assert list(starts) == list(range(1, len(starts) + 1))
+    assert "at most 450 lines" in text and starts[10] - starts[1] <= 450
+    items = re.findall(r"^(\d)\. (`\w+`.*?): ", page("README.md"), re.M)[:9]
     assert [number for number, _ in items] == list("123456789")
-    starts = section_starts()
     places = []
     for number, line in items:
-        for name in re.findall(r"`(\w+)`", line):
-            if name == "METHODS":
-                continue
+        for name in set(re.findall(r"`(\w+)`", line)) - {"METHODS"}:
             places.append(inspect.getsourcelines(getattr(sdar, name))[1])
             assert starts[int(number)] < places[-1] < starts[int(number) + 1], name
-    assert places == sorted(places)
-    assert len(places) >= 20
-    assert "`generate` (section 12)" in " ".join(text.split())
+    assert places == sorted(places) and len(places) >= 20
+    assert "`generate` (section 12)" in text
     assert starts[12] < inspect.getsourcelines(sdar.generate)[1] < starts[13]
-    table = text[text.index("## Methods"):text.index("## Environments")]
-    named = re.findall(r"`([a-z]+_[a-z_]+|METHODS)`", table)
-    assert len(named) >= 5
-    assert [name for name in named if not hasattr(sdar, name)] == []
-
-def test_the_method_is_one_stretch():
-    """Sections 1 to 9 of sdar.py, which README calls the whole method, have at most 450 lines."""
-    assert "at most 450 lines" in " ".join(page("README.md").split())
-    starts = section_starts()
-    assert list(starts) == list(range(1, len(starts) + 1))
-    assert starts[10] - starts[1] <= 450
-
-def test_readme_is_one_sitting():
-    """README has at most 250 lines, and its method table lists every method."""
-    text = page("README.md")
-    assert len(text.splitlines()) <= 250
-    for name in sdar.METHODS:
-        assert f"`--algo {name}`" in text, name
+    named = re.findall(r"`([a-z]+_[a-z_]+|METHODS)`", re.search("## Methods.*## Env", text)[0])
+    assert len(named) >= 5 and [name for name in named if not hasattr(sdar, name)] == []
 
 def test_readme_shows_what_a_run_prints(tmp_path, capsys):
     """The lines of README's quick start are those that sdar.py prints, but for the figures."""
@@ -7464,30 +7428,25 @@ def test_env_args_are_numbers_where_they_look_like_them(monkeypatch):
                        "version": "1.2.3", "a": "b c"}
     assert type(options["house"]) is int and s.data == "built-in"
 
-def help_text(capsys, words):
-    """What --help prints, with status 0."""
-    with pytest.raises(SystemExit) as stop:
-        sdar.main(words.split())
-    assert stop.value.code == 0
-    return capsys.readouterr().out
-
 def test_help_explains_every_setting(capsys):
-    """Each flag with its line and its default, below the headings."""
-    text = help_text(capsys, "--help")
+    """Each flag with its line below the headings, and the defaults of the chosen environment and
+    model, which may be named before or after --help."""
+    def help_text(words):
+        with pytest.raises(SystemExit) as stop:
+            sdar.main(words.split())
+        assert stop.value.code == 0
+        return capsys.readouterr().out
+
+    text = help_text("--help")
     assert all(f"\n{heading}:\n" in text for heading in ("data", "rollout", "objective"))
     one_row = " ".join(text.split())
     for f in dataclasses.fields(sdar.Settings):
         assert sdar.flag(f.name) + " " in text and f.metadata["help"][:40] in one_row
     assert "one GRPO group each (default: 4)" in one_row       # of `tiny`, the default model
     assert "KL term to the reference policy (default: 0.0)" in one_row
-    assert "(default: False)" not in text and "(default: )" not in text
-
-@pytest.mark.parametrize("words, shown", [
-    ("--help", "0.0003)"), ("--env webshop --model x/y --help", "5120)"),
-    ("--help --env search --model x/y", "(default: 128)")])
-def test_help_shows_the_defaults_of_the_chosen_environment_and_model(capsys, words, shown):
-    """Before or after --help."""
-    assert shown in help_text(capsys, words)
+    assert "(default: False)" not in text and "(default: )" not in text and "0.0003)" in text
+    assert "5120)" in help_text("--env webshop --model x/y --help")
+    assert "(default: 128)" in help_text("--help --env search --model x/y")
 
 # ======== Against the originals: recordings and real data (SDAR_TEST_DATA) ========================
 
