@@ -3928,7 +3928,6 @@ FAMILIES = [  # a model type, its configuration, why it decodes through generate
     ("qwen2", SIZES | {"attention_dropout": 0.5, "num_key_value_heads": 2}, "", ""),
     ("qwen2_moe", dict(SIZES, num_experts=4, moe_intermediate_size=32), "", ""),
     ("mistral", dict(SIZES, sliding_window=None), "", ""),
-
     ("gemma2", dict(SIZES, head_dim=16), "", "caps its logits"),
     ("granite", dict(SIZES, logits_scaling=8.0), "", "by its head"),
     ("cohere", SIZES, "", "by its head"),
@@ -3973,8 +3972,7 @@ def responses(policy, prompts, temperature=0, **options):
 @pytest.mark.parametrize("kind, config, why, word", FAMILIES, ids=[row[0] for row in FAMILIES])
 def test_a_family_is_trained_as_transformers_runs_it_or_refused(sound, tmp_path, kind, config, why,
                                                                 word):
-    """Greedy and scored as each prompt alone, in fp32 without dropout, sampled by its seed, saved;
-    one line where that would go wrong."""
+    """Greedy tokens and scores are those of each prompt alone, without dropout; or refused."""
     if word:
         one_line(word, other_model, sound, tmp_path, kind, config)
         return
@@ -4258,8 +4256,7 @@ def contrast(own, control, beta=5.0, baseline=0.0):
 
 @pytest.mark.parametrize("beta", [0.1, 1.0, 5.0])
 def test_contrast_gate_rewards_what_only_the_own_skill_says(beta):
-    """E[grad] is that of -E[g], g fixed: 0 where the skills agree, but not where the student does
-    what its skill says; small beta: towards the own skill and away from the other."""
+    """E[grad] is that of -E[g], g fixed: 0 where the skills agree, not where the student does."""
     logits, own = policies()
     control = policies(seed=5)[1]
     g = torch.sigmoid(beta * (own - control))
@@ -4974,8 +4971,7 @@ def test_incomplete_skills_are_refused(tmp_path):
         one_line(hint, envs.Alfworld, skills=folder)
 
 def test_skill_libraries_are_read_as_published(tmp_path):
-    """SkillRL's search cards call compare comparison; a file stands for itself, with a byte order
-    mark or without; which of two card files is meant has to be said."""
+    """SkillRL's cards, with a byte order mark or without; of two files one has to be named."""
     names = ("direct_retrieval", "multi_hop_reasoning", "entity_attribute_lookup", "comparison")
     file = write(tmp_path / "claude_style_skills_search.json", [{
         "general_skills": [{"title": "g", "principle": "p"}],
@@ -5201,8 +5197,7 @@ def test_human_goals(tmp_path):
     assert all(play(env, task, 15).won for task in env.tasks("train"))
 
 def test_no_training_goal_is_a_test_goal_again(worlds, tmp_path):
-    """128 fixed tasks among those held out; a goal of the same product and instruction as one of
-    these leaves training."""
+    """128 fixed tasks among those held out; product and instruction of these leave training."""
     env = worlds["webshop"]
     train, test, held_out = ({int(task[-5:]) for task in env.tasks(split)} for split in env.splits)
     assert len(test) == 128 and test < held_out and not train & held_out
@@ -5548,8 +5543,7 @@ def test_an_answer_that_only_drips_is_given_up(monkeypatch):
     b'{"result": [[{"document": {"contents": 7}}]]}'], ids=lambda trouble: str(trouble)[:30])
 def test_trouble_with_a_server_is_retried_and_loses_nothing(no_collection, tmp_path, search_server,
                                                             no_waiting, trouble):
-    """A busy, slow or broken answer is asked for again; where that lasts (or at once, if nothing is
-    there) one line names the server, no session changes, and the same step works later."""
+    """Where it lasts one line names the server; no session changes, the same step works later."""
     env = search_env(tmp_path, search_url=search_server.url + "/retrieve", retries=2,
                      timeout=1.0 if trouble == "slow" else 20.0)
     sessions = [env.start(task) for task in env.tasks("train")[:3]]
@@ -5682,8 +5676,7 @@ def test_porter_stems_of_the_paper():
     ("x\u200by", ["x", "y"]), ("x\u200cy", ["x\u200cy"]), ("co\u00adop", ["co\u00adop"]),
     ("a\u2066b", ["a\u2066b"])])
 def test_words_follow_the_unicode_word_rules(text, expected):
-    """Words, numbers, ideographs and emoji as Lucene's tokenizer cuts them; of the invisible
-    characters the zero-width space alone separates."""
+    """As Lucene's tokenizer cuts them; of the invisible characters only U+200B separates."""
     assert envs.words(text) == expected
 
 @pytest.mark.parametrize("text, terms", [
@@ -6645,8 +6638,7 @@ def config_file(folder, flags=""):
     return str(write(folder / "config.json", [saved])), s
 
 def test_config_repeats_a_run_and_takes_changes(tmp_path):
-    """All settings but the folder; with another method its presets, and what was told, if it can
-    use that; what it cannot use is refused where a flag asks for it."""
+    """All but the folder; another method has its presets and what it can use of what was told."""
     path, before = config_file(tmp_path, "--beta 3 --gate-baseline --lr 0.01 --seed 7 --out x "
                                "--groups 5 --env-args house=7")
 
@@ -6806,8 +6798,7 @@ def test_failures_of_an_evaluation_are_counted_by_kind(evaluated_run, tmp_path, 
 
 @pytest.mark.parametrize("name", ["guess.py:Guess", "alfworld", "search"])
 def test_the_papers_lines_stand_below_its_benchmarks_alone(name, tmp_path, capsys):
-    """`table` of an environment of one's own says nothing about what the paper published; the
-    footnote on Bamboogle is for Search-QA."""
+    """Not below an environment of one's own; the footnote on Bamboogle is for Search-QA alone."""
     file = result_file(tmp_path / "e.json", [1], ["x"], env=name)
     text = printed(capsys, "table", file)
     assert ("Published" in text) == ("2605.15155" in text) == (name in BENCHMARKS)
@@ -6839,8 +6830,7 @@ def table_rows(text):
     return {row[0]: row[1:] for row in rows if len(row) > 2}
 
 def test_runs_are_paired_by_seed(tmp_path, capsys):
-    """Differences 4, 8 and 12 points: mean 8, sd 4, t(2) 4.303; sign test 2 / 2^3; a seed without
-    a partner and what all settings share are left out; one pair has no interval."""
+    """Mean, interval and sign test of the differences; a seed without a partner is left out."""
     text = printed(capsys, "table", study_file(tmp_path), "--paired")
     rows = table_rows(text)
     assert rows["sdar"] == ["grpo", "3", "+8.0 [-1.9, +17.9]", "3", "0", "0.25"]
@@ -6875,8 +6865,7 @@ def test_a_study_that_cannot_be_paired_is_one_line(tmp_path, capsys, old, new, h
         capsys, "table", study_file(tmp_path), "--paired", "other")
 
 def test_run_folders_become_lines_of_a_study(tmp_path, capsys):
-    """--csv keeps seed, method, what the run was told, its last validation and its seconds; the
-    file reads as the runs do. An unfinished run is left out, a warm start is no setting."""
+    """--csv keeps what was told, the last validation and seconds, and reads as the runs do."""
     (tmp_path / "warm").mkdir()
     for name, seed, algo, flags, won in (
             ("a", 1, "grpo", [], 5), ("b", 1, "sdar", [], 6), ("c", 1, "sdar", ["--lam", "0.1"], 8),
@@ -7261,8 +7250,7 @@ def test_links_of_readme_and_docs_lead_somewhere():
             assert not anchor or anchor in names, f"{file}: {target}"
 
 def test_readme_is_one_sitting():
-    """At most 250 lines: a picture of gates first, then what a newcomer needs, every method, and
-    what is kept out."""
+    """At most 250 lines: a picture of gates, what a newcomer needs, methods, what is kept out."""
     text = page("README.md")
     assert len(text.splitlines()) <= 250
     assert re.search(r"!\[.*?\]\((.*?)\)", text)[1] == "docs/gates.png"
@@ -7273,8 +7261,7 @@ def test_readme_is_one_sitting():
         assert part in text, part
 
 def test_readmes_reading_list_follows_the_code():
-    """It names functions in sdar.py's order, each in its section; sections 1 to 9, the whole
-    method, have at most 450 lines."""
+    """Functions stand in their sections, in order; sections 1 to 9 have at most 450 lines."""
     starts = {}
     for line, text in enumerate((HERE / "sdar.py").read_text(encoding="utf-8").splitlines(), 1):
         if found := re.match(r"# =+ (\d+)\. ", text):
@@ -7386,8 +7373,7 @@ def test_the_judge_may_change_with_resume(tmp_path):
         assert sdar.read_settings(argv)[0].judge == judge
 
 def test_env_args_are_numbers_where_they_look_like_them(monkeypatch):
-    """They become arguments of the environment's class, ~ is the home folder; without data, s.data
-    says built-in."""
+    """They are arguments of the environment's class, ~ is the home folder; no data is built-in."""
     monkeypatch.setattr(envs, "open_env", lambda *_, skills, **options: types.SimpleNamespace(
         builtin=True, options=options))
     s = settings(env_args="house=6 at=-1 timeout=2.5 nouns=en_core_web_sm version=1.2.3 'a=b c'")
@@ -7400,8 +7386,7 @@ def test_env_args_are_numbers_where_they_look_like_them(monkeypatch):
     assert s.env_args == f"corpus={os.environ['HOME']}/skills topk=2"
 
 def test_help_explains_every_setting(capsys):
-    """Each flag with its line below the headings, and the defaults of the chosen environment and
-    model, which may be named before or after --help."""
+    """Each flag has its line and the default of the environment and model named with it."""
     def help_text(words):
         with pytest.raises(SystemExit) as stop:
             sdar.main(words.split())
