@@ -5336,7 +5336,10 @@ def test_every_known_layout_of_questions_is_read(tmp_path):
         ("NQ/a", "Q1?", ("x", "y"), "NQ"), ("2Wiki/b", "Q2?", ("z",), "2Wiki"),
         ("Bamboogle/c", "Q3?", ("w",), "Bamboogle"), ("own-set/7", "Q4?", ("v",), "own-set"),
         ("PopQA/4", "Q5?", ("u",), "PopQA")]
-
+    for array in ('[{"question": "a?", "answer": "b"}]',
+                  '\ufeff [\n{"question": "a?",\n"answer": "b"}\n]'):
+        found = questions_of(tmp_path / "test.json", [array])["test"]
+        assert [q.answers for q in found.values()] == [("b",)]
 @pytest.mark.parametrize("files, want", [
     ({"nq/test/0000.jsonl": ["Q? a"]}, {"test": ["NQ Q? a"]}),
     ({"nq/validation/0000.jsonl": ["Q? a"]}, {"dev": ["NQ Q? a"]}),
@@ -5375,28 +5378,16 @@ def test_answers_are_read_as_they_are_meant(tmp_path, row, answers):
     assert [(q.text, q.answers) for q in found["test"].values()] == [("Who??", answers)]
 
 @pytest.mark.parametrize("row", [
-    "{not json", '["a list"]', {"question": "no answer?"}, {"answer": "x"},
-    {"question": "Who?", "answers": {"text": ["Ann"], "answer_start": [3]}},  # as SQuAD's
-    {"question": "Who?", "answers": [None]}, {"question": "Who?", "golden_answers": "['a' 'b']"},
-    {"question": "Who?", "answer": None}, {"question": "Who?", "answer": ""}])
+    "{not json", '["a list"]', '{"question": "no answer?"}', '{"answer": "x"}',
+    '{"question": "Who?", "answers": {"text": ["Ann"], "answer_start": [3]}}',      # as SQuAD's
+    '{"question": "Who?", "answers": [null]}', '{"question": "Who?", "answer": null}',
+    '{"question": "Who?", "golden_answers": "[\'a\' \'b\']"}', '{"question": "Who?", "answer": ""}',
+    '{"question": "\xff", "answer": "x"}'])
 def test_unusable_questions_name_file_and_line(tmp_path, row):
     """Broken JSON, a row without question or answers, and answers that cannot be told apart."""
-    rows = [{"question": "fine?", "answer": "x"}, row]
-    one_line(r"test\.jsonl, line 2\b", questions_of, tmp_path / "test.jsonl", rows)
-
-@pytest.mark.parametrize("file, text, word", [
-    ("test.json", '[{"question": "a?", "answer": "b"}]', ""),
-    ("test.json", '\ufeff [\n{"question": "a?",\n"answer": "b"}\n]', ""),
-    ("test.json", '{"data": [\n1]}', "one JSON object a line"),
-    ("test.jsonl", '[{"question": "a?", "answer": "b"}]', "one JSON object a line"),
-    ("test.jsonl", "PK\x03\x04", "unpacked")])
-def test_arrays_are_read_and_archives_named(tmp_path, file, text, word):
-    """A question file is read whole, or refused with what it is."""
-    if word:
-        one_line(word, questions_of, tmp_path / file, [text])
-    else:
-        found = questions_of(tmp_path / file, [text])["test"]
-        assert [q.answers for q in found.values()] == [("b",)]
+    file = tmp_path / "test.jsonl"
+    file.write_bytes(('{"question": "fine?", "answer": "x"}\n' + row).encode("latin-1"))
+    one_line(r"test\.jsonl, line 2\b", envs.load_questions, file)
 
 def test_a_folder_of_questions_and_passages_is_read_whole(tmp_path):
     """Its passages are searched; what is neither questions nor passages is named."""
@@ -5437,11 +5428,14 @@ def test_unreadable_question_files_are_named(tmp_path, monkeypatch):
     """Cut, foreign or empty files are named, and what is missing beside questions."""
     rows = [{"question": f"{i}?", "answer": "x"} for i in range(500)]
     packed = write(tmp_path / "x.jsonl.gz", rows).read_bytes()
-    for name, content in (("test.jsonl.gz", packed[:len(packed) // 2]),
-                          ("bytes.jsonl", b'{"question": "\xff\xfe", "answer": "x"}\n'),
-                          ("train.parquet", b"PAR1 not really")):
+    for name, content, hint in (
+            ("cut.jsonl.gz", packed[:len(packed) // 2], "cut.jsonl.gz"),
+            ("packed.jsonl", b"PK\x03\x04", "unpacked"),
+            ("object.json", b'{"data": [\n1]}', "one JSON object a line"),
+            ("array.jsonl", b'[{"question": "a?", "answer": "b"}]', "one JSON object a line"),
+            ("train.parquet", b"PAR1 not really", "train.parquet")):
         (tmp_path / name).write_bytes(content)
-        one_line(name, envs.load_questions, tmp_path / name)
+        one_line(hint, envs.load_questions, tmp_path / name)
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     one_line("pip install pyarrow", envs.load_questions, tmp_path / "train.parquet")
     (tmp_path / "empty").mkdir()
