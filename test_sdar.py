@@ -3760,15 +3760,14 @@ def test_only_tokens_that_structure_a_chat_leave_a_prompt(sound, content, specia
 
 def tokenizer_of(kind, texts):
     """A tokenizer of another make: (pieces with a mark for blanks, or BERT's)."""
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from tokenizers import BertWordPieceTokenizer, Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers.trainers import BpeTrainer
     from transformers import PreTrainedTokenizerFast
     special = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
     if kind == "bert":
-        made = Tokenizer(models.WordPiece(unk_token="<unk>"))
-        made.normalizer = normalizers.BertNormalizer()
-        made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-        made.decoder = decoders.WordPiece()
-        trainer = trainers.WordPieceTrainer(vocab_size=600, special_tokens=special)
+        made = BertWordPieceTokenizer(unk_token="<unk>")
+        made.train_from_iterator(texts, vocab_size=600, special_tokens=special)
+        made = made._tokenizer
     else:
         made = Tokenizer(models.BPE(byte_fallback=kind == "bytes", unk_token="<unk>"))
         made.pre_tokenizer = pre_tokenizers.Metaspace()
@@ -3776,8 +3775,8 @@ def tokenizer_of(kind, texts):
             decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(),
             decoders.Strip(" ", 1, 0)])
         fallback = [f"<0x{i:02X}>" for i in range(256)] if kind == "bytes" else []
-        trainer = trainers.BpeTrainer(vocab_size=900, special_tokens=special + fallback)
-    made.train_from_iterator(texts, trainer)
+        trainer = BpeTrainer(vocab_size=900, special_tokens=special + fallback)
+        made.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<|im_end|>",
                                    chat_template=sdar.TINY_TEMPLATE)
 
@@ -4458,14 +4457,12 @@ def test_sessions_do_not_disturb_one_another(worlds, name):
     env = worlds[name]
     tasks = env.tasks(env.splits[0])[:6]
     alone = [play(env, task).turns for task in tasks]
-    sessions = [env.start(task) for task in tasks + tasks[:1]]
+    *played, other = map(env.start, tasks + tasks[:1])
     for _ in range(max(map(len, alone)) + 1):
-        env.step(sessions[:6], [act("look") if session.done else session.expert()
-                                for session in sessions[:6]])
-    assert [session.turns for session in sessions[:6]] == alone
-    assert all(session.won for session in sessions[:6])
-    assert not sessions[6].done and sessions[6].turns == []
-    assert sessions[6].prompt() == env.start(tasks[0]).prompt()
+        env.step(played, [act("look") if x.done else x.expert() for x in played])
+    assert [session.turns for session in played] == alone
+    assert all(session.won for session in played) and not other.done and other.turns == []
+    assert other.prompt() == env.start(tasks[0]).prompt()
 
 @every_benchmark
 def test_a_seed_decides_the_built_in_world(worlds, name):
@@ -4571,6 +4568,25 @@ def test_prompts_carry_what_the_turn_needs(worlds, name, words):
     assert all(part in brief for part in (skill, session.task.rstrip("."), session.turns[-1][1]))
     assert len(session.prompt(brief=True)) < len(text) / 3
     assert "[buy now]" in brief or name == "alfworld"
+
+@pytest.mark.parametrize("name, played", [
+    ("alfworld", [(act("dance"), True, False), ("look", False, True), (act("look"), True, True)]),
+    ("webshop", [*((act(action), True, False) for action in (
+        "hello", "click[search]", "search[]", "click[buy now]")), (act("search[lamp]"), True, True),
+        (act("click[next >]"), True, True), ("click[back to search]", False, True)])])
+def test_admissible_is_what_was_offered(worlds, name, played):
+    """Other actions take a turn without effect; they are counted apart from the invalid ones."""
+    env = worlds[name]
+    session = env.start(env.tasks("train")[0])
+    for response, valid, admissible in played:
+        before = session.observation
+        env.step([session], [response])
+        assert (session.valid, session.admissible) == (valid, admissible), response
+        assert admissible or session.observation in (before, "Nothing happens.")
+    assert not session.done and session.score == 0 and len(session.turns) == len(played)
+    assert name == "webshop" or session.details == {"invalid": 1, "inadmissible": 1}
+    with pytest.raises(ValueError):
+        env.step([session], ["one", "two"])
 
 def test_downloads_are_checked(server, tmp_path):
     """A file arrives whole, or one line says why not (Drive's page, too) and nothing is left."""
@@ -4841,20 +4857,6 @@ def test_detours_search_before_the_object_is_found():
     assert longer > len(tasks) / 2
     assert len({env.start(tasks[0], seed=k, detours=4).expert() for k in range(10)}) > 1
 
-def test_inadmissible_actions_are_counted_and_played(worlds):
-    """They take a turn without effect, and are counted apart from the invalid ones."""
-    env = worlds["alfworld"]
-    session = env.start(env.tasks("train")[0])
-    env.step([session], [act("dance")])
-    assert session.observation == "Nothing happens." and not session.done
-    assert session.valid and not session.admissible and session.turns[-1][1] == "dance"
-    assert session.details == {"invalid": 0, "inadmissible": 1}
-    env.step([session], ["look"])
-    env.step([session], [act("look")])
-    assert session.details == {"invalid": 1, "inadmissible": 1}
-    with pytest.raises(ValueError):
-        env.step([session], ["one", "two"])
-
 def test_alfworld_tells_whether_the_object_was_within_reach():
     """Not before the expert of any task type can take the object, and ever after."""
     world = envs.Alfworld(house=6)
@@ -4890,11 +4892,10 @@ SKILLS = ("pick_and_place", "look_at_obj_in_light", "clean", "heat", "cool")
 
 def skill_folder(folder, names=SKILLS):
     """A directory like the public one: skill_mapping.json, .md files, claude_style_skills.json."""
-    tasks = {"pick_and_place": "pick_and_place", "pick_two_obj_and_place": "pick_and_place",
-             "look_at_obj_in_light": "look_at_obj_in_light"}
-    tasks |= {f"pick_{verb}_then_place_in_recep": verb for verb in ("heat", "cool", "clean")}
-    files = {name: name + ".md" for name in ("general_skills", *names)}
     folder.mkdir()
+    files = {name: name + ".md" for name in ("general_skills", *names)}
+    tasks = {kind: next((name for name in SKILLS if name in kind), "pick_and_place")
+             for kind in envs.ALFWORLD_TYPES}
     mapping = {"skill_files": files, "task_to_skill": tasks, "task_keywords": {}}
     (folder / "skill_mapping.json").write_text(json.dumps(mapping), encoding="utf-8-sig")
     for name, file in files.items():
@@ -5190,18 +5191,6 @@ def test_shop_categories_are_decided_by_whole_words_of_the_task_alone(worlds):
     session, category = sessions[0], sessions[0].category
     env.step([session], [act("search[shoes phone shampoo lamp]")])
     assert session.category == category
-
-def test_admissible_is_what_was_offered(worlds):
-    """A search where there is a search bar and a click on what the page shows, nothing else."""
-    env = worlds["webshop"]
-    session = env.start(env.tasks("test")[0])
-    wanted = {"click[search]": False, "search[]": False, "click[buy now]": False,
-              "search[lamp]": True, "click[next >]": True, "click[back to search]": True,
-              "hello": False}
-    for action, admissible in wanted.items():
-        env.step([session], [act(action)])
-        assert session.admissible == admissible and session.valid, action
-    assert not session.done and session.score == 0 and len(session.turns) == 7
 
 # ---- Search-QA -----------------------------------------------------------------------------------
 
@@ -6683,19 +6672,16 @@ def test_track_tensorboard_writes_event_files(tmp_path):
     assert [x.value for x in events.Scalars("metrics/gap")] == pytest.approx(logged)
 
 @pytest.mark.parametrize("name", ["wandb", "tensorboard"])
-def test_track_without_its_package_is_one_line(tmp_path, monkeypatch, capsys, name):
-    """It is said before training, with the command that installs it."""
-    monkeypatch.setattr(sdar.importlib.util, "find_spec", lambda name: None)
+def test_track_that_cannot_be_is_one_line(tmp_path, monkeypatch, capsys, name):
+    """No package or no login: said before training; --track none goes on without it."""
     out = tmp_path / "run"
-    line = refused_line(capsys, "--model", "tiny", "--track", name, "--out", out)
-    assert f"pip install {name}" in line and not out.exists()
-
-def test_track_that_does_not_start_is_one_line(tmp_path, monkeypatch, capsys):
-    """No login, say: one line before training; --resume with --track none goes on without it."""
+    flags = "--model tiny --warm-start 1 --steps 0 --val-every 0 --device cpu --track".split()
+    with monkeypatch.context() as patch:
+        patch.setattr(sdar.importlib.util, "find_spec", lambda name: None)
+        assert f"pip install {name}" in refused_line(capsys, *flags, name, "--out", out)
+    assert not out.exists()
     fake_wandb(monkeypatch, tmp_path, "def init(**given):\n    raise RuntimeError('no login')\n")
-    out = tmp_path / "run"
-    flags = "--model tiny --warm-start 1 --steps 0 --val-every 0 --device cpu --track wandb"
-    line = refused_line(capsys, *flags.split(), "--out", out)
+    line = refused_line(capsys, *flags, "wandb", "--out", out)
     assert "--track wandb does not start: no login" in line
     assert not (out / "metrics.jsonl").exists()
     sdar.main(["--resume", str(out), "--track", "none"])
