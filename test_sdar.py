@@ -3482,15 +3482,12 @@ def test_out_of_memory_names_what_to_lower(tmp_path, monkeypatch, capsys, name, 
     assert "--micro-tokens" in line and "--small-gpu" in line
 
 DAMAGE = [  # (file, what is done to it, word of the message)
-    *((f"checkpoints/step-000003-rl/{name}", change, "error: delete {last} to use the checkpoint")
-      for name, changes in (("model.safetensors", [0.5, "\0" * 99, None]),
-                            ("optimizer.pt", [0.5, "\0" * 99, None]),
-                            ("state.json", [0.5, "\0" * 99, None, "{}", "[]"]),
-                            ("tokenizer.json", [0.5, "\0" * 99, None]),
-                            ("config.json", [0.5, "\0" * 99, None]),
-                            ("tokenizer_config.json", [0.5, "\0" * 99, None]),
-                            ("chat_template.jinja", [0.5, None]))
-      for change in changes),
+    *(("checkpoints/step-000003-rl/" + name, change, "error: delete {last} to use the checkpoint")
+      for name, change in [
+          *itertools.product(("model.safetensors", "optimizer.pt", "state.json", "tokenizer.json",
+                              "config.json", "tokenizer_config.json"), (0.5, "\0" * 99, None)),
+          ("state.json", "{}"), ("state.json", "[]"), ("chat_template.jinja", 0.5),
+          ("chat_template.jinja", None)]),
     ("reference/model.safetensors", "", "run/reference"),
     ("config.json", "{", "is damaged"), ("config.json", "[1, 2]", "damaged or another"),
     ("config.json", {"groups": "two"}, "--groups"), ("config.json", {"env": 5}, "--env"),
@@ -5427,10 +5424,9 @@ def test_a_broken_corpus_names_file_and_line(tmp_path, bad):
 @pytest.fixture
 def search_server(server):
     """A Search-R1 server. .script: what happens to the next requests, each "ok", "slow", a status
-    or bytes; .bodies: what was asked."""
+    or bytes."""
     def reply(path, data):
         body = json.loads(data)
-        server.bodies.append((path, body))
         trouble = server.script.pop(0) if server.script else "ok"
         if trouble == "slow":
             server.released.wait(20)
@@ -5440,7 +5436,8 @@ def search_server(server):
                   for i in range(body["topk"])] for query in body["queries"]]
         return trouble if isinstance(trouble, int) else 200, json.dumps({"result": found}).encode()
 
-    server.reply, server.script, server.bodies = reply, [], []
+    server.reply = reply
+    server.script = []
     server.released = threading.Event()
     yield server
     server.released.set()
@@ -5452,7 +5449,8 @@ def test_all_queries_of_a_turn_go_in_one_request(tmp_path, search_server):
     env.step(sessions, ["<search>a</search>", "<search> b\x00\n c </search>",
                         "<answer>otter</answer>", "nothing", "<search></search>",
                         "<search>" + "long " * 1000 + "</search>", "<search>a</search>"])
-    (path, body), = search_server.bodies
+    (path, data), = search_server.asked
+    body = json.loads(data)
     assert path == "/retrieve" and body["topk"] == 3 and body["return_scores"] is True
     assert body["queries"][:2] == ["a", "b c"] and len(body["queries"]) == 3
     assert len(body["queries"][2]) <= 400
@@ -5461,7 +5459,7 @@ def test_all_queries_of_a_turn_go_in_one_request(tmp_path, search_server):
     assert sessions[1].observation.count("Doc ") == 3
     assert sessions[2].won and not sessions[3].valid
     env.step(sessions, ["<answer>otter</answer>"] * 7)
-    assert len(search_server.bodies) == 1 and all(session.won for session in sessions)
+    assert len(search_server.asked) == 1 and all(session.won for session in sessions)
 
 def test_an_answer_that_only_drips_is_given_up(monkeypatch):
     """The time limit holds for the whole reply, not only between two of its bytes."""
@@ -5494,7 +5492,7 @@ def test_trouble_with_a_server_is_retried_and_loses_nothing(no_collection, tmp_p
     search_server.script = [trouble] * (trouble != 404)
     env.step(sessions, ["<search>first</search>"] * 3)
     assert "about first" in sessions[0].observation
-    assert len(search_server.bodies) in ([1] if trouble == 404 else [2, 3])
+    assert len(search_server.asked) in ([1] if trouble == 404 else [2, 3])
 
     def states():
         return [(session.prompt(), {name: str(value) for name, value in vars(session).items()})
@@ -6707,18 +6705,13 @@ def test_an_evaluations_episodes_can_be_read(evaluated_run, tmp_path, capsys):
     assert not (tmp_path / "plain.episodes.jsonl").exists()
 
 @pytest.mark.parametrize("algo, flags", [("grpo", []), ("sdar", ["--skills"])])
-def test_episodes_without_a_teacher_are_shown_without_gates(evaluated_run, tmp_path, capsys,
-                                                            monkeypatch, algo, flags):
+def test_episodes_without_a_teacher_are_shown_without_gates(evaluated_run, tmp_path, capsys, algo,
+                                                            flags):
     """So it is where the method has no teacher, or the agent itself has read the skill."""
-    read = ev.read_flags
-
-    def other(argv):
-        flags, s, *rest = read(argv)
-        s.algo = algo
-        return flags, s, *rest
-
-    monkeypatch.setattr(ev, "read_flags", other)
-    evaluated(evaluated_run, tmp_path / "x.json", *SHORT, "--save-episodes", *flags)
+    run = shutil.copytree(evaluated_run, tmp_path / "run")
+    state = sdar.last_checkpoint(run) / "state.json"
+    edit(state, settings=load(state)["settings"] | {"algo": algo})
+    evaluated(run, tmp_path / "x.json", *SHORT, "--save-episodes", *flags)
     rows = sdar.read_lines(tmp_path / "x.episodes.jsonl")
     assert len(rows) == 3 and not any("gate" in turn for row in rows for turn in row["turns"])
     assert all(bool(row["skill_text"]) == bool(flags) for row in rows)
