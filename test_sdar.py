@@ -3262,6 +3262,12 @@ def failing(error):
         raise error
     return fail
 
+def one_line(match, function, *args, **options):
+    """The call is refused with one line that matches."""
+    with pytest.raises(UserError, match=match or None) as error:
+        function(*args, **options)
+    assert "\n" not in str(error.value)
+
 def damage(file, change):
     """Remove a file (None), cut it to a share of its length, edit its keys, or write a text."""
     if change is None:
@@ -3667,18 +3673,6 @@ def test_a_run_stands_for_its_last_checkpoint(finished):
     last = loaded(finished / "checkpoints" / "step-000003-rl")
     assert same_weights(loaded(finished).model, last.model)
 
-def one_line(match, function, *args, **options):
-    """The call is refused with one line that matches."""
-    with pytest.raises(UserError, match=match or None) as error:
-        function(*args, **options)
-    assert "\n" not in str(error.value)
-
-SIZES = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-             num_key_value_heads=4, max_position_embeddings=512)
-GPT = dict(n_embd=64, n_layer=2, n_head=4)
-EXPERTS = dict(n_routed_experts=4, num_experts_per_tok=1, n_group=1, topk_group=1,
-               kv_lora_rank=16, q_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8,
-               v_head_dim=16, moe_intermediate_size=32)
 # ---- kernels -------------------------------------------------------------------------------------
 
 def forward_and_gradient(model):
@@ -3727,6 +3721,28 @@ def test_the_folders_own_tokenizer_is_loaded(folder):
                  "LlamaTokenizerFast", None):
         edit(folder / "tokenizer_config.json", tokenizer_class=name)
         assert loaded(folder).tokenizer(text)["input_ids"] == want, name
+
+def test_merges_are_never_left_out_at_random(folder):
+    """BPE dropout, which some training scripts leave in tokenizer.json."""
+    text = "put 2 mugs in cabinet 10, then look at the desk"
+    want = loaded(folder).tokenizer(text)["input_ids"]
+    model = load(folder / "tokenizer.json")["model"]
+    edit(folder / "tokenizer.json", model=model | {"dropout": 0.5})
+    tokenizer = loaded(folder).tokenizer
+    assert [tokenizer(text)["input_ids"] for _ in range(5)] == [want] * 5
+
+def test_a_saved_tiny_is_loaded_by_auto_tokenizer(sound, tmp_path):
+    """To the same ids, also when it is saved once more."""
+    from transformers import AutoTokenizer
+    policy = loaded(sound)
+    text = "step 12\n\nput 2 mugs in cabinet 10\n<action>go</action> it's"
+    sdar.save_model(policy, tmp_path / "a")
+    other = AutoTokenizer.from_pretrained(tmp_path / "a")
+    other.save_pretrained(tmp_path / "b")
+    (tmp_path / "b" / "config.json").write_text((tmp_path / "a" / "config.json").read_text())
+    for name in ("a", "b"):
+        ids = AutoTokenizer.from_pretrained(tmp_path / name)(text)["input_ids"]
+        assert ids == policy.tokenizer(text)["input_ids"]
 
 def test_tags_are_text_even_where_a_tokenizer_calls_them_special(folder, env):
     """In prompts and in responses, while end and padding tokens leave both."""
@@ -3908,8 +3924,14 @@ def test_qwen3_template_closes_the_think_block():
     tokenizer = AutoTokenizer.from_pretrained(real("models/qwen3-tokenizer"))
     assert sdar.render_chat(tokenizer, "Hello").rstrip().endswith("</think>")
 
-# ---- models with another memory: through transformers' generate ----------------------------------
+# ---- families of models; what our decoding cannot do goes through transformers' generate ---------
 
+SIZES = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+             num_key_value_heads=4, max_position_embeddings=512)
+GPT = dict(n_embd=64, n_layer=2, n_head=4)
+EXPERTS = dict(n_routed_experts=4, num_experts_per_tok=1, n_group=1, topk_group=1,
+               kv_lora_rank=16, q_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8,
+               v_head_dim=16, moe_intermediate_size=32)
 SMALL = dict(SIZES, head_dim=16, pad_token_id=0)
 HALF = dict(sliding_window=8, layer_types=["sliding_attention", "full_attention"])
 DELTA = dict(linear_num_value_heads=4, linear_num_key_heads=2, linear_key_head_dim=16,
@@ -4040,29 +4062,7 @@ def test_a_run_says_what_it_needs_and_is_refused_where_that_is_not_there(
             sdar.check_room(state, s)
 
 
-def test_a_saved_tiny_is_loaded_by_auto_tokenizer(sound, tmp_path):
-    """To the same ids, also when it is saved once more."""
-    from transformers import AutoTokenizer
-    policy = loaded(sound)
-    text = "step 12\n\nput 2 mugs in cabinet 10\n<action>go</action> it's"
-    sdar.save_model(policy, tmp_path / "a")
-    other = AutoTokenizer.from_pretrained(tmp_path / "a")
-    other.save_pretrained(tmp_path / "b")
-    (tmp_path / "b" / "config.json").write_text((tmp_path / "a" / "config.json").read_text())
-    for name in ("a", "b"):
-        ids = AutoTokenizer.from_pretrained(tmp_path / name)(text)["input_ids"]
-        assert ids == policy.tokenizer(text)["input_ids"]
 
-
-
-def test_merges_are_never_left_out_at_random(folder):
-    """BPE dropout, which some training scripts leave in tokenizer.json."""
-    text = "put 2 mugs in cabinet 10, then look at the desk"
-    want = loaded(folder).tokenizer(text)["input_ids"]
-    model = load(folder / "tokenizer.json")["model"]
-    edit(folder / "tokenizer.json", model=model | {"dropout": 0.5})
-    tokenizer = loaded(folder).tokenizer
-    assert [tokenizer(text)["input_ids"] for _ in range(5)] == [want] * 5
 
 # ======== Files, names, terminals and schedulers ==================================================
 
