@@ -4061,9 +4061,6 @@ def test_a_run_says_what_it_needs_and_is_refused_where_that_is_not_there(
         with contextlib.nullcontext() if fits else pytest.raises(UserError, match="make room"):
             sdar.check_room(state, s)
 
-
-
-
 # ======== Files, names, terminals and schedulers ==================================================
 
 FAST = ("--model tiny --data built-in --env-args house=4 --warm-start 0 --groups 1 --group-size 2 "
@@ -6139,8 +6136,6 @@ def test_damaged_model_folders_are_refused(evaluated_run, tmp_path, capsys, file
     assert "cannot load" in error or (file == "state.json" and "damaged" in error) or (
         file == "tokenizer.json" and "has a tokenizer that" in error)
 
-
-
 def test_a_closed_pipe_is_no_traceback(tmp_path):
     """`python eval.py ... | head -0` writes nothing to stderr."""
     file = result_file(tmp_path / "a.json", [1, 0])
@@ -6831,7 +6826,6 @@ def test_plot_draws_the_pairs(tmp_path, capsys):
     printed(capsys, "plot", study_file(tmp_path), "--out", out)
     assert out.read_bytes().startswith(b"\x89PNG")
 
-
 # ======== README and docs: what they promise ======================================================
 
 PAGES = ("README.md", "docs/adapters.md", "docs/environments.md", "docs/fidelity.md",
@@ -7121,10 +7115,6 @@ def test_every_test_that_the_docs_name_exists():
     """A claim in README or docs that names its test has that test."""
     named = set(re.findall(r"\btest_\w+", " ".join(map(page, PAGES)))) - {"test_sdar"}   # the file
     assert len(named) > 15 and not [name for name in named if name not in globals()]
-
-
-
-
 
 def test_commands_and_flags_in_readme_and_docs_are_understood():
     """Each flag that they name exists; each command has flags and values that its program takes."""
