@@ -4794,13 +4794,6 @@ def test_unusable_alfworld_data_is_named(tmp_path):
     (tmp_path / "x.zip").write_bytes(b"PK\x03\x04 no zip")
     one_line("x.zip", envs.Alfworld, data=tmp_path / "x.zip")
 
-def test_games_are_parsed_once(tmp_path):
-    """A second session on a game needs no file, and starts from the beginning."""
-    env = envs.Alfworld(data=release(tmp_path / "data", splits=("train",)))
-    opening = env.start(TRIALS[0]).prompt()
-    shutil.rmtree(tmp_path / "data")
-    assert play(env, TRIALS[0]).won and env.start(TRIALS[0]).prompt() == opening
-
 @pytest.mark.parametrize("house", [4, 6, 12])
 @pytest.mark.parametrize("detours", [0, 4])
 def test_experts_of_built_in_games_win(house, detours):
@@ -4873,13 +4866,11 @@ def test_alfworld_is_downloaded_as_a_zip_and_played_in_place(server, tmp_path, c
     server.reply = lambda *_: (200, body)
     url = server.url + "/json_2.1.3_tw-pddl.zip"
     folder = tmp_path / "home" / ".cache" / "alfworld"
-    digest = hashlib.sha256(body).hexdigest()
-    envs.download_alfworld(folder, url, digest)
+    envs.download_alfworld(folder, url, hashlib.sha256(body).hexdigest())
     assert str(folder) in capsys.readouterr().out
     env = envs.Alfworld()
     assert not env.builtin and len(env.tasks("valid_seen")) == 2
-    body = body[:60] + bytes(30) + body[90:]
-    one_line("sha256", envs.download_alfworld, tmp_path / "other", url, digest)
+    one_line("sha256", envs.download_alfworld, tmp_path / "other", url, "0" * 64)
     assert not list((tmp_path / "other").iterdir())
 
 SKILLS = ("pick_and_place", "look_at_obj_in_light", "clean", "heat", "cool")
