@@ -5815,7 +5815,7 @@ def test_a_panel_is_named_by_its_tasks_and_not_by_their_numbers(tmp_path):
 
 def compared(capsys, tmp_path, wins, groups, second={}, **changes):
     """What `compare` prints for two evaluations of the same tasks, and its rows by first word."""
-    files = [result_file(tmp_path / f"{i}.json", own, group, **changes, **second * i)
+    files = [result_file(tmp_path / f"{i}.json", own, group, **changes, **(second if i else {}))
              for i, (own, group) in enumerate(zip(wins, groups))]
     text = printed(capsys, "compare", *files)
     return text, {row.split(" ")[0]: row.split() for row in text.splitlines() if row}
@@ -6152,7 +6152,7 @@ def logged_run(folder, env, algo):
 
 def test_plot_draws_each_run_in_the_column_of_its_benchmark(tmp_path, monkeypatch):
     """Success with its interval above, the gap below, on stand-ins for matplotlib's axes."""
-    axes = np.array([[mock.MagicMock() for _ in range(2)] for _ in range(2)])
+    axes = np.array([[mock.Mock() for _ in range(2)] for _ in range(2)])
     for ax in axes.flat:
         ax.plot.return_value = [ax]
     figure = types.SimpleNamespace(subplots=lambda *shape, **_: axes, savefig=mock.MagicMock())
