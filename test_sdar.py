@@ -7307,7 +7307,7 @@ def test_the_judge_may_change_with_resume(tmp_path):
         argv = ["--resume", str(tmp_path), "--judge", judge]
         assert sdar.read_settings(argv)[0].judge == judge
 
-def test_env_args_are_numbers_where_they_look_like_them(monkeypatch):
+def test_env_args_are_numbers_where_they_look_like_them(monkeypatch, tmp_path):
     """They are arguments of the environment's class, ~ is the home folder; no data is built-in."""
     monkeypatch.setattr(envs, "open_env", lambda *_, skills, **options: types.SimpleNamespace(
         builtin=True, options=options))
@@ -7316,9 +7316,11 @@ def test_env_args_are_numbers_where_they_look_like_them(monkeypatch):
     assert options == {"house": 6, "at": -1, "timeout": 2.5, "nouns": "en_core_web_sm",
                        "version": "1.2.3", "a": "b c"}
     assert type(options["house"]) is int and s.data == "built-in"
-    s = sdar.read_settings(["--env", "search", "--env-args", "corpus=~/skills topk=2"])[0]
-    assert sdar.open_env(s).options["corpus"] == f"{os.environ['HOME']}/skills"
-    assert s.env_args == f"corpus={os.environ['HOME']}/skills topk=2"
+    corpus = tmp_path / "home" / "corpus"
+    corpus.mkdir(parents=True)
+    s = sdar.read_settings(["--env", "search", "--env-args", "corpus=~/corpus topk=2"])[0]
+    assert sdar.open_env(s).options["corpus"] == str(corpus)
+    assert s.env_args == f"corpus={corpus} topk=2"
 
 def test_help_explains_every_setting(capsys):
     """Each flag has its line and the default of the environment and model named with it."""
