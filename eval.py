@@ -668,8 +668,7 @@ def gates(argv):
         raise UserError(f"{path} holds no episodes; give a run folder, or the .episodes.jsonl of "
                         "eval.py --save-episodes")
     try:
-        gated = [n for n, row in enumerate(rows, 1)
-                 if any(key in turn for turn in row["turns"] for key in ("gate", "gates"))]
+        gated = [n for n, row in enumerate(rows, 1) if any("gate" in turn for turn in row["turns"])]
         number = flags.episode if flags.episode is not None else (gated or [len(rows)])[-1]
         if not 1 <= number <= len(rows):
             raise UserError(f"{path} has no episode {number}; choose 1 to {len(rows)}")
@@ -688,9 +687,6 @@ def printable(text):
 
 def tokens_of(turn):
     """[(token, its gate, its numbers as text)] of a logged turn; without a teacher no gate."""
-    if "gates" in turn:                               # a log from before November 28, 2026
-        found = re.findall(r"(.*?)\[(\d\.\d\d)\]", turn["gates"], re.S)
-        return [(printable(token), float(gate), f"gate {gate}") for token, gate in found]
     if "gate" not in turn:
         return [(printable(turn["response"]), None, "")]
     names = ("tokens", "gate", "gap", "teacher_logp", "student_logp")

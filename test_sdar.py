@@ -31,7 +31,6 @@ In this order, and that is the specification:
 import contextlib
 import copy
 import dataclasses
-import datetime
 import errno
 import fcntl
 import gc
@@ -40,7 +39,6 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
-import io
 import itertools
 import json
 import math
@@ -63,6 +61,7 @@ import zipfile
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from unittest import mock
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 for variable in ("ALFWORLD_DATA", "WEBSHOP_DATA", "SEARCH_DATA"):
@@ -3257,6 +3256,29 @@ def run_error(capsys, *argv):
     """The one line on stderr with which such a run ends."""
     return error_of(capsys, lambda words: run(*words), *argv)
 
+def failing(error):
+    """A function that raises this error."""
+    def fail(*_, **__):
+        raise error
+    return fail
+
+def one_line(match, function, *args, **options):
+    """The call is refused with one line that matches."""
+    with pytest.raises(UserError, match=match or None) as error:
+        function(*args, **options)
+    assert "\n" not in str(error.value)
+
+def damage(file, change):
+    """Remove a file (None), cut it to a share of its length, edit its keys, or write a text."""
+    if change is None:
+        file.unlink()
+    elif isinstance(change, dict):
+        edit(file, **change)
+    elif isinstance(change, str):
+        file.write_text(change)
+    else:
+        file.write_bytes(file.read_bytes()[:int(change * file.stat().st_size)])
+
 def without_clock(row):
     """A row of a log without what depends on the clock."""
     return {k: v for k, v in row.items() if not re.search("second|per_s|memory", k)}
@@ -3273,13 +3295,11 @@ def names_of(out):
 def same_run(a, b):
     """Whether two runs have the same logs, weights, moments and state, bit for bit."""
     last = [sdar.last_checkpoint(path) for path in (a, b)]
-    texts = [json.loads((path / "state.json").read_text()) for path in last]
-    saved = [torch.load(path / "optimizer.pt", weights_only=True) for path in last]
-    moments = [[x for m in state["optimizer"]["state"].values() for x in m.values()]
-               for state in saved]
+    states = [load(path / "state.json") | {"settings": None} for path in last]
+    saved = [torch.load(path / "optimizer.pt", weights_only=True)["optimizer"] for path in last]
+    moments = [[x for m in state["state"].values() for x in m.values()] for state in saved]
     return (all(log_of(a, name) == log_of(b, name) for name in LOGS)
-            and last[0].name == last[1].name
-            and all(texts[0][name] == texts[1][name] for name in texts[0] if name != "settings")
+            and last[0].name == last[1].name and states[0] == states[1]
             and len({(path / "model.safetensors").read_bytes() for path in last}) == 1
             and all(torch.equal(x, y) for x, y in zip(*moments, strict=True)))
 
@@ -3290,17 +3310,21 @@ def finished(tmp_path_factory):
     run(*RUN, "--out", out)
     return out
 
+def whole_and_resumed(s, folder):
+    """The folders of a run and of one that is interrupted after its first step."""
+    whole, part = (dataclasses.replace(s, out=str(folder / name)) for name in ("whole", "part"))
+    sdar.train(whole)
+    sdar.train(dataclasses.replace(part, steps=1))
+    sdar.train(part, resume=part.out)
+    return whole.out, part.out
+
 @pytest.fixture
 def run_copy(finished, tmp_path):
     """A copy of the whole run, to be damaged or continued."""
     return Path(shutil.copytree(finished, tmp_path / "run"))
 
-KILLED = f"""
-import os, signal, sys, torch
-import sdar
-{inspect.getsource(remember)}
-{inspect.getsource(remembering)}
-sdar.METHODS["remembering"] = remembering()
+KILLED = """
+import os, signal, sys, torch, test_sdar
 left = int(sys.argv[1])
 save = torch.save
 def killed(value, path):
@@ -3311,7 +3335,7 @@ def killed(value, path):
     open(path, "wb").write(b"half")
     os.kill(os.getpid(), signal.SIGKILL)
 torch.save = killed
-sdar.main(sys.argv[2:])
+test_sdar.run(*sys.argv[2:])
 """
 
 def kill_at_checkpoint(number, *argv):
@@ -3335,7 +3359,7 @@ def test_a_killed_run_resumes_bit_for_bit(finished, tmp_path):
     run("--resume", out)
     assert same_run(out, finished)
     assert not (out / "checkpoints" / "writing").exists()
-    state = json.loads((sdar.last_checkpoint(out) / "state.json").read_text())
+    state = load(sdar.last_checkpoint(out) / "state.json")
     assert len(state["memory"]["turns"]) == 3
     assert sum(n for arms in state["bandit"].values() for n, _ in arms.values()) == 3 * 2
 
@@ -3395,8 +3419,6 @@ def test_ctrl_c_and_sigterm_save_and_lose_nothing(finished, tmp_path, monkeypatc
     assert names_of(out)[-1] == last and f"--resume {out}" in capsys.readouterr().out
     assert not [path for path in out.rglob("*") if path.name.endswith(".part")]
     assert not (out / "checkpoints" / "writing").exists()
-    for log in LOGS:
-        assert not (out / log).exists() or log_of(out, log) is not None
     monkeypatch.setattr(torch, "save", save)
     run("--resume", out)
     assert same_run(out, finished)
@@ -3429,76 +3451,64 @@ def test_a_full_disk_leaves_the_previous_checkpoint(finished, tmp_path, monkeypa
     run("--resume", out)
     assert same_run(out, finished)
 
-@pytest.mark.parametrize("error", [SafetensorError("No space left"), ValueError("No space left\n")])
-@pytest.mark.parametrize("cloning", [11, 0])
-def test_a_model_that_cannot_be_written_is_one_line(tmp_path, monkeypatch, capsys, error, cloning):
-    """In a checkpoint and in the reference policy, whatever error the library has for it."""
-    def full(*_, **__):
-        raise error
-
+@pytest.mark.parametrize("error, said, advice", [
+    (FULL, "No space left", "make room"),
+    (SafetensorError("No space left"), "No space left", "make room"),
+    (ValueError("not\nserializable"), "could not be saved: not;", "not; put that right")])
+@pytest.mark.parametrize("flags", [[], ["--kl", 0, "--warm-start", 0]])
+def test_a_model_that_cannot_be_saved_is_refused_before_training(
+        policy, tmp_path, monkeypatch, capsys, error, said, advice, flags):
+    """In one line, whatever error a library has; only a full disk, met later, asks for room."""
     from transformers import PreTrainedModel
-    monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
-    line = run_error(capsys, *RUN, "--warm-start", cloning, "--out", tmp_path / "run")
-    assert "No space left" in line and not sdar.checkpoints(tmp_path / "run")
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", failing(error))
+    line = run_error(capsys, *RUN, *flags, "--out", tmp_path / "run")
+    assert said in line and "make room" not in line and not list((tmp_path / "run").glob("*"))
+    s = settings(out=str(tmp_path / "later"))
+    with pytest.raises(OSError, match=advice) as refused:
+        sdar.save_checkpoint(sdar.make_state(copied(policy), s), s)
+    assert "previous" not in str(refused.value) and not sdar.checkpoints(s.out)
 
-NO_MEMORY = [
+@pytest.mark.parametrize("name, error", [
     ("clone_step", torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")),
     ("generate", RuntimeError("[enforce fail at alloc_cpu.cpp] . DefaultCPUAllocator: can't "
                               "allocate memory: you tried to allocate 9 bytes")),
     ("score_turns", MemoryError()),
-    ("step_loss", RuntimeError("cuda runtime error: CUBLAS_STATUS_ALLOC_FAILED"))]
-
-@pytest.mark.parametrize("name, error", NO_MEMORY)
+    ("step_loss", RuntimeError("cuda runtime error: CUBLAS_STATUS_ALLOC_FAILED")),
+    ("generate", RuntimeError("an illegal memory access was encountered"))])
 def test_out_of_memory_names_what_to_lower(tmp_path, monkeypatch, capsys, name, error):
-    """In one line, wherever it happens and whichever library says it."""
-    def full(*_, **__):
-        raise error
-
-    monkeypatch.setattr(sdar, name, full)
-    cloning = 1 if name == "clone_step" else 0
-    line = run_error(capsys, *RUN, "--warm-start", cloning, "--kl", 0, "--out", tmp_path / "r")
+    """In one line, wherever it happens and whoever says it; a bug keeps its traceback."""
+    monkeypatch.setattr(sdar, name, failing(error))
+    argv = [*RUN, "--warm-start", int(name == "clone_step"), "--kl", 0, "--out", tmp_path / "run"]
+    if "illegal" in str(error):
+        with pytest.raises(RuntimeError, match="illegal"):
+            run(*argv)
+        return
+    line = run_error(capsys, *argv)
     assert line.startswith("error: out of memory; lower --rollout-rows")
     assert "--micro-tokens" in line and "--small-gpu" in line
 
-def test_other_errors_are_not_called_out_of_memory(tmp_path, monkeypatch):
-    """A bug must show its traceback, even if its message holds the word memory."""
-    def broken(*_, **__):
-        raise RuntimeError("an illegal memory access was encountered")
-
-    monkeypatch.setattr(sdar, "generate", broken)
-    with pytest.raises(RuntimeError, match="illegal"):
-        run(*RUN, "--warm-start", 0, "--out", tmp_path / "bug")
-
-DAMAGE = [(name, damage) for damage in ("cut", "zeros", "gone") for name in (
-    "model.safetensors", "optimizer.pt", "state.json", "tokenizer.json", "config.json",
-    "tokenizer_config.json")] + [("chat_template.jinja", "cut"), ("chat_template.jinja", "gone")]
-
-@pytest.mark.parametrize("name, damage", DAMAGE)
-def test_a_damaged_checkpoint_is_one_line(run_copy, capsys, name, damage):
-    """It names the folder to delete."""
-    path = sdar.last_checkpoint(run_copy) / name
-    data = path.read_bytes()
-    path.unlink()
-    if damage != "gone":
-        path.write_bytes(data[:len(data) // 2] if damage == "cut" else bytes(len(data)))
-    line = run_error(capsys, "--resume", run_copy, "--steps", 4)
-    assert line.startswith(f"error: delete {path.parent} to use the checkpoint before it")
-
-@pytest.mark.parametrize("file, text, hint", [
-    ("checkpoints/step-000003-rl/state.json", "{}", "to use the checkpoint before it"),
-    ("checkpoints/step-000003-rl/state.json", "[]", "to use the checkpoint before it"),
+DAMAGE = [  # (file, what is done to it, word of the message)
+    *(("checkpoints/step-000003-rl/" + name, change, "error: delete {last} to use the checkpoint")
+      for name, change in [
+          *itertools.product(("model.safetensors", "optimizer.pt", "state.json", "tokenizer.json",
+                              "config.json", "tokenizer_config.json"), (0.5, "\0" * 99, None)),
+          ("state.json", "{}"), ("state.json", "[]"), ("chat_template.jinja", 0.5),
+          ("chat_template.jinja", None)]),
     ("reference/model.safetensors", "", "run/reference"),
     ("config.json", "{", "is damaged"), ("config.json", "[1, 2]", "damaged or another"),
-    ("config.json", {"groups": "two"}, "--groups"),
+    ("config.json", {"groups": "two"}, "--groups"), ("config.json", {"env": 5}, "--env"),
     ("config.json", {"algo": "magic"}, "--algo"), ("config.json", {"lr": math.inf}, "--lr"),
-    ("config.json", {"from_the_future": 1}, "another version")])
-def test_a_run_folder_of_nonsense_is_one_line(run_copy, capsys, file, text, hint):
-    """Whatever is in its files."""
-    if isinstance(text, str):
-        (run_copy / file).write_text(text)
-    else:
-        edit(run_copy / file, **text)
-    assert hint in run_error(capsys, "--resume", run_copy)
+    ("config.json", {"lr": "fast"}, "--lr"), ("config.json", {"model": [1]}, "--model"),
+    ("config.json", {"from_the_future": 1}, "another version")]
+
+@pytest.mark.parametrize("file, change, hint", DAMAGE)
+def test_a_damaged_run_folder_is_one_line(run_copy, capsys, file, change, hint):
+    """It names the checkpoint to delete, or what is wrong; --config of it says the same."""
+    damage(run_copy / file, change)
+    hint = hint.format(last=sdar.last_checkpoint(run_copy))
+    assert hint in run_error(capsys, "--resume", run_copy, "--steps", 4)
+    if file == "config.json":
+        assert hint in run_error(capsys, "--config", run_copy / file)
 
 def test_logs_keep_lines_with_unusual_separators_and_drop_half_lines(tmp_path):
     """A line of JSON may hold U+2028; a half-written one is left out."""
@@ -3614,48 +3624,43 @@ def loaded(folder):
     return sdar.load_policy(str(folder), "cpu")
 
 LOOP = "{% for m in messages %}<|im_start|>{{ m.role }}\n"
-TURN = sdar.TINY_TEMPLATE.replace("<|im_start|>", "<|turn|>")
 PARTS = LOOP + "{% for x in m.content if x.type %}{{ x.text }}{% endfor %}{% endfor %}"
 
-def bad_config(**changes):
-    """A change of a folder's config.json."""
-    return lambda folder: edit(folder / "config.json", **changes)
-
-def bad_template(text):
-    """A change of a folder's chat template."""
-    return lambda folder: with_template(folder, text)
-
-SPOILT = {  # what is wrong: (how it is made, word of the message)
-    "renamed weights": (lambda d: edit_weights(d, lambda w: {
+TEMPLATE = "chat_template.jinja"
+SPOILT = {  # what is wrong: (file, what is done to it, word of the message)
+    "renamed weights": ("", lambda d: edit_weights(d, lambda w: {
         f"_orig_mod.{name}": x for name, x in w.items()}), "random"),
-    "not a number": (lambda d: edit_weights(d, lambda w: {
+    "not a number": ("", lambda d: edit_weights(d, lambda w: {
         name: x * math.nan for name, x in w.items()}), "not numbers"),
-    "no head": (bad_config(tie_word_embeddings=False), "lm_head.weight"),
-    "a layer too many": (
-        bad_config(num_hidden_layers=4, layer_types=["full_attention"] * 4), "random"),
-    "another width": (bad_config(intermediate_size=64), "random"),
-    "8 bit": (bad_config(quantization_config={"quant_method": "gptq", "bits": 4}), "model"),
-    "an adapter": (lambda d: (d / "adapter_config.json").write_text("{}"), "merge"),
-    "no template": (lambda d: (d / "chat_template.jinja").unlink(), "instruction-tuned"),
-    "system first": (bad_template("{{ raise_exception('system first') }}"), "system first"),
-    "template cut off": (bad_template(LOOP + "{{ m.content }"), "unexpected"),
-    "template divides": (bad_template("{{ 1 / 0 }}"), "division"),
-    "message is gone": (bad_template(PARTS), "leaves out or changes"),
-    "message is escaped": (bad_template(LOOP + "{{ m.content | e }}{% endfor %}"), "leaves out"),
-    "in capitals": (bad_template(LOOP + "{{ m.content | upper }}{% endfor %}"), "leaves out"),
-    "message cut short": (bad_template(LOOP + "{{ m.content[:20] }}{% endfor %}"), "leaves out"),
-    "token without embedding": (lambda d: with_tokens(d, ["<|turn|>"], TURN), "embeddings"),
-    "empty folder": (lambda d: (shutil.rmtree(d), d.mkdir()), "cannot load"),
-}
+    "token without embedding": ("", lambda d: with_tokens(
+        d, ["<|turn|>"], sdar.TINY_TEMPLATE.replace("<|im_start|>", "<|turn|>")), "embeddings"),
+    "empty folder": ("", lambda d: (shutil.rmtree(d), d.mkdir()), "cannot load"),
+    "no head": ("config.json", {"tie_word_embeddings": False}, "lm_head.weight"),
+    "a layer too many": ("config.json", {"num_hidden_layers": 4,
+                                         "layer_types": ["full_attention"] * 4}, "random"),
+    "another width": ("config.json", {"intermediate_size": 64}, "random"),
+    "4 bit": ("config.json", {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+              "model"),
+    "an adapter": ("adapter_config.json", "{}", "merge"),
+    "no template": (TEMPLATE, None, "instruction-tuned"),
+    "system first": (TEMPLATE, "{{ raise_exception('system first') }}", "system first"),
+    "template cut off": (TEMPLATE, LOOP + "{{ m.content }", "unexpected"),
+    "template divides": (TEMPLATE, "{{ 1 / 0 }}", "division"),
+    "message is gone": (TEMPLATE, PARTS, "leaves out or changes messages"),
+    "message cut short": (TEMPLATE, LOOP + "{{ m.content[:20] }}{% endfor %}", "leaves out"),
+    **{f"message | {change}": (TEMPLATE, LOOP + "{{ m.content | " + change + " }}{% endfor %}",
+                               "leaves out")
+       for change in ("e", "upper", "replace('\\n\\n', '\\n')", "replace('  ', ' ')")}}
 
 @pytest.mark.parametrize("kind", SPOILT)
 def test_a_model_that_cannot_be_trained_is_refused_in_one_line(folder, kind):
     """Before any work is done, by its name, with what to do."""
-    spoil, word = SPOILT[kind]
-    spoil(folder)
-    with pytest.raises(UserError) as refused:
-        loaded(folder)
-    assert word in str(refused.value) and len(str(refused.value).splitlines()) == 1
+    file, change, word = SPOILT[kind]
+    if file:
+        damage(folder / file, change)
+    else:
+        change(folder)
+    one_line(word, loaded, folder)
 
 def test_weights_that_are_left_out_are_named(folder, capsys):
     """A config.json with too few layers trains another model than the folder's."""
@@ -3668,53 +3673,6 @@ def test_a_run_stands_for_its_last_checkpoint(finished):
     last = loaded(finished / "checkpoints" / "step-000003-rl")
     assert same_weights(loaded(finished).model, last.model)
 
-SIZES = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-             num_key_value_heads=4, max_position_embeddings=512)
-GPT = dict(n_embd=64, n_layer=2, n_head=4)
-EXPERTS = dict(n_routed_experts=4, num_experts_per_tok=1, n_group=1, topk_group=1,
-               kv_lora_rank=16, q_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8,
-               v_head_dim=16, moe_intermediate_size=32)
-FAMILIES = [  # a model type, its configuration, and a word of the refusal, "" if it is trained
-    ("llama", dict(mlp_bias=True), ""), ("qwen3", dict(head_dim=16), ""), ("phi", {}, ""),
-    ("olmo2", {}, ""), ("smollm3", dict(pad_token_id=0), ""), ("gemma", dict(head_dim=16), ""),
-    ("gpt2", dict(GPT, attn_pdrop=0.3, resid_pdrop=0.3, embd_pdrop=0.3), ""),
-    ("gptj", dict(GPT, rotary_dim=8), ""), ("phi3", dict(pad_token_id=0, resid_pdrop=0.3), ""),
-    ("starcoder2", dict(attention_dropout=0.3, residual_dropout=0.3), ""),
-    ("qwen2", dict(attention_dropout=0.5, num_key_value_heads=2), ""),
-    ("qwen2_moe", dict(num_experts=4, moe_intermediate_size=32), ""),
-    ("mistral", dict(sliding_window=None), ""), ("gemma2", dict(head_dim=16), "caps its logits"),
-    ("granite", dict(logits_scaling=8.0), "by its head"), ("cohere", {}, "by its head"),
-    ("mpt", dict(d_model=64, n_heads=4, n_layers=2), ""), ("deepseek_v3", EXPERTS, ""),
-    ("opt", dict(ffn_dim=64, word_embed_proj_dim=64), ""),
-    ("mixtral", dict(num_local_experts=4, router_jitter_noise=0.3), "training mode")]
-
-@pytest.mark.parametrize("kind, config, word", FAMILIES, ids=[row[0] for row in FAMILIES])
-def test_a_family_generates_what_transformers_generates_or_is_refused(
-        sound, tmp_path, kind, config, word):
-    """Greedy equality, in fp32 and without dropout; one line where it would go wrong."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-    tokenizer = tokenizer_in(sound)
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(kind, **{"vocab_size": len(tokenizer), **SIZES, **config})
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    if word:
-        with pytest.raises(UserError, match=word or None):
-            loaded(tmp_path)
-        return
-    policy = loaded(tmp_path)
-    assert {p.dtype for p in policy.model.parameters()} == {torch.float32}
-    assert not policy.model.training and policy.tokenizer.eos_token_id in policy.end_ids
-    prompts = dict(enumerate(sdar.encode_chats(policy.tokenizer, ["Hello", "Go to the desk now"])))
-    want = [policy.model.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False,
-                                  eos_token_id=list(policy.end_ids), pad_token_id=0)
-            for ids in prompts.values()]
-    want = [row[0, len(ids):].tolist() for row, ids in zip(want, prompts.values())]
-    assert answers(policy, prompts, settings()) == dict(enumerate(want))
-    modes = [sdar.response_logps(policy.model.train(mode), list(prompts.values()), want,
-                                 settings())[0] for mode in (True, False)]
-    assert torch.equal(*modes)
-
 # ---- kernels -------------------------------------------------------------------------------------
 
 def forward_and_gradient(model):
@@ -3724,28 +3682,19 @@ def forward_and_gradient(model):
     logits.square().sum().backward()
     return flat([logits.detach(), *(p.grad for p in model.parameters())]).cpu()
 
-@pytest.mark.parametrize("kind, norms, mlps", [
-    ("llama", 5, 2), ("qwen2", 5, 2), ("qwen3", 9, 2), ("gemma", 0, 0), ("gelu", 5, 0)])
-def test_fused_modules_compute_what_the_plain_ones_do(kind, norms, mlps, monkeypatch):
+@pytest.mark.parametrize("kind, fused", [
+    ("llama", 7), ("qwen2", 7), ("qwen3", 11), ("gemma", 0), ("gelu", 5)])
+def test_fused_modules_compute_what_the_plain_ones_do(kind, fused, monkeypatch):
     """Also after a deep copy; modules that compute something else, as Gemma's, stay."""
     model = small_model("llama", hidden_act="gelu") if kind == "gelu" else small_model(kind)
     modeling = sys.modules[type(model).__module__]
     plain = forward_and_gradient(model)
-    rotary = modeling.apply_rotary_pos_emb
-    monkeypatch.setattr(modeling, "apply_rotary_pos_emb", rotary)     # to have it back
+    monkeypatch.setattr(modeling, "apply_rotary_pos_emb", modeling.apply_rotary_pos_emb)
     monkeypatch.setattr(sdar, "compiled", lambda function: function)
-    calls = []
-    for name in ("fused_norm", "fused_mlp"):
-        def counted(self, x, name=name, function=getattr(sdar, name)):
-            calls.append(name)
-            return function(self, x)
-        monkeypatch.setattr(sdar, name, counted)
     sdar.fuse(model)
     sdar.fuse(model)                      # as of a second one, the reference
-    calls.clear()
+    assert sum("forward" in vars(module) for module in model.modules()) == fused
     assert torch.allclose(forward_and_gradient(model), plain, atol=1e-4, rtol=1e-4)
-    assert (calls.count("fused_norm"), calls.count("fused_mlp")) == (norms, mlps)
-    assert getattr(modeling.apply_rotary_pos_emb, "plain", rotary) is rotary
     twin = copy.deepcopy(model)
     with torch.no_grad():
         for p in model.parameters():
@@ -3754,11 +3703,9 @@ def test_fused_modules_compute_what_the_plain_ones_do(kind, norms, mlps, monkeyp
 
 def test_without_a_compiler_nothing_is_fused(monkeypatch, capsys):
     """The run is slower and says so."""
-    def none(function):
-        raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.")
-
     model = small_model("qwen2")
-    monkeypatch.setattr(sdar, "compiled", none)
+    error = RuntimeError("Failed to find C compiler. Please specify via CC environment variable.")
+    monkeypatch.setattr(sdar, "compiled", failing(error))
     sdar.fuse(model)
     assert "slower: Failed to find C compiler" in capsys.readouterr().out
     assert not any("forward" in vars(module) for module in model.modules())
@@ -3774,6 +3721,28 @@ def test_the_folders_own_tokenizer_is_loaded(folder):
                  "LlamaTokenizerFast", None):
         edit(folder / "tokenizer_config.json", tokenizer_class=name)
         assert loaded(folder).tokenizer(text)["input_ids"] == want, name
+
+def test_merges_are_never_left_out_at_random(folder):
+    """BPE dropout, which some training scripts leave in tokenizer.json."""
+    text = "put 2 mugs in cabinet 10, then look at the desk"
+    want = loaded(folder).tokenizer(text)["input_ids"]
+    model = load(folder / "tokenizer.json")["model"]
+    edit(folder / "tokenizer.json", model=model | {"dropout": 0.5})
+    tokenizer = loaded(folder).tokenizer
+    assert [tokenizer(text)["input_ids"] for _ in range(5)] == [want] * 5
+
+def test_a_saved_tiny_is_loaded_by_auto_tokenizer(sound, tmp_path):
+    """To the same ids, also when it is saved once more."""
+    from transformers import AutoTokenizer
+    policy = loaded(sound)
+    text = "step 12\n\nput 2 mugs in cabinet 10\n<action>go</action> it's"
+    sdar.save_model(policy, tmp_path / "a")
+    other = AutoTokenizer.from_pretrained(tmp_path / "a")
+    other.save_pretrained(tmp_path / "b")
+    (tmp_path / "b" / "config.json").write_text((tmp_path / "a" / "config.json").read_text())
+    for name in ("a", "b"):
+        ids = AutoTokenizer.from_pretrained(tmp_path / name)(text)["input_ids"]
+        assert ids == policy.tokenizer(text)["input_ids"]
 
 def test_tags_are_text_even_where_a_tokenizer_calls_them_special(folder, env):
     """In prompts and in responses, while end and padding tokens leave both."""
@@ -3804,15 +3773,14 @@ def test_only_tokens_that_structure_a_chat_leave_a_prompt(sound, content, specia
 
 def tokenizer_of(kind, texts):
     """A tokenizer of another make: (pieces with a mark for blanks, or BERT's)."""
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from tokenizers import BertWordPieceTokenizer, Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers.trainers import BpeTrainer
     from transformers import PreTrainedTokenizerFast
     special = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
     if kind == "bert":
-        made = Tokenizer(models.WordPiece(unk_token="<unk>"))
-        made.normalizer = normalizers.BertNormalizer()
-        made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-        made.decoder = decoders.WordPiece()
-        trainer = trainers.WordPieceTrainer(vocab_size=600, special_tokens=special)
+        made = BertWordPieceTokenizer(unk_token="<unk>")
+        made.train_from_iterator(texts, vocab_size=600, special_tokens=special)
+        made = made._tokenizer
     else:
         made = Tokenizer(models.BPE(byte_fallback=kind == "bytes", unk_token="<unk>"))
         made.pre_tokenizer = pre_tokenizers.Metaspace()
@@ -3820,8 +3788,8 @@ def tokenizer_of(kind, texts):
             decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(),
             decoders.Strip(" ", 1, 0)])
         fallback = [f"<0x{i:02X}>" for i in range(256)] if kind == "bytes" else []
-        trainer = trainers.BpeTrainer(vocab_size=900, special_tokens=special + fallback)
-    made.train_from_iterator(texts, trainer)
+        trainer = BpeTrainer(vocab_size=900, special_tokens=special + fallback)
+        made.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<|im_end|>",
                                    chat_template=sdar.TINY_TEMPLATE)
 
@@ -3829,8 +3797,8 @@ def tokenizer_of(kind, texts):
 def test_a_tokenizer_must_give_back_messages_and_tags(env, sound, kind, word):
     """One with byte fallback does; one that lowers, or loses letters, is refused."""
     texts = [text.replace("'", "") for text in sdar.tiny_texts(env, settings(), 5)]
-    tokenizer = tokenizer_of(kind, texts)
     model = loaded(sound).model
+    tokenizer = tokenizer_of(kind, texts)
     model.resize_token_embeddings(len(tokenizer))
     fault = sdar.text_fault(sdar.wrap_policy(model, tokenizer))
     assert word in fault and bool(word) == bool(fault)
@@ -3871,7 +3839,18 @@ def test_experts_leave_out_the_tag_that_the_prompt_has_opened(worlds, folder, na
             text = sdar.response_text(policy, turn.response_ids)
             assert text.count("<think>") == opened and text.count("</think>") == 1
 
+def mentions(after, begin=""):
+    """A template with `after` behind each message and `begin` at the start of the answer."""
+    return (LOOP + "{{ m.content }}" + after + "<|im_end|>\n{% endfor %}"
+            "{% if add_generation_prompt %}<|im_start|>assistant\n" + begin + "{% endif %}")
+
 STYLES = {  # of well-known families: (template, think block, the token that ends a turn)
+    "told to think": (mentions("\nThink in <think> ... </think>."), "", "<|im_end|>"),
+    "told to start": (mentions("\nStart with <think>"), "", "<|im_end|>"),
+    "told and opened": (mentions("\nIn <think> </think>.", "<think>\n"), "opened", "<|im_end|>"),
+    "told and closed": (mentions("\nStart with <think>", "<think>\n\n</think>\n\n"), "closed",
+                        "<|im_end|>"),
+    "opened and a blank": (mentions("", "<think> "), "opened", "<|im_end|>"),
     "chatml": (sdar.TINY_TEMPLATE, "", "<|im_end|>"),
     "blanks before the end": (LOOP + "{{ m.content }}{% if m.role == 'assistant' %}  <|im_end|>\n"
                               "{% endif %}{% endfor %}", "", "<|im_end|>"),
@@ -3887,7 +3866,7 @@ STYLES = {  # of well-known families: (template, think block, the token that end
                     "{% else %}<|Assistant|>{{ m.content.split('</think>')[-1] }}</s>{% endif %}"
                     "{% endfor %}{% if add_generation_prompt %}<|Assistant|><think>\n{% endif %}",
                     "opened", "</s>"),
-    "qwen3": (CLOSES.replace("assistant<think>", "assistant{% if not enable_thinking %}<think>").replace(
+    "qwen3": (CLOSES.replace("<think>", "{% if not enable_thinking %}<think>").replace(
         "</think>\n\n", "</think>\n\n{% endif %}"), "closed", "<|im_end|>"),
     "alpaca": ("{% for m in messages %}### {{ m.role }}:\n{{ m.content }}\n\n{% endfor %}"
                "{% if add_generation_prompt %}### assistant:\n{% endif %}", "", None)}
@@ -3909,22 +3888,17 @@ def test_think_block_and_end_of_turn_of_known_templates(sound, style):
     ends = set(tokenizer.convert_ids_to_tokens(list(policy.end_ids))) - {"<|endoftext|>"}
     assert ends == ({end} if end else set())
 
-@pytest.mark.parametrize("date", [
-    "{{ strftime_now('%d %b %Y') }}", '{{ strftime_now( "%Y-%m-%d %H:%M" ) }}',
-    "{% if date_string is not defined %}{% if strftime_now is defined %}"
-    "{% set date_string = strftime_now('%d %b %Y') %}{% endif %}{% endif %}{{ date_string }}"])
-def test_a_template_that_prints_the_date_prints_one_fixed_date(folder, monkeypatch, capsys, date):
+@pytest.mark.parametrize("date, shown", [
+    ("{{ strftime_now('%d %b %Y') }}", "01 Jan 2026"),
+    ('{{ strftime_now( "%Y-%m-%d %H:%M" ) }}', "2026-01-01 00:00"),
+    ("{% set f = '%-d %B %Y' %}{{ strftime_now(f) }}", "1 January 2026"),
+    ("{% if date_string is not defined %}{% if strftime_now is defined %}"
+     "{% set date_string = strftime_now('%d %b %Y') %}{% endif %}{% endif %}{{ date_string }}",
+     "01 Jan 2026")])
+def test_a_template_that_prints_the_date_prints_one_fixed_date(folder, capsys, date, shown):
     """The same seed gives the same run tomorrow; one line says so."""
-    from transformers.utils import chat_template_utils
     policy = loaded(with_template(folder, date + sdar.TINY_TEMPLATE))
-    today = sdar.render_chat(policy.tokenizer, "x")
-
-    class Later(datetime.datetime):
-        @classmethod
-        def now(cls, *zone):
-            return cls(2030, 5, 6)
-    monkeypatch.setattr(chat_template_utils, "datetime", Later)
-    assert sdar.render_chat(policy.tokenizer, "x") == today and "2026" in today
+    assert sdar.render_chat(policy.tokenizer, "x").startswith(shown + "<|im_start|>user")
     sdar.check_lengths(policy, settings())
     assert "always 01 Jan 2026" in capsys.readouterr().out
 
@@ -3936,12 +3910,10 @@ def test_a_template_that_prints_the_date_prints_one_fixed_date(folder, monkeypat
 def test_prompts_longer_than_a_model_knows(sound, capsys, config, prompt, word):
     """A line where rotary positions go on; an error where they are learnt or vary by row."""
     policy = loaded(sound)
-    for name, value in config.items():
-        setattr(policy.model.config, name, value)
+    policy.model.config.update(config)
     s = settings(max_prompt=prompt, max_teacher_prompt=prompt)
     if word == "error":
-        with pytest.raises(UserError, match="--max-prompt"):
-            sdar.check_lengths(policy, s)
+        one_line("--max-prompt", sdar.check_lengths, policy, s)
     else:
         sdar.check_lengths(policy, s)
     assert ("--max-prompt" in capsys.readouterr().out) == (word == "note")
@@ -3952,33 +3924,54 @@ def test_qwen3_template_closes_the_think_block():
     tokenizer = AutoTokenizer.from_pretrained(real("models/qwen3-tokenizer"))
     assert sdar.render_chat(tokenizer, "Hello").rstrip().endswith("</think>")
 
-# ---- models with another memory: through transformers' generate ----------------------------------
+# ---- families of models; what our decoding cannot do goes through transformers' generate ---------
 
+SIZES = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+             num_key_value_heads=4, max_position_embeddings=512)
+GPT = dict(n_embd=64, n_layer=2, n_head=4)
+EXPERTS = dict(n_routed_experts=4, num_experts_per_tok=1, n_group=1, topk_group=1,
+               kv_lora_rank=16, q_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8,
+               v_head_dim=16, moe_intermediate_size=32)
 SMALL = dict(SIZES, head_dim=16, pad_token_id=0)
 HALF = dict(sliding_window=8, layer_types=["sliding_attention", "full_attention"])
 DELTA = dict(linear_num_value_heads=4, linear_num_key_heads=2, linear_key_head_dim=16,
              linear_value_head_dim=16, layer_types=["linear_attention", "full_attention"])
-OTHERS = [  # a model type, its configuration, why it decodes plainly, and whether it may be padded
-    ("mistral", dict(SMALL, sliding_window=8), "SlidingWindow", True),
-    ("gemma3_text", SMALL | HALF, "SlidingWindow", True),
-    ("gpt_oss", SMALL | HALF | dict(num_local_experts=4, num_experts_per_tok=2), "Sliding", True),
-    ("phi3", dict(SMALL, sliding_window=8), "SlidingWindow", True),
+FAMILIES = [  # a model type, its configuration, why it decodes through generate, or the refusal
+    ("llama", dict(SIZES, mlp_bias=True), "", ""), ("qwen3", dict(SIZES, head_dim=16), "", ""),
+    ("phi", SIZES, "", ""), ("olmo2", SIZES, "", ""), ("smollm3", SMALL, "", ""),
+    ("gemma", dict(SIZES, head_dim=16), "", ""), ("gptj", GPT | {"rotary_dim": 8}, "", ""),
+    ("gpt2", dict(GPT, attn_pdrop=0.3, resid_pdrop=0.3, embd_pdrop=0.3), "", ""),
+    ("phi3", dict(SIZES, pad_token_id=0, resid_pdrop=0.3), "", ""),
+    ("starcoder2", dict(SIZES, attention_dropout=0.3, residual_dropout=0.3), "", ""),
+    ("qwen2", SIZES | {"attention_dropout": 0.5, "num_key_value_heads": 2}, "", ""),
+    ("qwen2_moe", dict(SIZES, num_experts=4, moe_intermediate_size=32), "", ""),
+    ("mistral", dict(SIZES, sliding_window=None), "", ""),
+    ("gemma2", dict(SIZES, head_dim=16), "", "caps its logits"),
+    ("granite", dict(SIZES, logits_scaling=8.0), "", "by its head"),
+    ("cohere", SIZES, "", "by its head"),
+    ("mixtral", dict(SIZES, num_local_experts=4, router_jitter_noise=0.3), "", "training mode"),
+    ("mistral", dict(SMALL, sliding_window=8), "SlidingWindow", ""),
+    ("gemma3_text", SMALL | HALF, "SlidingWindow", ""),
+    ("gpt_oss", SMALL | HALF | dict(num_local_experts=4, num_experts_per_tok=2), "Sliding", ""),
+    ("phi3", dict(SMALL, sliding_window=8), "SlidingWindow", ""),
     ("qwen2", dict(SMALL, use_sliding_window=True, sliding_window=8, max_window_layers=0),
-     "SlidingWindow", True),
-    ("qwen3_5_text", SMALL | DELTA, "LinearAttention", True),
-    ("lfm2", dict(SMALL, layer_types=["conv", "full_attention"]), "LinearAttention", True),
-    ("mamba", dict(SMALL, state_size=8), "LinearAttention", True),
-    ("rwkv", SMALL, "AttributeError", False),
+     "SlidingWindow", ""),
+    ("qwen3_5_text", SMALL | DELTA, "LinearAttention", ""),
+    ("lfm2", dict(SMALL, layer_types=["conv", "full_attention"]), "LinearAttention", ""),
+    ("mamba", dict(SMALL, state_size=8), "LinearAttention", ""),
+    ("rwkv", SMALL, "AttributeError", ""), ("bloom", SIZES | GPT, "AttributeError", ""),
     ("gpt_neo", dict(SIZES, num_layers=2, num_heads=4,
-                     attention_types=[[["global", "local"], 1]]), "local", True),
-    ("bloom", SIZES | GPT, "AttributeError", True),
-    ("falcon", dict(SIZES, alibi=True), "AttributeError", True),
-    ("deepseek_v2", SIZES | EXPERTS, "RuntimeError", True)]
+                     attention_types=[[["global", "local"], 1]]), "local", ""),
+    ("falcon", dict(SIZES, alibi=True), "AttributeError", ""),
+    ("mpt", dict(d_model=64, n_heads=4, n_layers=2), "AttributeError", ""),
+    ("opt", dict(SIZES, ffn_dim=64, word_embed_proj_dim=64), "AttributeError", ""),
+    ("deepseek_v2", SIZES | EXPERTS, "RuntimeError", ""),
+    ("deepseek_v3", SIZES | EXPERTS, "RuntimeError", "")]
 
 def other_model(sound, folder, kind, config):
     """A random model of a type in a folder, with the tokenizer of `sound`."""
-    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(sound)
+    from transformers import AutoConfig, AutoModelForCausalLM
+    tokenizer = tokenizer_in(sound)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(
         AutoConfig.for_model(kind, **config, vocab_size=len(tokenizer)))
@@ -3986,43 +3979,45 @@ def other_model(sound, folder, kind, config):
         p.data += 0.1 * torch.randn_like(p) * (p.dim() > 1)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return sdar.load_policy(str(folder), "cpu")
+    return loaded(folder)
 
 def responses(policy, prompts, temperature=0, **options):
-    """{key: response ids}, and the prompts are left as they are."""
+    """{key: response ids} with the tag that ends one."""
     s = settings(max_response=12, **options)
-    generator = sdar.generator_for(policy, s, "test")
-    found = {}
-    for ended in sdar.generate(policy, dict(prompts), s, temperature, ("</action>",), generator):
-        found |= ended
-    return found
+    return answers(policy, prompts, s, temperature, None, ("</action>",),
+                   sdar.generator_for(policy, s, "test"))
 
-@pytest.mark.parametrize("kind, config, why, pads", OTHERS, ids=[row[0] for row in OTHERS])
-def test_models_with_another_memory_decode_through_generate(sound, tmp_path, kind, config, why,
-                                                            pads):
-    """Greedy tokens are those of generate on each prompt alone; the log-probabilities that are
-    trained are those of generate's logits; sampling repeats with its seed; the model is saved."""
+@pytest.mark.parametrize("kind, config, why, word", FAMILIES, ids=[row[0] for row in FAMILIES])
+def test_a_family_is_trained_as_transformers_runs_it_or_refused(sound, tmp_path, kind, config, why,
+                                                                word):
+    """Greedy tokens and scores are those of each prompt alone, without dropout; or refused."""
+    if word:
+        one_line(word, other_model, sound, tmp_path, kind, config)
+        return
     policy = other_model(sound, tmp_path / "a", kind, config)
-    assert why in policy.plain and policy.pads == pads
+    assert why in policy.plain and bool(why) == bool(policy.plain)
+    assert policy.pads == (bool(why) and kind != "rwkv") and not policy.model.training
+    assert {p.dtype for p in policy.model.parameters()} == {torch.float32}
     texts = ["Hello", "Go to the desk now", "Look at the shelf", "Yes", "Hello again", "Hello"]
     prompts = dict(enumerate(sdar.encode_chats(policy.tokenizer, texts)))
     ends = [*policy.end_ids, policy.tokenizer.convert_tokens_to_ids("</action>")]
-    alone = [policy.model.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False,
-                                   eos_token_id=ends, pad_token_id=0)
-             for ids in prompts.values()]
-    want = {i: row[0, len(prompts[i]):].tolist() for i, row in enumerate(alone)}
+    want = {}
+    for i, ids in prompts.items():
+        row, = policy.model.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False,
+                                     eos_token_id=ends, pad_token_id=0)
+        want[i] = row[len(ids):].tolist()
     assert responses(policy, prompts) == want == responses(policy, prompts, rollout_rows=2)
     sampled = responses(policy, prompts, 1.0)
     assert sampled == responses(policy, prompts, 1.0) != want
-    scored, _ = sdar.response_logps(policy.model, list(prompts.values()), [*sampled.values()],
-                                    settings())
-    for ids, answer, row in zip(prompts.values(), sampled.values(), scored):
-        logits = policy.model(input_ids=torch.tensor([ids + answer])).logits[0, len(ids) - 1:-1]
-        logp = torch.log_softmax(logits, -1).gather(1, torch.tensor(answer)[:, None])[:, 0]
-        assert close(row[:len(answer)], logp, 1e-4)
+    for mode in (True, False):
+        scored, _ = sdar.response_logps(policy.model.train(mode), list(prompts.values()),
+                                        [*sampled.values()], settings())
+        policy.model.eval()
+        for ids, answer, row in zip(prompts.values(), sampled.values(), scored):
+            logp = full_logps(policy, ids, answer).gather(1, torch.tensor(answer)[:, None])
+            assert close(row[:len(answer)], logp[:, 0], 1e-4)
     sdar.save_model(policy, tmp_path / "b")
-    again = sdar.load_policy(str(tmp_path / "b"), "cpu")
-    assert responses(again, prompts) == want
+    assert responses(loaded(tmp_path / "b"), prompts) == want
 
 def test_a_plain_response_ends_where_ours_does(sound, tmp_path):
     """With a closing tag, an end token, or at its limit, whichever row is longest."""
@@ -4042,22 +4037,13 @@ def test_a_plain_response_ends_where_ours_does(sound, tmp_path):
         patch.setattr(sdar, "sample", told)
         assert responses(policy, prompts) == script
 
-def test_a_run_of_a_plain_model_resumes_to_the_same_numbers(sound, tmp_path, handlers, capsys):
+def test_a_run_of_a_plain_model_resumes_to_the_same_numbers(sound, tmp_path, capsys):
     """Rollout, teacher, reference and update; the line says that it is slower."""
     other_model(sound, tmp_path / "m", "gemma3_text", SMALL | HALF)
-    flags = ["--model", tmp_path / "m", "--data", "built-in", "--env-args", "house=4", "--groups",
-             1, "--group-size", 2, "--max-turns", 2, "--max-response", 6, "--val-every", 0,
-             "--save-every", 1, "--device", "cpu", "--prompt-style", "brief", "--max-prompt", 400,
-             "--max-teacher-prompt", 500]
-    def run(*words):
-        sdar.train(*sdar.read_settings(list(map(str, words))))
-    run(*flags, "--steps", 2, "--out", tmp_path / "whole")
+    s = settings(model=str(tmp_path / "m"), data="built-in", max_turns=2, max_response=6,
+                 val_every=1, val_episodes=1, kl=0.01)
+    assert same_run(*whole_and_resumed(s, tmp_path))
     assert "generate, which is slower" in capsys.readouterr().out
-    run(*flags, "--steps", 1, "--out", tmp_path / "parts")
-    run("--resume", tmp_path / "parts", "--steps", 2)
-    last = [load_file(sdar.checkpoints(tmp_path / name)[-1] / "model.safetensors")
-            for name in ("whole", "parts")]
-    assert all(torch.equal(last[0][key], last[1][key]) for key in last[0])
 
 # ---- what a run checks before its first step -----------------------------------------------------
 
@@ -4074,146 +4060,6 @@ def test_a_run_says_what_it_needs_and_is_refused_where_that_is_not_there(
             free=disk * size))
         with contextlib.nullcontext() if fits else pytest.raises(UserError, match="make room"):
             sdar.check_room(state, s)
-
-def test_a_model_that_cannot_be_saved_is_refused_before_training(
-        sound, tmp_path, monkeypatch, handlers, capsys):
-    """Also with --kl 0; the message names what failed, and no run is left."""
-    from transformers import PreTrainedModel
-    monkeypatch.setattr(PreTrainedModel, "save_pretrained",
-                        lambda *a, **k: (_ for _ in ()).throw(ValueError("not\nserializable")))
-    s = settings(model=str(sound), data="built-in", out=str(tmp_path / "run"))
-    with pytest.raises(UserError, match="could not be saved: not;") as error:
-        sdar.train(s)
-    assert "make room" not in str(error.value)
-    assert not list((tmp_path / "run").glob("*"))
-
-def test_only_a_full_disk_asks_for_room(sound, tmp_path, monkeypatch):
-    """Other errors in saving are named, never a traceback."""
-    s = settings(out=str(tmp_path / "run"))
-    state = sdar.make_state(sdar.load_policy(str(sound), "cpu"), s)
-    for error, advice in ((ValueError("not\nserializable"), "not; put that right"),
-                          (OSError(errno.ENOSPC, "No space left on device"), "make room")):
-        with monkeypatch.context() as patch:
-            def fails(*a, **k):
-                raise error
-            patch.setattr(type(state.policy.model), "save_pretrained", fails)
-            with pytest.raises(OSError, match=advice) as refused:
-                sdar.save_checkpoint(state, s)
-        assert "previous" not in str(refused.value) and not sdar.checkpoints(s.out)
-
-def test_a_saved_tiny_is_loaded_by_auto_tokenizer(sound, tmp_path):
-    """To the same ids, also when it is saved once more."""
-    from transformers import AutoTokenizer
-    policy = sdar.load_policy(str(sound), "cpu")
-    text = "step 12\n\nput 2 mugs in cabinet 10\n<action>go</action> it's"
-    sdar.save_model(policy, tmp_path / "a")
-    other = AutoTokenizer.from_pretrained(tmp_path / "a")
-    other.save_pretrained(tmp_path / "b")
-    (tmp_path / "b" / "config.json").write_text((tmp_path / "a" / "config.json").read_text())
-    for name in ("a", "b"):
-        ids = AutoTokenizer.from_pretrained(tmp_path / name)(text)["input_ids"]
-        assert ids == policy.tokenizer(text)["input_ids"]
-
-# ---- eval.py's commands, the judge ---------------------------------------------------------------
-
-@pytest.mark.parametrize("words, shown", [
-    ("comapre a b", "compare?"), ("tabel a", "table?"), ("zzz", "--model?"),
-    ("runs/x --env search", "--model?")])
-def test_an_unknown_command_of_eval_names_the_closest(capsys, words, shown):
-    """As an unknown flag does."""
-    with pytest.raises(SystemExit) as end:
-        ev.main(words.split())
-    assert end.value.code == 2 and capsys.readouterr().err.endswith(f"did you mean {shown}\n")
-
-def test_the_footnote_on_bamboogle_appears_with_search_only():
-    """It is about one of Search-QA's columns."""
-    assert [name for name in ev.COLUMNS if "Bamboogle" in ev.origin(name)] == ["search"]
-
-def test_the_judge_may_change_with_resume(tmp_path):
-    """A server that has moved, or none any more."""
-    s = settings(algo="triage", judge="http://127.0.0.1:1", out=str(tmp_path))
-    (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(s)))
-    words = ["--resume", str(tmp_path), "--judge"]
-    assert sdar.read_settings([*words, "http://x"])[0].judge == "http://x"
-    assert sdar.read_settings([*words, ""])[0].judge == ""
-
-# ---- further cases of the ten kinds --------------------------------------------------------------
-
-def spoilt_tokenizer(folder, **changes):
-    """Change keys of the model in tokenizer.json."""
-    file = folder / "tokenizer.json"
-    data = json.loads(file.read_text())
-    data["model"] |= changes
-    file.write_text(json.dumps(data))
-
-def test_merges_are_never_left_out_at_random(folder):
-    """BPE dropout, which some training scripts leave in tokenizer.json."""
-    text = "put 2 mugs in cabinet 10, then look at the desk"
-    want = sdar.load_policy(str(folder), "cpu").tokenizer(text)["input_ids"]
-    spoilt_tokenizer(folder, dropout=0.5)
-    tokenizer = sdar.load_policy(str(folder), "cpu").tokenizer
-    assert [tokenizer(text)["input_ids"] for _ in range(5)] == [want] * 5
-
-BEGIN = "{% if add_generation_prompt %}<|im_start|>assistant\n%s{% endif %}"
-SAID_TURN = LOOP + "{{ m.content }}%s<|im_end|>\n{% endfor %}"
-
-@pytest.mark.parametrize("after, begin, closed, opened", [
-    ("\nThink in <think> ... </think>.", "", False, ""), ("\nStart with <think>", "", False, ""),
-    ("\nThink in <think> ... </think>.", "<think>\n", False, "<think>"),
-    ("\nStart with <think>", "<think>\n\n</think>\n\n", True, ""),
-    ("", "<think> ", False, "<think>")])
-def test_only_what_begins_the_answer_opens_or_closes_its_think_block(folder, after, begin, closed,
-                                                                     opened):
-    """A template may mention the tags in the user's turn."""
-    template = SAID_TURN.replace("%s", after) + BEGIN.replace("%s", begin)
-    policy = sdar.load_policy(str(with_template(folder, template)), "cpu")
-    assert (policy.think_closed, policy.opened) == (closed, opened)
-
-@pytest.mark.parametrize("change", ["replace('\\n\\n', '\\n')", "replace('  ', ' ')"])
-def test_blank_lines_and_spaces_of_a_message_stay(folder, change):
-    """A template that takes them out is refused."""
-    template = LOOP + "{{ m.content | %s }}<|im_end|>\n{%% endfor %%}" % change
-    with pytest.raises(UserError, match="leaves out or changes messages"):
-        sdar.load_policy(str(with_template(folder, template)), "cpu")
-
-def test_a_date_whose_format_is_a_variable_is_fixed_too(folder):
-    """As one that stands in the call."""
-    template = "{% set f = '%-d %B %Y' %}{{ strftime_now(f) }} " + sdar.TINY_TEMPLATE
-    policy = sdar.load_policy(str(with_template(folder, template)), "cpu")
-    assert sdar.render_chat(policy.tokenizer, "x").startswith("1 January 2026 <|im_start|>user")
-
-@pytest.mark.parametrize("file, rows, found", [
-    ("nq/test/0000.jsonl", 1, {"test": [("NQ", "a")]}),
-    ("nq/validation/0000.jsonl", 1, {"dev": [("NQ", "a")]}),
-    ("nq_test.jsonl", 2, {"test": [("NQ", "a b")]})])
-def test_folders_name_splits_and_equal_rows_share_their_answers(tmp_path, file, rows, found):
-    """In the layout of a data set's snapshot; a question with two rows has both answers."""
-    path = tmp_path / file
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps({"question": "Who?", "answer": x}) for x in "ab"[:rows]]
-    path.write_text("\n".join(lines))
-    splits, _, _ = envs.load_questions(path.parent)
-    assert {name: [(q.group, " ".join(q.answers)) for q in split.values()]
-            for name, split in splits.items() if split} == found
-
-def test_skill_files_with_a_bom_and_folders_with_several(tmp_path):
-    """A byte order mark is no text; which of two card files is meant has to be said."""
-    names = envs.Alfworld.skill_names
-    (tmp_path / "skill_mapping.json").write_text(json.dumps(
-        {"skill_files": {name: "all.md" for name in names}}), encoding="utf-8-sig")
-    (tmp_path / "all.md").write_text("text", encoding="utf-8-sig")
-    assert envs.read_skills(tmp_path, {}, names)[names[0]] == "text"
-    for name in ("claude_style_skills.json", "claude_style_skills_2.json"):
-        (tmp_path / name).write_text("{}")
-    with pytest.raises(UserError, match="holds claude_style_skills.json, claude.*give one"):
-        envs.read_skills(tmp_path, {}, names)
-
-@pytest.mark.parametrize("text, terms", [
-    ("x\u200by", ["x", "y"]), ("x\u200cy", ["x\u200cy"]), ("co\u00adop", ["co\u00adop"]),
-    ("a\u2066b", ["a\u2066b"])])
-def test_a_zero_width_space_separates_words(text, terms):
-    """Of the invisible characters it alone does, by UAX #29."""
-    assert envs.words(text) == terms
 
 # ======== Files, names, terminals and schedulers ==================================================
 
@@ -4244,24 +4090,7 @@ def run_home(tmp_path_factory):
     assert run.wait() == 0, run.stdout.read()
     return home
 
-@pytest.mark.parametrize("words, hint", [
-    ("--resume runs/frist", "holds first"), ("--model runs/frist", "holds first"),
-    ("--model ./nothing", "does not exist"), ("--model x.gguf", "does not exist"),
-    ("--data no/where", "holds runs, skills"), ("--skills skils", "holds skills"),
-    ("--resume runs", "no run"), ("--resume skills/claude_style_skills.json", "no run"),
-    ("--resume runs/first/checkpoints/step-000001-rl", "--resume {home}/runs/first"),
-    ("--resume runs/first/checkpoints", "--resume {home}/runs/first"),
-    ("--out skills/claude_style_skills.json", "is a file"),
-    ("--out skills/claude_style_skills.json/run", "is a file"),
-    ("--steps 0 --warm-start 0", "eval.py"), ("--modle tiny", "did you mean --model?"),
-    ("--max-promt=4", "did you mean --max-prompt?"), ("--zzz", "--help"),
-    ("--env alfworl", "alfworld"), ("--model runs/first --data= --env webshop", "--data built-in")])
-def test_a_name_that_is_wrong_is_told_at_once(run_home, capsys, monkeypatch, handlers, words, hint):
-    """With what exists nearby, or what was meant."""
-    monkeypatch.chdir(run_home)
-    assert hint.format(home=run_home) in refused_line(capsys, *words.split())
-
-def test_paths_mean_the_same_in_every_folder(run_home, capsys, monkeypatch, tmp_path):
+def test_paths_mean_the_same_in_every_folder(run_home, monkeypatch, tmp_path):
     """A run started with relative paths goes on from elsewhere; ~ and variables are expanded."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(run_home))
@@ -4271,21 +4100,15 @@ def test_paths_mean_the_same_in_every_folder(run_home, capsys, monkeypatch, tmp_
         assert s.skills == str(run_home / "skills") and resume == str(run_home / "runs/first")
     assert sdar.read_settings(["--out", "~/x"])[0].out == f"{run_home}/x"
     assert sdar.read_settings(["--skills", "~/skills"])[0].skills == f"{run_home}/skills"
-    s = sdar.read_settings(["--env", "search", "--env-args", "corpus=~/skills topk=2"])[0]
-    monkeypatch.setattr(envs, "open_env", lambda *a, **options: types.SimpleNamespace(
-        builtin=True, options=options))
-    assert sdar.open_env(s).options["corpus"] == f"{run_home}/skills"
-    assert s.env_args == f"corpus={run_home}/skills topk=2"
 
 def test_skills_may_move_but_not_change_within_a_run(run_home, capsys, tmp_path, handlers):
     """The texts decide, not the folder's name."""
-    run = shutil.copytree(run_home / "runs/first", tmp_path / "run")
+    out = shutil.copytree(run_home / "runs/first", tmp_path / "run")
     moved = shutil.copytree(run_home / "skills", tmp_path / "moved")
-    sdar.train(*sdar.read_settings(["--resume", str(run), "--steps", "2",
-                                    "--skills", str(moved)]))
+    sdar.main(["--resume", str(out), "--steps", "2", "--skills", str(moved)])
     file = moved / "claude_style_skills.json"
     file.write_text(file.read_text().replace("first", "second"))
-    assert "other skills" in refused_line(capsys, "--resume", run, "--steps", 3)
+    assert "other skills" in refused_line(capsys, "--resume", out, "--steps", 3)
 
 def test_a_new_run_from_a_run_takes_its_prompts_and_world(run_home, monkeypatch):
     """Prompt style, lengths, world and learning rate, where no flag says otherwise."""
@@ -4313,17 +4136,21 @@ def wait_for(found, seconds=240):
         assert time.time() < end
         time.sleep(0.05)
 
+def endless(out, **options):
+    """A run of very many steps, as soon as its log has one."""
+    process = command(*FAST, "--steps", 10**6, "--out", out, **options)
+    wait_for(lambda: sdar.read_lines(out / "metrics.jsonl"))
+    return process
+
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGHUP"])
 def test_what_a_scheduler_sends_saves_the_run(tmp_path, name):
     """As Ctrl-C does. The last step of the log is in the checkpoint."""
-    out = tmp_path / "run"
-    run = command(*FAST, "--steps", 10**6, "--out", out)
-    wait_for(lambda: sdar.read_lines(out / "metrics.jsonl"))
-    run.send_signal(getattr(signal, name))
-    text = run.communicate(timeout=240)[0]
-    state = json.loads((sdar.checkpoints(out)[-1] / "state.json").read_text())
-    assert run.returncode == 130 and "stopped and saved" in text
-    assert state["step"] == sdar.read_lines(out / "metrics.jsonl")[-1]["step"]
+    process = endless(tmp_path)
+    process.send_signal(getattr(signal, name))
+    text = process.communicate(timeout=240)[0]
+    assert process.returncode == 130 and "stopped and saved" in text
+    state = load(sdar.last_checkpoint(tmp_path) / "state.json")
+    assert state["step"] == sdar.read_lines(tmp_path / "metrics.jsonl")[-1]["step"]
 
 def test_a_lost_terminal_saves_the_run(tmp_path):
     """Nothing can be written to it any more, not even by a progress bar."""
@@ -4340,15 +4167,12 @@ def test_a_lost_terminal_saves_the_run(tmp_path):
 
 def test_nohup_is_respected(tmp_path):
     """A run that ignores SIGHUP goes on."""
-    out = tmp_path / "run"
-    run = command(*FAST, "--steps", 10**6, "--out", out,
-                  preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
-    wait_for(lambda: sdar.read_lines(out / "metrics.jsonl"))
-    run.send_signal(signal.SIGHUP)
-    seen = len(sdar.read_lines(out / "metrics.jsonl"))
-    wait_for(lambda: len(sdar.read_lines(out / "metrics.jsonl")) > seen + 1)
-    run.kill()
-    run.wait()
+    process = endless(tmp_path, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    process.send_signal(signal.SIGHUP)
+    seen = len(sdar.read_lines(tmp_path / "metrics.jsonl"))
+    wait_for(lambda: len(sdar.read_lines(tmp_path / "metrics.jsonl")) > seen + 1)
+    process.kill()
+    process.wait()
 
 # ======== A pretrained model, end to end: SDAR_TEST_MODELS=DIR ====================================
 
@@ -4398,20 +4222,17 @@ def test_a_pretrained_model_goes_the_whole_way(tmp_path, name):
 
 def contrast(own, control, beta=5.0, baseline=0.0):
     """The contrast's loss of every token as a function of log pi (V,), by the code that trains."""
-    s = settings(gap="contrast", beta=beta, lam=1.0)
-
     def token_loss(logp):
         turn = sdar.Turn([0], [0] * len(logp), teacher_logp=own, extra={"control": control})
         b = sdar.batch_of([turn])
         b.logp = logp[None]
         b.baseline = baseline
-        return sdar.sdar(b, s)[0]
+        return sdar.sdar(b, settings(gap="contrast", beta=beta, lam=1.0))[0]
     return token_loss
 
 @pytest.mark.parametrize("beta", [0.1, 1.0, 5.0])
 def test_contrast_gate_rewards_what_only_the_own_skill_says(beta):
-    """E[grad] is that of -E[g], g fixed: 0 where the skills agree, but not where the student does
-    what its skill says; small beta: towards the own skill and away from the other."""
+    """E[grad] is that of -E[g], g fixed: 0 where the skills agree, not where the student does."""
     logits, own = policies()
     control = policies(seed=5)[1]
     g = torch.sigmoid(beta * (own - control))
@@ -4428,16 +4249,15 @@ def test_contrast_gate_rewards_what_only_the_own_skill_says(beta):
     tiny = expected_gradient(contrast(own, control, 1e-5), logits) / (1e-5 / 4)
     assert close(tiny, apart, 1e-5)
 
-CONTRASTS = [{}, dict(gate_baseline=True), dict(gate="soft-or"), dict(divergence="reverse-kl")]
-
 def contrasted(policy):
     """random_turns with log-probabilities under another category's skill."""
     turns = random_turns(policy)
-    for t, other in zip(turns, random_turns(policy, seed=0)):
-        t.extra["control"] = other.ref_logp
+    for t in turns:
+        t.extra["control"] = t.ref_logp
     return turns
 
-@pytest.mark.parametrize("changes", CONTRASTS, ids=str)
+@pytest.mark.parametrize("changes", [
+    {}, dict(gate_baseline=True), dict(gate="soft-or"), dict(divergence="reverse-kl")], ids=str)
 def test_micro_batches_change_no_gradient_of_the_contrast(exact, changes):
     """Tokens per micro-batch, row order and padding: same gradient, same metrics."""
     results = []
@@ -4472,12 +4292,6 @@ def test_contrast_changes_the_gate_and_nothing_else(exact):
 
 CONTROLS = {"control_gap", "control_correlation", "control_gate_moved"}
 
-def numbers(run):
-    """The metrics of a run without its times, by step."""
-    return [{name: value for name, value in row.items() if "second" not in name
-             and "per_s" not in name and "memory" not in name}
-            for row in sdar.read_lines(run / "metrics.jsonl")]
-
 @pytest.mark.parametrize("algo", ["sdar", "skill-sd", "rlsd", "atod", "craft"])
 def test_control_is_logged_and_changes_no_number(tmp_path, capsys, algo):
     """Every second step, from the first, has the control's metrics; all else stays as it was."""
@@ -4486,22 +4300,17 @@ def test_control_is_logged_and_changes_no_number(tmp_path, capsys, algo):
     assert "  control " not in capsys.readouterr().out
     sdar.train(dataclasses.replace(s, out=str(tmp_path / "control"), control_every=2))
     assert capsys.readouterr().out.count("  control -") >= 1
-    rows = numbers(tmp_path / "control")
+    rows = log_of(tmp_path / "control")
     assert [CONTROLS <= row.keys() for row in rows] == [True, False, True]
-    assert numbers(tmp_path / "plain") == [
+    assert log_of(tmp_path / "plain") == [
         {name: value for name, value in row.items() if name not in CONTROLS} for row in rows]
 
 def test_contrast_resumes_bit_for_bit(tmp_path):
     """An interrupted run ends with the same metrics and weights; its log shows the gate used."""
-    s = settings(gap="contrast", gate_baseline=True, mini_batch=5, out=str(tmp_path / "whole"))
-    whole = sdar.train(s)
-    part = dataclasses.replace(s, out=str(tmp_path / "part"))
-    sdar.train(dataclasses.replace(part, steps=1))
-    resumed = sdar.train(part, resume=part.out)
-    assert numbers(tmp_path / "whole") == numbers(tmp_path / "part")
-    pairs = zip(whole.policy.model.parameters(), resumed.policy.model.parameters())
-    assert all(torch.equal(a, b) for a, b in pairs)
-    turn = sdar.read_lines(tmp_path / "whole" / "episodes.jsonl")[0]["turns"][0]
+    s = settings(gap="contrast", gate_baseline=True, mini_batch=5, val_every=1, val_episodes=1)
+    whole, part = whole_and_resumed(s, tmp_path)
+    assert same_run(whole, part)
+    turn = log_of(whole, "episodes.jsonl")[0]["turns"][0]
     shown = torch.tensor([turn["gate"], turn["gap"]])
     assert (shown[0] - torch.sigmoid(5 * shown[1])).abs().max() > 1e-3
 
@@ -4509,45 +4318,20 @@ def test_the_control_is_the_nearest_other_skill_in_the_same_prompt(policy, env):
     """In the teacher's prompt another skill stands for the own one, and nothing else differs."""
     s = settings(control_every=1)
     tasks = env.tasks("train")[:4]
-    state = sdar.State(policy, None)
-    skills = sdar.choose_skills(env, tasks, s, state)
-    assert [skill[:2] for skill in skills] == sdar.choose_skills(env, tasks, settings(), state)
-
-    def length(text):
-        return len(policy.tokenizer(text)["input_ids"])
-
+    skills = sdar.choose_skills(env, tasks, s, sdar.State(policy, None))
+    plain = sdar.choose_skills(env, tasks, settings(), sdar.State(policy, None))
+    assert [skill[:2] for skill in skills] == plain
     for name, text, control in skills:
         others = [env.skill(other, True) for other in env.skill_names if other != name]
-        distance = [abs(length(other) - length(text)) for other in others]
-        assert control in others and abs(length(control) - length(text)) == min(distance)
+        apart = {other: abs(len(ids_of(policy, other)) - len(ids_of(policy, text)))
+                 for other in others}
+        assert apart[control] == min(apart.values())
     episodes = sdar.rollout(policy, env, tasks, s, 1.0, sdar.generator_for(policy, s, "a"),
                             skills=skills, both=True)
     for e, (_, text, control) in zip(episodes, skills):
         for t in e.turns:
             own, other = map(policy.tokenizer.decode, (t.other_ids, t.control_ids[0]))
             assert own.replace(text, control) == other != own
-
-@pytest.mark.parametrize("words, hint", [
-    ("--algo grpo --control-every 5", "--control-every has no effect with --algo grpo"),
-    ("--algo ucob --control-every 5", "--control-every has no effect with --algo ucob"),
-    ("--algo atod --teacher-model x --control-every 5", "--control-every has no effect"),
-    ("--algo rlsd --gap contrast", "--gap has no effect with --algo rlsd"),
-    ("--gap contrast --gate none", "--gap contrast needs --gate gap or soft-or"),
-    ("--gap contrast --retrieval full", "--retrieval full leaves no other skill"),
-    ("--control-every 5 --retrieval full", "--retrieval full leaves no other skill"),
-    ("--control-every -1", "--control-every cannot be -1"),
-    ("--gap other", "invalid choice: 'other'"),
-    ("--control-every 1 --env {one}:One", "all categories have the same skill"),
-], ids=str)
-def test_a_control_that_cannot_be_is_refused(tmp_path, capsys, words, hint):
-    """One line before any work, for methods, gates and skills that have no control."""
-    (tmp_path / "one.py").write_text("import envs\nclass One(envs.Alfworld):\n"
-                                     "    skill = property(lambda self: lambda *args: 'look',\n"
-                                     "                     lambda self, value: None)\n")
-    words = words.format(one=tmp_path / "one.py").split()
-    flags = ["--model", "tiny", "--out", tmp_path / "run", "--warm-start", 0, "--steps", 1]
-    line = refused_line(capsys, *flags, *words)
-    assert hint in line and not (tmp_path / "run").exists()
 
 # ---- eval.py gap ---------------------------------------------------------------------------------
 
@@ -4585,7 +4369,7 @@ def test_intervals_are_over_episodes():
     r, low, high = ev.clustered(owners, x, y)
     assert r == pytest.approx(torch.stack([x, y]).corrcoef()[0, 1].item()) and low < r < high
 
-@pytest.mark.parametrize("name", ["alfworld", "webshop", "search"])
+@every_benchmark
 def test_unrelated_text_is_as_long_as_the_skill(policy, name, monkeypatch):
     """It has the skill's number of tokens, give or take one, and nothing of this benchmark."""
     s = settings(env=name, env_args="", control_every=1, max_turns=1, max_teacher_prompt=4096,
@@ -4608,12 +4392,6 @@ def no_collection():
     gc.disable()
     yield
     gc.enable()
-
-def one_line(match, function, *args, **options):
-    """The call is refused with one line that matches."""
-    with pytest.raises(UserError, match=match or None) as error:
-        function(*args, **options)
-    assert "\n" not in str(error.value)
 
 # ---- what holds for all three --------------------------------------------------------------------
 
@@ -4673,14 +4451,12 @@ def test_sessions_do_not_disturb_one_another(worlds, name):
     env = worlds[name]
     tasks = env.tasks(env.splits[0])[:6]
     alone = [play(env, task).turns for task in tasks]
-    sessions = [env.start(task) for task in tasks + tasks[:1]]
+    *played, other = map(env.start, tasks + tasks[:1])
     for _ in range(max(map(len, alone)) + 1):
-        env.step(sessions[:6], [act("look") if session.done else session.expert()
-                                for session in sessions[:6]])
-    assert [session.turns for session in sessions[:6]] == alone
-    assert all(session.won for session in sessions[:6])
-    assert not sessions[6].done and sessions[6].turns == []
-    assert sessions[6].prompt() == env.start(tasks[0]).prompt()
+        env.step(played, [act("look") if x.done else x.expert() for x in played])
+    assert [session.turns for session in played] == alone
+    assert all(session.won for session in played) and not other.done and other.turns == []
+    assert other.prompt() == env.start(tasks[0]).prompt()
 
 @every_benchmark
 def test_a_seed_decides_the_built_in_world(worlds, name):
@@ -4758,8 +4534,53 @@ def test_texts_are_cut_in_their_middle():
     assert envs.shorten_middle(text, None) == envs.shorten_middle(text, 10) == text
     assert all(len(envs.shorten_middle(text, room)) <= room for room in range(10))
     text = envs.shorten_middle("head " + "x" * 1000 + " tail", 50)
-    assert len(text) == 50 and " ... " in text
-    assert text.startswith("head") and text.endswith("tail")
+    assert len(text) == 50 and re.fullmatch(r"head x* \.\.\. x* tail", text)
+
+@pytest.mark.parametrize("name, words", [
+    ("alfworld", ("already taken", "already taken 3 step(s)", "now at step 4")),
+    ("webshop", ("Steps taken", "Steps taken so far: 3", "This is step 4"))])
+def test_prompts_carry_what_the_turn_needs(worlds, name, words):
+    """Task, step, last turns, page, commands, skill; brief in under a third; room cuts no task."""
+    env = worlds[name]
+    session = env.start(env.tasks("train")[0])
+    first = session.prompt()
+    assert first.count(session.task) == 1 and words[0] not in first
+    assert session.task in session.prompt(room=20)
+    for _ in range(3):
+        env.step([session], [session.expert()])
+    text, short, skill = session.prompt(), session.prompt(room=20), env.skill(session.category)
+    assert session.observation not in short and session.observation[:5] in short
+    assert all(part in text for part in (*words, session.task, session.observation))
+    for number, (seen, action) in enumerate(session.turns, 1):
+        past = f"[Observation {number}: '{seen}', Action {number}: '{action}']"
+        assert (past in text) == (number > 1)
+    assert all(f"'{command}'" in text for command in session.commands if command != "help")
+    assert "'help'" not in text and skill in session.prompt(skill) and skill not in text
+    bare, whole = session.prompt(history=0), session.prompt(history=9)
+    assert "Observation" not in bare and session.task in bare and "Observation 1: '" in whole
+    brief = session.prompt(skill, brief=True)
+    assert all(part in brief for part in (skill, session.task.rstrip("."), session.turns[-1][1]))
+    assert len(session.prompt(brief=True)) < len(text) / 3
+    assert "[buy now]" in brief or name == "alfworld"
+
+@pytest.mark.parametrize("name, played", [
+    ("alfworld", [(act("dance"), True, False), ("look", False, True), (act("look"), True, True)]),
+    ("webshop", [*((act(action), True, False) for action in (
+        "hello", "click[search]", "search[]", "click[buy now]")), (act("search[lamp]"), True, True),
+        (act("click[next >]"), True, True), (act("click[back to search]"), True, True)])])
+def test_admissible_is_what_was_offered(worlds, name, played):
+    """Other actions take a turn without effect; they are counted apart from the invalid ones."""
+    env = worlds[name]
+    session = env.start(env.tasks("train")[0])
+    for response, valid, admissible in played:
+        before = session.observation
+        env.step([session], [response])
+        assert (session.valid, session.admissible) == (valid, admissible), response
+        assert admissible or session.observation in (before, "Nothing happens.")
+    assert not session.done and session.score == 0 and len(session.turns) == len(played)
+    assert name == "webshop" or session.details == {"invalid": 1, "inadmissible": 1}
+    with pytest.raises(ValueError):
+        env.step([session], ["one", "two"])
 
 def test_downloads_are_checked(server, tmp_path):
     """A file arrives whole, or one line says why not (Drive's page, too) and nothing is left."""
@@ -4944,16 +4765,19 @@ def test_folder_and_zip_give_the_same_sorted_panel(tmp_path, monkeypatch):
     archive.rename(cache / archive.name)
     assert envs.Alfworld().tasks("train") == TRIALS and envs.Alfworld("built-in").builtin
     one_line("no games", envs.Alfworld(task_types="Pick").tasks, "train")
+    tasks = envs.Alfworld("built-in", task_types="Pick,heat").tasks("train")   # in any case
+    assert {task.split("/")[1] for task in tasks} == {
+        "pick_and_place", "pick_heat_then_place_in_recep"}
 
 def test_only_games_marked_as_solvable_are_played(tmp_path):
-    """As in the original; how many are left out is said."""
-    values = {"a": "true", "b": "null", "c": None, "d": "false", "e": '"yes"', "f": "true"}
-    for name, value in values.items():
-        long = f'"x": "{"y" * 20000}"'
-        marked = [] if value is None else [f'"solvable": {value}']
-        parts = [long, *marked] if name == "f" else [*marked, long]
+    """As in the original, wherever the mark stands; how many are left out is said."""
+    long = f'"x": "{"y" * 20000}"'
+    games = {"a": '"solvable": true, ' + long, "b": '"solvable": null, ' + long, "c": long,
+             "d": '"solvable": false, ' + long, "e": '"solvable": "yes", ' + long,
+             "f": long + ', "solvable": true'}
+    for name, text in games.items():
         path = f"json_2.1.1/train/pick_and_place_simple-Mug-None-Desk-1/trial_{name}/game.tw-pddl"
-        write(tmp_path / path, ["{" + ", ".join(parts) + "}"])
+        write(tmp_path / path, ["{" + text + "}"])
     env = envs.open_env("alfworld", str(tmp_path))
     assert [task[-1] for task in env.tasks("train")] == ["a", "f"]
     assert "4 games of train" in env.source
@@ -4961,25 +4785,14 @@ def test_only_games_marked_as_solvable_are_played(tmp_path):
 def test_unusable_alfworld_data_is_named(tmp_path):
     """An empty folder, a split without games, a broken game and a broken zip: one line each."""
     one_line("no game.tw-pddl", envs.Alfworld, data=tmp_path)
-    folder = release(tmp_path / "data", splits=("train",))
-    env = envs.Alfworld(data=folder)
+    env = envs.Alfworld(data=release(tmp_path / "data", splits=("train",)))
     one_line("", env.tasks, "valid_seen")
     one_line("", env.start, "train/x/y")
-    for file in folder.rglob("game.tw-pddl"):
+    for file in tmp_path.rglob("game.tw-pddl"):
         file.write_text(game_text()[:500])
-    one_line("trial_", lambda: [env.start(task) for task in env.tasks("train")])
+    one_line("trial_", env.tasks, "train")
     (tmp_path / "x.zip").write_bytes(b"PK\x03\x04 no zip")
     one_line("x.zip", envs.Alfworld, data=tmp_path / "x.zip")
-
-def test_games_are_parsed_once(tmp_path):
-    """A second session on a game needs no file, and starts from the beginning."""
-    folder = release(tmp_path / "data", splits=("train",))
-    env = envs.Alfworld(data=folder)
-    session = env.start(TRIALS[0])
-    opening = session.prompt()
-    shutil.rmtree(folder)
-    assert play(env, TRIALS[0]).won and not session.done
-    assert env.start(TRIALS[0]).prompt() == session.prompt() == opening
 
 @pytest.mark.parametrize("house", [4, 6, 12])
 @pytest.mark.parametrize("detours", [0, 4])
@@ -5015,12 +4828,6 @@ def test_built_in_splits_are_disjoint():
     assert not any(shown[a] & shown[b] for a in shown for b in shown if a < b)
     assert not pairs["valid_unseen"] & (pairs["train"] | pairs["valid_seen"])
 
-def test_task_types_restrict_the_games():
-    """task_types takes names and columns of the paper, in any case."""
-    tasks = envs.Alfworld(task_types="Pick,heat").tasks("train")
-    assert {task.split("/")[1] for task in tasks} == {
-        "pick_and_place", "pick_heat_then_place_in_recep"}
-
 def test_detours_search_before_the_object_is_found():
     """With detours most games take longer, nothing is searched twice, and a seed decides where."""
     env = envs.Alfworld(house=8)
@@ -5037,45 +4844,6 @@ def test_detours_search_before_the_object_is_found():
     assert longer > len(tasks) / 2
     assert len({env.start(tasks[0], seed=k, detours=4).expert() for k in range(10)}) > 1
 
-def test_alfworld_prompts_carry_what_the_turn_needs():
-    """Task, step, last turns, commands, skill; brief in under a third; room cuts no task."""
-    env = envs.Alfworld(house=6)
-    session = env.start(env.tasks("train")[0])
-    first, short = session.prompt(), session.prompt(room=20)
-    assert first.count(session.task) == 1 and "already taken" not in first
-    assert "'help'" not in first and "'look'" in first
-    assert len(short) < len(first) and session.task in short
-    for _ in range(3):
-        session.step(session.expert())
-    prompt, skill = session.prompt(), env.skill(session.category)
-    for part in ("taken 3 step(s)", "now at step 4", session.task, session.observation):
-        assert part in prompt
-    assert [f"Observation {i}:" in prompt for i in (1, 2, 3)] == [False, True, True]
-    assert all(f"Action {i}: '{session.turns[i - 1][1]}'" in prompt for i in (2, 3))
-    commands = [x for x in session.engine.admissible_commands if x != "help"]
-    assert all(f"'{command}'" in prompt for command in commands)
-    assert skill in session.prompt(skill) and skill not in prompt
-    bare = session.prompt(history=0)
-    assert "Observation" not in bare and session.task in bare
-    brief = session.prompt(skill, brief=True)
-    for part in (skill, session.task.rstrip("."), session.turns[-1][1]):
-        assert part in brief
-    assert len(session.prompt(brief=True)) < len(prompt) / 3
-
-def test_inadmissible_actions_are_counted_and_played(worlds):
-    """They take a turn without effect, and are counted apart from the invalid ones."""
-    env = worlds["alfworld"]
-    session = env.start(env.tasks("train")[0])
-    env.step([session], [act("dance")])
-    assert session.observation == "Nothing happens." and not session.done
-    assert session.valid and not session.admissible and session.turns[-1][1] == "dance"
-    assert session.details == {"invalid": 0, "inadmissible": 1}
-    env.step([session], ["look"])
-    env.step([session], [act("look")])
-    assert session.details == {"invalid": 1, "inadmissible": 1}
-    with pytest.raises(ValueError):
-        env.step([session], ["one", "two"])
-
 def test_alfworld_tells_whether_the_object_was_within_reach():
     """Not before the expert of any task type can take the object, and ever after."""
     world = envs.Alfworld(house=6)
@@ -5088,9 +4856,9 @@ def test_alfworld_tells_whether_the_object_was_within_reach():
             assert session.found_object or not reachable or not session.turns
             session.step(session.expert())
         assert session.found_object
-        lost = world.start(task)
-        lost.step("<think></think><action>inventory</action>")
-        assert not lost.found_object
+        session = world.start(task)
+        session.step(act("inventory"))
+        assert not session.found_object
 
 def test_alfworld_is_downloaded_as_a_zip_and_played_in_place(server, tmp_path, capsys):
     """The archive is checked by its sha256, kept packed and found in the cache."""
@@ -5098,27 +4866,25 @@ def test_alfworld_is_downloaded_as_a_zip_and_played_in_place(server, tmp_path, c
     server.reply = lambda *_: (200, body)
     url = server.url + "/json_2.1.3_tw-pddl.zip"
     folder = tmp_path / "home" / ".cache" / "alfworld"
-    digest = hashlib.sha256(body).hexdigest()
-    envs.download_alfworld(folder, url, digest)
+    envs.download_alfworld(folder, url, hashlib.sha256(body).hexdigest())
     assert str(folder) in capsys.readouterr().out
     env = envs.Alfworld()
     assert not env.builtin and len(env.tasks("valid_seen")) == 2
-    body = body[:60] + bytes(30) + body[90:]
-    one_line("sha256", envs.download_alfworld, tmp_path / "other", url, digest)
+    one_line("sha256", envs.download_alfworld, tmp_path / "other", url, "0" * 64)
     assert not list((tmp_path / "other").iterdir())
 
 SKILLS = ("pick_and_place", "look_at_obj_in_light", "clean", "heat", "cool")
 
 def skill_folder(folder, names=SKILLS):
     """A directory like the public one: skill_mapping.json, .md files, claude_style_skills.json."""
-    tasks = {"pick_and_place": "pick_and_place", "pick_two_obj_and_place": "pick_and_place",
-             "look_at_obj_in_light": "look_at_obj_in_light"}
-    tasks |= {f"pick_{verb}_then_place_in_recep": verb for verb in ("heat", "cool", "clean")}
+    folder.mkdir()
     files = {name: name + ".md" for name in ("general_skills", *names)}
+    tasks = {kind: next((name for name in SKILLS if name in kind), "pick_and_place")
+             for kind in envs.ALFWORLD_TYPES}
     mapping = {"skill_files": files, "task_to_skill": tasks, "task_keywords": {}}
-    write(folder / "skill_mapping.json", [mapping])
+    (folder / "skill_mapping.json").write_text(json.dumps(mapping), encoding="utf-8-sig")
     for name, file in files.items():
-        write(folder / file, [f"Text of {name}."])
+        (folder / file).write_text(f"Text of {name}.", encoding="utf-8-sig")
     card = {"title": "T", "principle": "P", "when_to_apply": "W"}
     own = {name: [card | {"principle": f"card {name}"}] for name in names}
     write(folder / "claude_style_skills.json", [{
@@ -5133,7 +4899,7 @@ def test_public_skill_directories_are_read(tmp_path):
     text = env.skill("pick_heat_then_place_in_recep")
     for part in ("Text of general_skills.", "Text of heat.", "D Instead: A"):
         assert part in text
-    assert "Text of cool." not in text
+    assert "Text of cool." not in text and "\ufeff" not in text
     assert "Text of pick_and_place." in env.skill("pick_two_obj_and_place")
     (folder / "skill_mapping.json").unlink()
     text = envs.Alfworld(skills=folder).skill("pick_clean_then_place_in_recep")
@@ -5152,16 +4918,18 @@ def test_incomplete_skills_are_refused(tmp_path):
         one_line(hint, envs.Alfworld, skills=folder)
 
 def test_skill_libraries_are_read_as_published(tmp_path):
-    """SkillRL's search cards call compare comparison; a file stands for itself."""
+    """SkillRL's cards, with a byte order mark or without; of two files one has to be named."""
     names = ("direct_retrieval", "multi_hop_reasoning", "entity_attribute_lookup", "comparison")
     file = write(tmp_path / "claude_style_skills_search.json", [{
         "general_skills": [{"title": "g", "principle": "p"}],
         "query_type_skills": {name: [{"title": name, "principle": "p"}] for name in names}}])
+    file.write_text(file.read_text(), encoding="utf-8-sig")
     write(tmp_path / "claude_style_skills.json", [{}])
     env = envs.open_env("search", "built-in", skills=str(file))
     assert "comparison" in env.skill("compare") and "g" in env.skill("compare")
-    one_line("nothing.json.*holds claude_style", envs.open_env, "search", "built-in",
-             skills=str(tmp_path / "nothing.json"))
+    for name, hint in (("nothing.json", "nothing.json.*holds claude_style"),
+                       ("", "holds claude_style_skills.json, claude.*give one")):
+        one_line(hint, envs.open_env, "search", "built-in", skills=str(tmp_path / name))
 
 # ---- WebShop -------------------------------------------------------------------------------------
 
@@ -5271,20 +5039,19 @@ def test_title_nouns(title, nouns):
 
 def test_the_reward_counts_attributes_options_and_price():
     """Each met wish is one part; the product's type scales the sum to 1, 0.5, 0.1 or 0."""
-    product = {"title": "Birk Lamp", "query": "lamp", "product_category": "A \u203a B",
-               "attributes": ["easy clean"], "texts": ("birk lamp", "made of solid wood", "")}
-    goal = {"name": "Birk Lamp", "query": "lamp", "product_category": "A \u203a B",
-            "attributes": ["easy clean", "solid wood", "easy wash"], "price_upper": 20.0,
-            "goal_options": {"color": "red", "size": "10 inch"}}
-    other = {**goal, "name": "Corvin Rug Pad", "query": "rug", "product_category": "C"}
-    near = {**other, "name": "Lamp " + "word " * 8}
-    dark = {"color": "dark red", "size": "10 inch"}  # its first colour word is "dark"
-    for price, chosen, reward in ((20.0, dark, 4 / 6), (20.0, {**dark, "color": "red"}, 5 / 6),
-                                  (20.1, {**dark, "color": "red"}, 4 / 6)):
-        assert envs.shop_reward(product, goal, price, chosen)[0] == pytest.approx(reward)
-    reward, parts = envs.shop_reward(product, other, 1.0, {})
-    assert reward == 0 and parts["r_type"] == 0
-    assert envs.shop_reward(product, near, 1.0, {})[1]["r_type"] == 0.5
+    shared = {"query": "lamp", "product_category": "A \u203a B"}
+    product = shared | {"title": "Birk Lamp", "attributes": ["easy clean"],
+                        "texts": ("birk lamp", "made of solid wood", "")}
+    goal = shared | {"name": "Birk Lamp", "attributes": ["easy clean", "solid wood", "easy wash"],
+                     "price_upper": 20.0, "goal_options": {"color": "red", "size": "10 inch"}}
+    for price, color, met in ((20.0, "dark red", 4),     # its first colour word is "dark"
+                              (20.0, "red", 5), (20.1, "red", 4)):
+        chosen = {"color": color, "size": "10 inch"}
+        assert envs.shop_reward(product, goal, price, chosen)[0] == pytest.approx(met / 6)
+    other = goal | {"query": "rug", "product_category": "C"}
+    for name, scale in (("Corvin Rug Pad", 0), ("Lamp " + "word " * 8, 0.5)):
+        reward, parts = envs.shop_reward(product, other | {"name": name}, 1.0, {})
+        assert parts["r_type"] == scale and bool(reward) == bool(scale)
 
 def test_pages_are_those_of_the_original(worlds):
     """Each page, what can be clicked, options kept and lost on the way, and a final receipt."""
@@ -5359,33 +5126,29 @@ def test_half_right_is_no_success(worlds):
 def test_human_goals(tmp_path):
     """Goals that people wrote, if they have attributes, are won; broken files are named."""
     folder = write_catalogue(tmp_path, *envs.build_catalogue(3))
+    file = folder / "items_human_ins.json"
+    one_line("items_human_ins", envs.WebShop, folder, human_goals=True)
     catalogue = envs.Catalogue(folder)
     skipped = {"instruction": "no", "instruction_attributes": [], "instruction_options": []}
+    for broken in ({"instruction_attributes": ["x"]}, 3,
+                   skipped | {"instruction": 5, "instruction_attributes": ["x"]}):
+        file.write_text(json.dumps({catalogue.asins[0]: [broken]}))
+        one_line("not in WebShop's form", envs.WebShop, folder, human_goals=True)
     people = {product["asin"]: [skipped, {
         "instruction": "i want it.", "instruction_attributes": product["attributes"][:1],
         "instruction_options": [values[-1] for values in product["options"].values()]}]
         for product in map(catalogue.product, range(40))}
-    one_line("items_human_ins", envs.WebShop, folder, human_goals=True)
-    file = folder / "items_human_ins.json"
-    for broken in ({"instruction_attributes": ["x"]}, 3,
-                   {**skipped, "instruction": 5, "instruction_attributes": ["x"]}):
-        file.write_text(json.dumps({catalogue.asins[0]: [broken]}))
-        one_line("not in WebShop's form", envs.WebShop, folder, human_goals=True)
     file.write_text(json.dumps(people))
     env = envs.WebShop(folder, human_goals=True)
     assert not env.builtin and env.catalogue.n_goals == 40 and len(env.tasks("test500")) == 10
     assert all(play(env, task, 15).won for task in env.tasks("train"))
 
-def test_webshop_splits(worlds):
-    """128 fixed tasks among those held out, which are no training tasks."""
+def test_no_training_goal_is_a_test_goal_again(worlds, tmp_path):
+    """128 fixed tasks among those held out; product and instruction of these leave training."""
     env = worlds["webshop"]
-    numbers = {split: {int(task[-5:]) for task in env.tasks(split)} for split in env.splits}
-    train, test, held_out = numbers.values()
+    train, test, held_out = ({int(task[-5:]) for task in env.tasks(split)} for split in env.splits)
     assert len(test) == 128 and test < held_out and not train & held_out
     one_line("", env.start, env.tasks("train")[0].replace("train", "test"))
-
-def test_no_training_goal_is_a_test_goal_again(tmp_path):
-    """A goal of the same product and instruction as one held out leaves training."""
     items, instructions = map(json.loads, envs.build_catalogue(1))
     for product in items:
         for values in product["customization_options"].values():
@@ -5413,43 +5176,6 @@ def test_shop_categories_are_decided_by_whole_words_of_the_task_alone(worlds):
     session, category = sessions[0], sessions[0].category
     env.step([session], [act("search[shoes phone shampoo lamp]")])
     assert session.category == category
-
-def test_admissible_is_what_was_offered(worlds):
-    """A search where there is a search bar and a click on what the page shows, nothing else."""
-    env = worlds["webshop"]
-    session = env.start(env.tasks("test")[0])
-    wanted = {"click[search]": False, "search[]": False, "click[buy now]": False,
-              "search[lamp]": True, "click[next >]": True, "click[back to search]": True,
-              "hello": False}
-    for action, admissible in wanted.items():
-        env.step([session], [act(action)])
-        assert session.admissible == admissible and session.valid, action
-    assert not session.done and session.score == 0 and len(session.turns) == 7
-
-def test_webshop_prompts_carry_what_the_turn_needs(worlds):
-    """Task, step, last turns, page, clicks, skill; brief in under a third; room cuts pages."""
-    env = worlds["webshop"]
-    session = env.start(env.tasks("test")[0])
-    text = session.prompt()
-    assert session.task in text and "'search[<your query>]'" in text and "Steps taken" not in text
-    for _ in range(3):
-        env.step([session], [session.expert()])
-    text, seen = session.prompt(), [observation for observation, _ in session.turns]
-    assert "Observation 1" not in text
-    assert all(f"Observation {i}: '{seen[i - 1]}'" in text for i in (2, 3))
-    for part in (f"'{session.turns[-1][1]}']", "This is step 4", session.observation):
-        assert part in text
-    assert all(f"'click[{name}]'," in text for name in session.engine.clickables)
-    assert session.prompt(skill="SKILL TEXT") == "SKILL TEXT\n\n" + text
-    assert f"Observation 1: '{seen[0]}'" in session.prompt(history=9)
-    assert "Observation" not in session.prompt(history=0)
-    short = session.prompt(room=40)
-    assert session.observation[:15] in short and session.observation not in short
-    assert len(short) < len(text)
-    brief = session.prompt(brief=True)
-    for part in (session.task, "[buy now]", session.turns[-1][1]):
-        assert part in brief
-    assert len(brief) < len(text) / 3
 
 # ---- Search-QA -----------------------------------------------------------------------------------
 
@@ -5530,7 +5256,7 @@ def test_the_blind_rule_fits_the_built_in_world(worlds):
 # ---- question files ------------------------------------------------------------------------------
 
 def test_every_known_layout_of_questions_is_read(tmp_path):
-    """Search-R1's, FlashRAG's and plain rows, with the data set named in them or by the file."""
+    """Search-R1's, FlashRAG's and plain rows, with the data set named in them."""
     target = {"ground_truth": {"target": ["z"]}}
     rows = [{"id": "a", "question": "Q1?", "golden_answers": ["x", "y"],
              "data_source": "searchR1_nq"},
@@ -5545,9 +5271,31 @@ def test_every_known_layout_of_questions_is_read(tmp_path):
         ("NQ/a", "Q1?", ("x", "y"), "NQ"), ("2Wiki/b", "Q2?", ("z",), "2Wiki"),
         ("Bamboogle/c", "Q3?", ("w",), "Bamboogle"), ("own-set/7", "Q4?", ("v",), "own-set"),
         ("PopQA/4", "Q5?", ("u",), "PopQA")]
-    found = questions_of(tmp_path / "test_musique_500.jsonl",
-                         [{"idx": 1, "question": "Q?", "answer": "a"}])
-    assert [question.group for question in found["test"].values()] == ["MuSiQue"]
+    for array in ('[{"question": "a?", "answer": "b"}]',
+                  '\ufeff [\n{"question": "a?",\n"answer": "b"}\n]'):
+        found = questions_of(tmp_path / "test.json", [array])["test"]
+        assert [q.answers for q in found.values()] == [("b",)]
+@pytest.mark.parametrize("files, want", [
+    ({"nq/test/0000.jsonl": ["Q? a"]}, {"test": ["NQ Q? a"]}),
+    ({"nq/validation/0000.jsonl": ["Q? a"]}, {"dev": ["NQ Q? a"]}),
+    ({"nq_test.jsonl": ["Q? a", "Q? b"]}, {"test": ["NQ Q? a b"]}),
+    ({"test_musique_500.jsonl": ["Q? a"]}, {"test": ["MuSiQue Q? a"]}),
+    ({"nq/test.jsonl": ["A? a"], "nq/train.jsonl": ["B? b"], "hotpotqa/dev.jsonl": ["C? c"],
+      "bamboogle.jsonl": ["D? d"]},
+     {"train": ["NQ B? b"], "dev": ["HotpotQA C? c"], "test": ["Bamboogle D? d", "NQ A? a"]}),
+    ({"latest_nq_train.jsonl": ["Train? x", "Both? x"], "nq-test.jsonl.gz": ["both x", "Test? x"],
+      "nq_dev_small.jsonl": ["Dev? x"], "nq_validation.jsonl": ["Valid? x"]},
+     {"train": ["NQ Train? x"], "dev": ["NQ Dev? x", "NQ Valid? x"],
+      "test": ["NQ Test? x", "NQ both x"]})], ids=lambda files: next(iter(files)))
+def test_names_of_files_and_folders_tell_data_set_and_split(tmp_path, files, want):
+    """Wordings of another split leave train; a question with two rows has both answers."""
+    paths = []
+    for name, texts in files.items():
+        rows = [dict(zip(("question", "answer"), text.split())) for text in texts]
+        paths.append(write(tmp_path / name, rows))
+    splits, *_ = envs.load_questions(Path(os.path.commonpath([path.parent for path in paths])))
+    assert {split: sorted(" ".join((q.group, q.text, *q.answers)) for q in part.values())
+            for split, part in splits.items() if part} == want
 
 @pytest.mark.parametrize("row, answers", [
     (dict(answer="Lake Geneva", answer_aliases=["Lac Leman"]), ("Lake Geneva", "Lac Leman")),
@@ -5565,71 +5313,36 @@ def test_answers_are_read_as_they_are_meant(tmp_path, row, answers):
     assert [(q.text, q.answers) for q in found["test"].values()] == [("Who??", answers)]
 
 @pytest.mark.parametrize("row", [
-    "{not json", '["a list"]', {"question": "no answer?"}, {"answer": "x"},
-    {"question": "Who?", "answers": {"text": ["Ann"], "answer_start": [3]}},  # as SQuAD's
-    {"question": "Who?", "answers": [None]}, {"question": "Who?", "golden_answers": "['a' 'b']"},
-    {"question": "Who?", "answer": None}, {"question": "Who?", "answer": ""}])
+    "{not json", '["a list"]', '{"question": "no answer?"}', '{"answer": "x"}',
+    '{"question": "Who?", "answers": {"text": ["Ann"], "answer_start": [3]}}',      # as SQuAD's
+    '{"question": "Who?", "answers": [null]}', '{"question": "Who?", "answer": null}',
+    '{"question": "Who?", "golden_answers": "[\'a\' \'b\']"}', '{"question": "Who?", "answer": ""}',
+    '{"question": "\xff", "answer": "x"}'])
 def test_unusable_questions_name_file_and_line(tmp_path, row):
     """Broken JSON, a row without question or answers, and answers that cannot be told apart."""
-    rows = [{"question": "fine?", "answer": "x"}, row]
-    one_line(r"test\.jsonl, line 2\b", questions_of, tmp_path / "test.jsonl", rows)
+    file = tmp_path / "test.jsonl"
+    file.write_bytes(('{"question": "fine?", "answer": "x"}\n' + row).encode("latin-1"))
+    one_line(r"test\.jsonl, line 2\b", envs.load_questions, file)
 
-@pytest.mark.parametrize("file, text, word", [
-    ("test.json", '[{"question": "a?", "answer": "b"}]', ""),
-    ("test.json", '\ufeff [\n{"question": "a?",\n"answer": "b"}\n]', ""),
-    ("test.json", '{"data": [\n1]}', "one JSON object a line"),
-    ("test.jsonl", '[{"question": "a?", "answer": "b"}]', "one JSON object a line"),
-    ("test.jsonl", "PK\x03\x04", "unpacked")])
-def test_arrays_are_read_and_archives_named(tmp_path, file, text, word):
-    """A question file is read whole, or refused with what it is."""
-    if word:
-        one_line(word, questions_of, tmp_path / file, [text])
-    else:
-        found = questions_of(tmp_path / file, [text])["test"]
-        assert [q.answers for q in found.values()] == [("b",)]
-
-def test_a_folder_of_data_sets_is_read_whole(tmp_path):
-    """Folders name data sets, files splits; what is neither questions nor passages is named."""
-    files = {"nq/test.jsonl": {"question": "a?", "answer": "b"},
-             "nq/train.jsonl": {"question": "b?", "answer": "b"},
-             "hotpotqa/dev.json": [{"question": "c?", "answer": "b"}],
-             "wiki/corpus.jsonl": {"id": 1, "title": "A", "text": "B"},
-             "notes.json": {"a": 1}, "README.md": "x", ".cache/x.jsonl": "x"}
-    for name, content in files.items():
-        write(tmp_path / name, [content])
-    write(tmp_path / "bamboogle.jsonl", [{"Question": f"Who is {i}?", "Answer": "x"}
-                                         for i in range(50)])
+def test_a_folder_of_questions_and_passages_is_read_whole(tmp_path):
+    """Its passages are searched; what is neither questions nor passages is named."""
+    files = {"nq/test.jsonl": [{"question": "a?", "answer": "b"}] * 2, "notes.json": [{"a": 1}],
+             "bamboogle.jsonl": [{"Question": f"{i}?", "Answer": "x"} for i in range(50)],
+             "wiki/corpus.jsonl": [{"id": 1, "title": "A", "text": "B"}],
+             "README.md": ["x"], ".cache/x.jsonl": ["x"]}
+    for name, rows in files.items():
+        write(tmp_path / name, rows)
     env = envs.open_env("search", str(tmp_path))
-    groups = {split: sorted({q.group for q in rows.values()})
-              for split, rows in env.questions.items()}
-    assert groups == {"train": ["NQ"], "dev": ["HotpotQA"], "test": ["Bamboogle", "NQ"]}
-    assert len(env.questions["test"]) == 51
+    assert len(env.questions["test"]) == 51 and "1 passage" in env.source
     assert env.source.endswith("neither questions nor passages: README.md, notes.json")
     assert env.engine.search(["B"], 1) == [['"A"\nB']]
-
-def test_splits_are_named_by_files_and_disjoint_in_wording(tmp_path):
-    """A file's name tells its split; wordings of another split leave train."""
-    for name, texts in (("latest_train.jsonl", ["only train?", "In both?"]),
-                        ("nq-test.jsonl.gz", ["in both", "only test?"]),
-                        ("dev_small.jsonl", ["only dev?"]), ("nq_validation.jsonl", ["valid?"])):
-        write(tmp_path / name, [{"question": text, "golden_answers": ["x"], "data_source": "nq"}
-                                for text in texts])
-    write(tmp_path / "corpus.jsonl", ANIMALS)
-    write(tmp_path / "predictions.jsonl", [{"pred": "x"}])
-    env = envs.SearchQA(data=tmp_path)
-    assert env.splits == ("train", "dev", "test") and "4 passages" in env.source
-    texts = {split: sorted(env.start(task).task for task in env.tasks(split))
-             for split in env.splits}
-    assert texts == {"train": ["only train?"], "dev": ["only dev?", "valid?"],
-                     "test": ["in both", "only test?"]}
 
 def test_equal_ids_are_different_questions(tmp_path):
     """In two files or in one, told apart at once and not by a mark more for each."""
     for name in ("train", "test"):
         write(tmp_path / f"{name}.jsonl", [{"id": i, "question": f"{name} {i}?", "answer": "x"}
                                            for i in range(3)])
-    write(tmp_path / "corpus.jsonl", ANIMALS)
-    env = envs.SearchQA(data=tmp_path)
+    env = envs.SearchQA(data=tmp_path, corpus=write(tmp_path / "corpus.jsonl", ANIMALS))
     for split in env.splits:
         texts = sorted(env.start(task).task for task in env.tasks(split))
         assert texts == [f"{split} {i}?" for i in range(3)]
@@ -5650,11 +5363,14 @@ def test_unreadable_question_files_are_named(tmp_path, monkeypatch):
     """Cut, foreign or empty files are named, and what is missing beside questions."""
     rows = [{"question": f"{i}?", "answer": "x"} for i in range(500)]
     packed = write(tmp_path / "x.jsonl.gz", rows).read_bytes()
-    for name, content in (("test.jsonl.gz", packed[:len(packed) // 2]),
-                          ("bytes.jsonl", b'{"question": "\xff\xfe", "answer": "x"}\n'),
-                          ("train.parquet", b"PAR1 not really")):
+    for name, content, hint in (
+            ("cut.jsonl.gz", packed[:len(packed) // 2], "cut.jsonl.gz"),
+            ("packed.jsonl", b"PK\x03\x04", "unpacked"),
+            ("object.json", b'{"data": [\n1]}', "one JSON object a line"),
+            ("array.jsonl", b'[{"question": "a?", "answer": "b"}]', "one JSON object a line"),
+            ("train.parquet", b"PAR1 not really", "train.parquet")):
         (tmp_path / name).write_bytes(content)
-        one_line(name, envs.load_questions, tmp_path / name)
+        one_line(hint, envs.load_questions, tmp_path / name)
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     one_line("pip install pyarrow", envs.load_questions, tmp_path / "train.parquet")
     (tmp_path / "empty").mkdir()
@@ -5696,10 +5412,9 @@ def test_a_broken_corpus_names_file_and_line(tmp_path, bad):
 @pytest.fixture
 def search_server(server):
     """A Search-R1 server. .script: what happens to the next requests, each "ok", "slow", a status
-    or bytes; .bodies: what was asked."""
+    or bytes."""
     def reply(path, data):
         body = json.loads(data)
-        server.bodies.append((path, body))
         trouble = server.script.pop(0) if server.script else "ok"
         if trouble == "slow":
             server.released.wait(20)
@@ -5709,7 +5424,8 @@ def search_server(server):
                   for i in range(body["topk"])] for query in body["queries"]]
         return trouble if isinstance(trouble, int) else 200, json.dumps({"result": found}).encode()
 
-    server.reply, server.script, server.bodies = reply, [], []
+    server.reply = reply
+    server.script = []
     server.released = threading.Event()
     yield server
     server.released.set()
@@ -5721,7 +5437,8 @@ def test_all_queries_of_a_turn_go_in_one_request(tmp_path, search_server):
     env.step(sessions, ["<search>a</search>", "<search> b\x00\n c </search>",
                         "<answer>otter</answer>", "nothing", "<search></search>",
                         "<search>" + "long " * 1000 + "</search>", "<search>a</search>"])
-    (path, body), = search_server.bodies
+    (path, data), = search_server.asked
+    body = json.loads(data)
     assert path == "/retrieve" and body["topk"] == 3 and body["return_scores"] is True
     assert body["queries"][:2] == ["a", "b c"] and len(body["queries"]) == 3
     assert len(body["queries"][2]) <= 400
@@ -5730,20 +5447,7 @@ def test_all_queries_of_a_turn_go_in_one_request(tmp_path, search_server):
     assert sessions[1].observation.count("Doc ") == 3
     assert sessions[2].won and not sessions[3].valid
     env.step(sessions, ["<answer>otter</answer>"] * 7)
-    assert len(search_server.bodies) == 1 and all(session.won for session in sessions)
-
-MALFORMED = [b"not json", b'{"result": 5}', b'{"result": []}', b'{"result": [[{"document": {}}]]}',
-             b"[]", b"[" * 100_000, b'{"result": [[{"document": {"contents": 7}}]]}']
-
-@pytest.mark.parametrize("trouble", [503, 500, 429, "slow", *MALFORMED],
-                         ids=lambda trouble: str(trouble)[:30])
-def test_a_passing_trouble_is_retried(no_collection, search_server, trouble):
-    """A busy, slow or broken answer is followed by another request."""
-    search_server.script = [trouble]
-    patience = 1.0 if trouble == "slow" else 20.0  # enough on a busy machine
-    engine = envs.SearchServer(search_server.url, patience, retries=4, delay=0.01)
-    assert engine.search(["otters"], 1) == [['"T0"\nabout otters']]
-    assert len(search_server.bodies) == 2 or (trouble == "slow" and len(search_server.bodies) > 2)
+    assert len(search_server.asked) == 1 and all(session.won for session in sessions)
 
 def test_an_answer_that_only_drips_is_given_up(monkeypatch):
     """The time limit holds for the whole reply, not only between two of its bytes."""
@@ -5763,20 +5467,27 @@ def test_an_answer_that_only_drips_is_given_up(monkeypatch):
     engine = envs.SearchServer("http://127.0.0.1:1", timeout=0.2, retries=0)
     one_line("takes too long", engine.search, ["q"], 1)
 
-@pytest.mark.parametrize("trouble, tries", [(503, 3), (404, 1), (b"not json", 3), ("slow", 3)])
-def test_a_lasting_trouble_names_the_server_and_loses_nothing(tmp_path, search_server, no_waiting,
-                                                              trouble, tries):
-    """One line after the retries; no session changes; the same step works later."""
+@pytest.mark.parametrize("trouble", [
+    503, 500, 429, 404, "slow", b"not json", b'{"result": 5}', b'{"result": []}', b"[]",
+    b"[" * 100_000, b'{"result": [[{"document": {}}]]}',
+    b'{"result": [[{"document": {"contents": 7}}]]}'], ids=lambda trouble: str(trouble)[:30])
+def test_trouble_with_a_server_is_retried_and_loses_nothing(no_collection, tmp_path, search_server,
+                                                            no_waiting, trouble):
+    """Where it lasts one line names the server; no session changes, the same step works later."""
     env = search_env(tmp_path, search_url=search_server.url + "/retrieve", retries=2,
                      timeout=1.0 if trouble == "slow" else 20.0)
     sessions = [env.start(task) for task in env.tasks("train")[:3]]
+    search_server.script = [trouble] * (trouble != 404)
     env.step(sessions, ["<search>first</search>"] * 3)
+    assert "about first" in sessions[0].observation
+    assert len(search_server.asked) in ([1] if trouble == 404 else [2, 3])
 
     def states():
         return [(session.prompt(), {name: str(value) for name, value in vars(session).items()})
                 for session in sessions]
 
     before = states()
+    tries = 1 if trouble == 404 else 3
     search_server.script = [trouble] * tries
     responses = ["<search>second</search>", "<answer>otter</answer>", "broken"]
     one_line(f"{search_server.url}.*failed {tries} times", env.step, sessions, responses)
@@ -5891,9 +5602,11 @@ def test_porter_stems_of_the_paper():
     ("men's 3.5-inch u.s.a. can't", ["men's", "3.5", "inch", "u.s.a", "can't"]),
     ("description:solid 10,000 a_b __ 2x4", ["description:solid", "10,000", "a_b", "__", "2x4"]),
     ("caf\u00e9 \u4e2d\u6587 1\u20442 x\u00b2", ["caf\u00e9", "\u4e2d", "\u6587", "1\u20442", "x"]),
-    ("\u2764\ufe0f\u2764", ["\u2764\ufe0f", "\u2764"]), ("a" * 300, ["a" * 255, "a" * 45])])
+    ("\u2764\ufe0f\u2764", ["\u2764\ufe0f", "\u2764"]), ("a" * 300, ["a" * 255, "a" * 45]),
+    ("x\u200by", ["x", "y"]), ("x\u200cy", ["x\u200cy"]), ("co\u00adop", ["co\u00adop"]),
+    ("a\u2066b", ["a\u2066b"])])
 def test_words_follow_the_unicode_word_rules(text, expected):
-    """Words, numbers, ideographs and emoji as Lucene's tokenizer cuts them."""
+    """As Lucene's tokenizer cuts them; of the invisible characters only U+200B separates."""
     assert envs.words(text) == expected
 
 @pytest.mark.parametrize("text, terms", [
@@ -5952,25 +5665,21 @@ def hash_of(ids):
     """The hash of the panel of these tasks in a result_file."""
     return envs.panel_hash([text for i in ids for text in (i, f"do {i}")])
 
-def result_file(path, wins, groups=None, env="alfworld", algo="sdar", step=5, ids=None, **more):
+def result_file(path, wins, groups=None, env="alfworld", algo="sdar", step=5, ids=None, used={},
+                **more):
     """Write a file such as `python eval.py` writes; returns its path as text."""
     ids = ids or [f"t{i:03d}" for i in range(len(wins))]
-    groups = groups or ["Pick"] * len(wins)
     rows = [{"id": i, "task": f"do {i}", "group": group, "won": bool(won), "score": float(won),
              "done": True, "turns": 2, "valid": 2, "admissible": 1}
-            for i, group, won in zip(ids, groups, wins)]
-    used = dict.fromkeys(ev.KEPT, 0) | {"env_args": more.pop("env_args", ""),
-                                        "seed": more.pop("seed", 233)}
+            for i, group, won in zip(ids, groups or ["Pick"] * len(wins), wins)]
     checkpoint = path.parent / "checkpoints" / f"step-{step or 0:06d}-rl"
     result = {
         "format": ev.FORMAT, "env": env, "source": "", "builtin": True, "split": "valid_seen",
         "model": "m", "step": step, "panel": {"name": "all", "hash": hash_of(ids)}, "algo": algo,
         "steps": step and 5, "training": {}, "base_model": "tiny", "skills": None,
-        "settings": used, "finished": 1.0, "checkpoint": str(checkpoint) if step else "",
-        "results": rows, **more}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result))
-    return str(path)
+        "settings": dict.fromkeys(ev.KEPT, 0) | {"env_args": "", "seed": 233} | used,
+        "finished": 1.0, "checkpoint": str(checkpoint) if step else "", "results": rows, **more}
+    return str(write(path, [result]))
 
 # ---- statistics ----------------------------------------------------------------------------------
 
@@ -5985,38 +5694,18 @@ def test_mcnemar_is_the_exact_binomial_test():
     assert ev.mcnemar_exact(0, 0) == 1
     assert ev.mcnemar_exact(9500, 10500) == pytest.approx(1.6e-12, rel=0.1)    # z = 7.06
 
-def newcombe_by_hand(both, only_a, only_b, neither):
-    """Method 10 written out from the paper's formulas, for a minus b; z = 1.96."""
-    z = 1.959964
-    n = both + only_a + only_b + neither
-
-    def limits(r):
-        root = z * math.sqrt(z * z + 4 * r * (1 - r / n))
-        return [(2 * r + z * z + sign * root) / (2 * (n + z * z)) for sign in (-1, 1)]
-
-    p1 = (both + only_a) / n
-    p2 = (both + only_b) / n
-    l1, u1 = limits(both + only_a)
-    l2, u2 = limits(both + only_b)
-    product = (both + only_a) * (only_b + neither) * (both + only_b) * (only_a + neither)
-    a = both * neither - only_a * only_b
-    a = a - n / 2 if a > n / 2 else 0 if a >= 0 else a
-    phi = a / math.sqrt(product) if product else 0
-    low = (p1 - l1) ** 2 - 2 * phi * (p1 - l1) * (u2 - p2) + (u2 - p2) ** 2
-    high = (p2 - l2) ** 2 - 2 * phi * (p2 - l2) * (u1 - p1) + (u1 - p1) ** 2
-    return p1 - p2, p1 - p2 - math.sqrt(low), p1 - p2 + math.sqrt(high)
-
-@pytest.mark.parametrize("cells", [
-    (36, 12, 2, 0), (20, 12, 2, 16), (53, 0, 0, 1), (1, 97, 1, 1), (30, 0, 0, 0), (5, 3, 9, 40)])
-def test_paired_difference_is_newcombes_method_10(cells):
-    """Difference and limits are those of the published formulas, in both directions."""
-    both, only_a, only_b, neither = cells
+@pytest.mark.parametrize("both, only_a, only_b, neither, want", [
+    (36, 12, 2, 0, (0.200000, 0.056930, 0.340428)), (20, 12, 2, 16, (0.200000, 0.056156, 0.329207)),
+    (53, 0, 0, 1, (0.0, -0.072938, 0.072938)), (1, 97, 1, 1, (0.960000, 0.873672, 0.985026)),
+    (30, 0, 0, 0, (0.0, -0.113513, 0.113513)), (5, 3, 9, 40, (-0.105263, -0.228739, 0.017952))])
+def test_paired_difference_is_newcombes_method_10(both, only_a, only_b, neither, want):
+    """Difference and limits of the paper's Table II and by its formulas, in both directions."""
     a = [1] * (both + only_a) + [0] * (only_b + neither)
     b = [1] * both + [0] * only_a + [1] * only_b + [0] * neither
-    difference, (low, high) = ev.paired_difference(b, a)
-    assert (difference, low, high) == pytest.approx(newcombe_by_hand(*cells), abs=1e-9)
-    reverse, limits = ev.paired_difference(a, b)
-    assert (-difference, -high, -low) == pytest.approx((reverse, *limits))
+    difference, limits = ev.paired_difference(b, a)
+    assert (difference, *limits) == pytest.approx(want, abs=1e-6)
+    reverse, (low, high) = ev.paired_difference(a, b)
+    assert (-reverse, -high, -low) == pytest.approx(want, abs=1e-6)
     for a, b in (([1, 0], [1]), ([], [])):           # no pairs
         with pytest.raises(ValueError):
             ev.paired_difference(a, b)
@@ -6033,9 +5722,9 @@ def test_macro_joins_independent_intervals():
 def test_mean_interval_is_students():
     """The limits are Student's quantiles: integrated for 2 to 10 values, from tables beyond."""
     assert ev.mean_interval([0.5]) == (0.5, (-math.inf, math.inf))
-    half = 4.303 * 4 / 3 ** 0.5                                    # sd 4, t(2) = 4.303
-    mean, limits = ev.mean_interval([80.0, 84.0, 88.0])
-    assert (mean, *limits) == pytest.approx((84, 84 - half, 84 + half))
+    mean, (low, high) = ev.mean_interval([80.0, 84.0, 88.0])
+    assert (mean, high - 84) == pytest.approx((84, 4.303 * 4 / 3 ** 0.5))    # sd 4, t(2) = 4.303
+    assert low + high == pytest.approx(2 * mean)
 
     def quantile(n):
         values = [0.0, 1.0] * (n // 2) + [0.5] * (n % 2)
@@ -6124,20 +5813,18 @@ def test_a_panel_is_named_by_its_tasks_and_not_by_their_numbers(tmp_path):
 
 # ---- compare -------------------------------------------------------------------------------------
 
-def compared(capsys, tmp_path, wins, groups, **changes):
+def compared(capsys, tmp_path, wins, groups, second={}, **changes):
     """What `compare` prints for two evaluations of the same tasks, and its rows by first word."""
-    files = [result_file(tmp_path / f"{i}.json", own, group, **changes) for i, (own, group) in
-             enumerate(zip(wins, groups))]
+    files = [result_file(tmp_path / f"{i}.json", own, group, **changes, **(second if i else {}))
+             for i, (own, group) in enumerate(zip(wins, groups))]
     text = printed(capsys, "compare", *files)
     return text, {row.split(" ")[0]: row.split() for row in text.splitlines() if row}
 
 def test_compare_pairs_task_by_task(tmp_path, capsys):
     """Discordant pairs, p and difference per group and over all, and a note on other settings."""
     groups = ["Pick"] * 10 + ["Cool"] * 10
-    a = result_file(tmp_path / "a.json", [1] * 10 + [0] * 10, groups)
-    b = result_file(tmp_path / "b.json", [0] + [1] * 16 + [0] * 3, groups, seed=234)
-    text = printed(capsys, "compare", a, b)
-    line = {row.split(" ")[0]: row.split() for row in text.splitlines()}
+    text, line = compared(capsys, tmp_path, ([1] * 10 + [0] * 10, [0] + [1] * 16 + [0] * 3),
+                          [groups] * 2, second={"used": {"seed": 234}})
     assert line["Avg"][:5] == ["Avg", "20", "50.0", "80.0", "+30.0"]
     assert line["Avg"][-3:] == ["1", "7", "0.0703"]
     assert line["Cool"][-3:] == ["0", "7", "0.0156"]
@@ -6159,17 +5846,18 @@ def test_compare_takes_the_groups_of_the_first(tmp_path, capsys):
 
 def test_compare_refuses_what_cannot_be_paired(tmp_path, capsys):
     """Other tasks, another world or benchmark, no whole evaluation: one line each."""
+    def error(name, **changes):
+        return refused(capsys, "compare", a, result_file(tmp_path / name, [1, 0, 1], **changes))
+
     a = result_file(tmp_path / "a.json", [1, 0, 1])
     ids = ["t000", "t001", "t009"]
-    error = refused(capsys, "compare", a, result_file(tmp_path / "b.json", [1, 0, 1], ids=ids))
-    assert hash_of(["t000", "t001", "t002"]) in error and hash_of(ids) in error
-    for name, change in (("c", {"env_args": "house=9"}), ("d", {"env": "search"})):
-        refused(capsys, "compare", a, result_file(tmp_path / f"{name}.json", [1, 0, 1], **change))
+    assert all(hash_of(x) in error("b.json", ids=ids) for x in (ids, ["t000", "t001", "t002"]))
+    error("c.json", used={"env_args": "house=9"})
+    error("d.json", env="search")
     changed = load(tmp_path / "a.json")
     changed["results"][0]["task"] = "do something else"
-    broken = {"changed": json.dumps(changed), "list": "[]", "torn": "{",
-              "empty": json.dumps({**changed, "results": []})}
-    for name, text in broken.items():
+    for name, text in (("changed", json.dumps(changed)), ("list", "[]"), ("torn", "{"),
+                       ("empty", json.dumps(changed | {"results": []}))):
         (tmp_path / name).write_text(text)
         assert name in refused(capsys, "compare", a, tmp_path / name)
     assert "missing.json" in refused(capsys, "compare", a, tmp_path / "missing.json")
@@ -6214,33 +5902,29 @@ def test_table_shows_runs_beside_the_paper_and_says_what_is_missing(tmp_path, ca
     assert len({row.count("|") for row in marked}) == 1 and set(marked[1]) <= set("|-: ")
     assert "nothing" in refused(capsys, "table", tmp_path / "nothing")
 
-@pytest.mark.parametrize("trainings, rows", [
-    ([{"seed": 1, "beta": 5.0, "out": "a"}, {"seed": 2, "beta": 5.0, "out": "b"}], ["SDAR"]),
-    ([{"beta": 5.0, "seed": 1}, {"beta": 0.0, "seed": 1}], ["SDAR, beta 0.0", "SDAR, beta 5.0"]),
-    ([{"skills": ""}, {"skills": "/lib"}],
+@pytest.mark.parametrize("changes, rows", [
+    ([{"training": {"seed": 1, "beta": 5.0, "out": "a"}},
+      {"training": {"seed": 2, "beta": 5.0, "out": "b"}}], ["SDAR"]),
+    ([{"training": {"beta": 5.0, "seed": 1}}, {"training": {"beta": 0.0, "seed": 1}}],
+     ["SDAR, beta 0.0", "SDAR, beta 5.0"]),
+    ([{"training": {"skills": ""}}, {"training": {"skills": "/lib"}}],
      ["SDAR, training's skills", "SDAR, training's skills /lib"]),
-    ([{"data": "built-in"}, {"data": "/games"}],
+    ([{"training": {"data": "built-in"}}, {"training": {"data": "/games"}}],
      ["SDAR, training's data built-in", "SDAR, training's data other"]),
-    ([{"data": "/games"}, {"data": "/moved/games"}], ["SDAR"])])
-def test_table_averages_runs_that_differ_in_seed_alone(tmp_path, capsys, trainings, rows):
-    """Other settings, skills or data of the training make rows of their own."""
-    files = [result_file(tmp_path / f"{i}" / "e.json", [1, 0, 1], training=training)
-             for i, training in enumerate(trainings)]
+    ([{"training": {"data": "/games"}}, {"training": {"data": "/moved/games"}}], ["SDAR"]),
+    ([{}, {"used": {"val_temperature": 0.4}}],
+     ["SDAR, val_temperature 0.4", "SDAR, val_temperature None"])])
+def test_table_averages_runs_that_differ_in_seed_alone(tmp_path, capsys, changes, rows):
+    """Other settings, skills or data of training or evaluation make rows of their own."""
+    files = [result_file(tmp_path / f"{i}" / "e.json", [1, 0, 1], **change)
+             for i, change in enumerate(changes)]
     assert sdar_rows(printed(capsys, "table", *files)) == rows
-
-def test_table_tells_evaluations_in_other_settings_apart(tmp_path, capsys):
-    """Two runs that were evaluated at different temperatures are not averaged."""
-    files = [result_file(tmp_path / name / "eval-x.json", [1, 0, 1]) for name in "ab"]
-    used = load(Path(files[1]))["settings"]
-    edit(Path(files[1]), settings=used | {"val_temperature": 0.4})
-    assert sdar_rows(printed(capsys, "table", *files)) == [
-        "SDAR, val_temperature 0.4", "SDAR, val_temperature None"]
 
 def test_table_counts_a_run_once(tmp_path, capsys):
     """However often its path is given; of two evaluations in equal settings the newest counts."""
     run = make_run(tmp_path / "r")
     first = result_file(run / "eval-a.json", [1, 0, 1])
-    again = result_file(run / "eval-b.json", [1, 1, 1], seed=1, finished=2.0)
+    again = result_file(run / "eval-b.json", [1, 1, 1], used={"seed": 1}, finished=2.0)
     text = printed(capsys, "table", first, f"{run}/../r/eval-a.json", again)
     row = next(row for row in text.splitlines() if row.startswith("SDAR "))
     assert sdar_rows(text) == ["SDAR"] and row.split()[1:3] == ["1", "100.0"]
@@ -6305,10 +5989,9 @@ def test_the_skill_reaches_the_agents_prompt_only_when_asked(evaluated_run, monk
         return generate(policy, waiting, *rest)
 
     monkeypatch.setattr(sdar, "generate", watched)
-    for i, flags in enumerate(([], ["--skills"])):
-        evaluated(evaluated_run, tmp_path / f"{i}", "--episodes", 1, "--max-turns", 1, *flags)
-    plain, skilled = seen
-    assert skilled > plain + 20
+    evaluated(evaluated_run, tmp_path / "a", "--episodes", 1, "--max-turns", 1)
+    evaluated(evaluated_run, tmp_path / "b", "--episodes", 1, "--max-turns", 1, "--skills")
+    assert len(seen) == 2 and seen[1] > seen[0] + 20
 
 def test_an_interrupted_evaluation_continues(evaluated_run, monkeypatch, tmp_path, capsys):
     """It ends as an uninterrupted one and plays each task once; any other starts again."""
@@ -6316,6 +5999,7 @@ def test_an_interrupted_evaluation_continues(evaluated_run, monkeypatch, tmp_pat
     flags = ["--episodes", 8, "--max-turns", 1]
     whole = evaluated(evaluated_run, tmp_path / "whole", *flags)["results"]
     assert [r["id"] for r in whole] == sorted({r["id"] for r in whole}) and len(whole) == 8
+    out, unfinished = tmp_path / "x", tmp_path / "x.unfinished"
     tasks = []
     faults = ["the search server does not answer"]
     rollout = sdar.rollout
@@ -6323,12 +6007,10 @@ def test_an_interrupted_evaluation_continues(evaluated_run, monkeypatch, tmp_pat
     def broken(policy, env, ids, *rest, **options):
         tasks.extend(ids)
         if len(tasks) == 6 and faults:
-            raise envs.UserError(faults.pop())
+            raise UserError(faults.pop())
         return rollout(policy, env, ids, *rest, **options)
 
     monkeypatch.setattr(sdar, "rollout", broken)
-    out = tmp_path / "x"
-    unfinished = tmp_path / "x.unfinished"
     with pytest.raises(SystemExit):
         evaluated(evaluated_run, out, *flags)
     assert not out.exists() and len(tasks) == 6
@@ -6336,20 +6018,18 @@ def test_an_interrupted_evaluation_continues(evaluated_run, monkeypatch, tmp_pat
     assert evaluated(evaluated_run, out, *flags, "--rollout-rows", 64)["results"] == whole
     assert tasks[6:] == [r["id"] for r in whole[3:]] and not unfinished.exists()
     assert "the first 3 tasks" in capsys.readouterr().out
-    weights = next(evaluated_run.glob("checkpoints/*/*.safetensors"))
     for change in ("seed", "damage", "skills", "weights"):
         unfinished.write_text(kept[:-9] if change == "damage" else kept)
         if change == "weights":
-            os.utime(weights, (1, 1))
+            os.utime(next(evaluated_run.glob("checkpoints/*/*.safetensors")), (1, 1))
         tasks.clear()
         out.unlink()
         with monkeypatch.context() as patch:
             if change == "skills":
                 patch.setattr(envs, "skill_text", lambda *which: "other skills by now")
             evaluated(evaluated_run, out, *flags, *["--seed", 1] * (change == "seed"))
-        assert len(tasks) == 8, change
         told = "x.unfinished is of other settings" in capsys.readouterr().out
-        assert told == (change != "damage")
+        assert len(tasks) == 8 and told == (change != "damage"), change
 
 def test_an_evaluation_in_other_settings_is_not_overwritten(evaluated_run, tmp_path, capsys):
     """The line names the setting; --rollout-rows, or a file that is none, does not matter."""
@@ -6366,13 +6046,13 @@ def test_an_evaluation_in_other_settings_is_not_overwritten(evaluated_run, tmp_p
 
 def test_a_search_server_may_move(tmp_path):
     """Its address is no setting that an evaluation differs in; the rest of --env-args is."""
-    def header(env_args):
-        return json.loads(Path(result_file(tmp_path / "x", [1], env_args=env_args)).read_text())
+    def header(env_args, name="x"):
+        return load(Path(result_file(tmp_path / name, [1], used={"env_args": env_args})))
 
-    result_file(tmp_path / "x.json", [1], env_args="search_url=http://a:1/retrieve topk=3")
+    header("search_url=http://a:1/retrieve topk=3", "x.json")
     ev.refuse_another(tmp_path / "x.json", header("search_url=http://b:2/retrieve topk=3"))
-    with pytest.raises(envs.UserError, match="other env_args"):
-        ev.refuse_another(tmp_path / "x.json", header("search_url=http://a:1/retrieve topk=5"))
+    one_line("other env_args", ev.refuse_another, tmp_path / "x.json",
+             header("search_url=http://a:1/retrieve topk=5"))
 
 @pytest.mark.parametrize("name", ["webshop", "search"])
 def test_evaluating_the_other_benchmarks(name, tmp_path, capsys):
@@ -6421,7 +6101,9 @@ def test_published_rows_stand_beside_real_tasks_alone(capsys):
     ("--model {run} --out /no/folder/x.json", "cannot write"),
     ("", "--model"), ("--model nothing/here", "nothing/here"), ("gates .", "gates"),
     ("bench --no-such-flag", "--no-such-flag"), ("bench --pairs 0", "--pairs"),
-    ("bench --random-weights 9B", "9B"), ("plot .", "config.json"), ("table", "RUN")])
+    ("bench --random-weights 9B", "9B"), ("plot .", "config.json"), ("table", "RUN"),
+    ("comapre a b", "did you mean compare?"), ("tabel a", "did you mean table?"),
+    ("zzz", "did you mean --model?"), ("runs/x --env search", "did you mean --model?")])
 def test_mistakes_in_evaluating_are_one_line(evaluated_run, tmp_path, monkeypatch, capsys, argv,
                                              hint):
     """Every command says what is wrong, missing or unknown, and the exit status is 2."""
@@ -6430,30 +6112,20 @@ def test_mistakes_in_evaluating_are_one_line(evaluated_run, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     assert hint in refused(capsys, *argv.format(run=evaluated_run).split())
 
-@pytest.mark.parametrize("file, kept", [
+@pytest.mark.parametrize("file, change", [
     *itertools.product(["model.safetensors", "tokenizer.json", "tokenizer_config.json",
                         "config.json", "state.json"], [0, 0.5, 0.99]),
-    ("model.safetensors", None), ("tokenizer.json", None), ("config.json", None)])
-def test_damaged_model_folders_are_refused(evaluated_run, tmp_path, capsys, file, kept):
-    """A file cut to a share of its length, or missing (None): one line, whatever the file."""
-    folder = tmp_path / "model"
-    shutil.copytree(next(evaluated_run.glob("checkpoints/*")), folder)
-    if file != "state.json" and kept is not None:
+    ("model.safetensors", None), ("tokenizer.json", None), ("config.json", None),
+    *itertools.product(["state.json"], ["[]", "{}", "0", '{"settings": 3}'])])
+def test_damaged_model_folders_are_refused(evaluated_run, tmp_path, capsys, file, change):
+    """A file that is cut, missing or not what it should be: one line, whatever the file."""
+    folder = shutil.copytree(sdar.last_checkpoint(evaluated_run), tmp_path / "model")
+    damage(folder / file, change)
+    if file != "state.json" and change is not None:
         (folder / "state.json").unlink()             # a model folder, not a checkpoint
-    data = (folder / file).read_bytes()
-    (folder / file).unlink()
-    if kept is not None:
-        (folder / file).write_bytes(data[:int(kept * len(data))])
     error = refused(capsys, "--model", folder, "--env-args", "house=4", "--device", "cpu")
     assert "cannot load" in error or (file == "state.json" and "damaged" in error) or (
         file == "tokenizer.json" and "has a tokenizer that" in error)
-
-@pytest.mark.parametrize("text", ["[]", "{}", "0", '{"settings": 3}'])
-def test_a_state_that_is_none_is_refused(evaluated_run, tmp_path, capsys, text):
-    """A checkpoint's state.json must hold the settings of its run."""
-    shutil.copytree(evaluated_run, tmp_path / "copy")
-    next(tmp_path.glob("copy/checkpoints/*/state.json")).write_text(text)
-    assert "damaged" in refused(capsys, "--model", tmp_path / "copy")
 
 def test_a_closed_pipe_is_no_traceback(tmp_path):
     """`python eval.py ... | head -0` writes nothing to stderr."""
@@ -6480,34 +6152,24 @@ def logged_run(folder, env, algo):
 
 def test_plot_draws_each_run_in_the_column_of_its_benchmark(tmp_path, monkeypatch):
     """Success with its interval above, the gap below, on stand-ins for matplotlib's axes."""
-    drawn = []
-    axes = np.array([[types.SimpleNamespace() for _ in range(2)] for _ in range(2)])
-    for place, ax in np.ndenumerate(axes):
-        def plot(x, y, place=place, ax=ax, label=None, **options):
-            drawn.append((place, label, list(x), list(y)))
-            return [ax]
-
-        def band(x, low, high, place=place, **options):
-            drawn.append((place, "band", list(low), list(high)))
-
-        ax.plot = plot
-        ax.fill_between = band
-        ax.get_color = ax.set = ax.legend = lambda *_, **__: None
-    figure = types.SimpleNamespace(subplots=lambda *shape, **_: axes,
-                                   savefig=lambda path, **_: drawn.append(path))
+    axes = np.array([[mock.Mock() for _ in range(2)] for _ in range(2)])
+    for ax in axes.flat:
+        ax.plot.return_value = [ax]
+    figure = types.SimpleNamespace(subplots=lambda *shape, **_: axes, savefig=mock.MagicMock())
     stand_in = types.SimpleNamespace(Figure=lambda **_: figure)
     monkeypatch.setitem(sys.modules, "matplotlib", types.ModuleType("matplotlib"))
     monkeypatch.setitem(sys.modules, "matplotlib.figure", stand_in)
     runs = [logged_run(tmp_path / f"{env}-{algo}", env, algo) for env, algo in
             (("alfworld", "sdar"), ("search", "sdar"), ("alfworld", "grpo"))]
     ev.main(["plot", *runs, "--out", "x.png"])
-    assert drawn.pop() == "x.png" and len(drawn) == 9
-    for run, column in zip(runs, (0, 1, 0)):
-        assert ((0, column), Path(run).name, [0, 10], [20.0, 50.0]) in drawn
-    gap = [1, 2], [-0.2, -0.1]
-    assert [(place, x, y) for place, label, x, y in drawn if place[0] == 1] == [
-        ((1, 0), *gap), ((1, 0), [], []), ((1, 1), *gap)]
-    bands = [low for _, label, low, _ in drawn if label == "band"]
+    assert figure.savefig.call_args[0] == ("x.png",)
+    drawn = [[[list(values) for values in call.args] for call in ax.plot.call_args_list]
+             for ax in axes.flat]
+    success, gap = [[0, 10], [20.0, 50.0]], [[1, 2], [-0.2, -0.1]]
+    assert drawn == [[success] * 2, [success], [gap, [[], []]], [gap]]
+    labels = [[call.kwargs["label"] for call in ax.plot.call_args_list] for ax in axes[0]]
+    assert labels == [["alfworld-sdar", "alfworld-grpo"], ["search-sdar"]]
+    bands = [list(call.args[1]) for ax in axes[0] for call in ax.fill_between.call_args_list]
     assert bands == [pytest.approx([10, 40])] * 3
 
 def test_plot_writes_a_picture_or_says_what_it_needs(tmp_path, capsys, monkeypatch):
@@ -6527,12 +6189,10 @@ def test_plot_writes_a_picture_or_says_what_it_needs(tmp_path, capsys, monkeypat
 
 # ---- bench ---------------------------------------------------------------------------------------
 
-SMALL_BENCH = ("bench --device cpu --groups 2 --group-size 2 --max-turns 2 --max-response 16 "
-               "--pairs 1").split()
-
 def test_bench_prints_the_step_and_every_comparison(capsys):
     """Seconds and tokens per second by phase, then both ways and their ratio."""
-    text = printed(capsys, *SMALL_BENCH, "--rollout-rows", 3)
+    flags = "--groups 2 --group-size 2 --max-turns 2 --max-response 16 --pairs 1 --rollout-rows 3"
+    text = printed(capsys, "bench", "--device", "cpu", *flags.split())
     for part in ("one step of sdar: 4 episodes of 2.0 turns", "seconds_rollout", "seconds_teacher",
                  "tokens_per_s_update", "\n3 turns"):     # no more rows than are decoded together
         assert part in text
@@ -6546,27 +6206,21 @@ def test_bench_prints_the_step_and_every_comparison(capsys):
     ("--env webshop --random-weights 1.5B", ("paper", 8, 4096, 512))])
 def test_bench_of_tiny_has_prompts_of_alfworlds_length(monkeypatch, argv, shown):
     """Without flags it is the paper's prompt and lengths; flags go before that."""
-    seen = []
-
-    def stop(s):
-        seen.append(s)
-        raise envs.UserError("stop")
-
+    stop = mock.MagicMock(side_effect=UserError("stop"))
     monkeypatch.setattr(sdar, "open_env", stop)
     with pytest.raises(SystemExit):
         ev.main(["bench", *argv.split()])
-    s, = seen
+    s, = stop.call_args[0]
     assert (s.prompt_style, s.groups, s.max_prompt, s.max_response) == shown
 
-def test_bench_compares_equal_work(policy, env):
+def test_bench_compares_equal_work(policy):
     """Both ways write the same number of tokens a row and score the same log-probabilities."""
     s = settings(max_response=32)
-    draw = random.Random(0)
-    turns = [sdar.Turn([draw.randrange(20, 300) for _ in range(n)], [7] * m)
-             for n, m in ((5, 3), (17, 32), (9, 1), (30, 12))]
-    prompts = [t.prompt_ids for t in turns]
-    limits = [len(t.response_ids) for t in turns]
-    calls = ev.comparisons(policy, turns, s)
+    rng = random.Random(0)
+    prompts = [random_prompt(rng, n) for n in (5, 17, 9, 30)]
+    limits = [3, 32, 1, 12]
+    answers = [[7] * n for n in limits]
+    calls = ev.comparisons(policy, list(map(sdar.Turn, prompts, answers)), s)
     ours = {i: ids for part in calls["rollout"][0]() for i, ids in part.items()}
     assert [len(ours[i]) for i in range(4)] == limits
     plain = ev.plain_generate(policy, prompts, limits)
@@ -6574,10 +6228,9 @@ def test_bench_compares_equal_work(policy, env):
     for row, n in zip(plain.tolist(), limits):
         assert not any(row[n:]) and any(row[:n])     # 0 only after the row has ended
     with torch.no_grad():
-        ours, mask = sdar.response_logps(policy.model, prompts, [t.response_ids for t in turns], s)
-        plain, same = ev.plain_logps(policy.model, prompts, [t.response_ids for t in turns], s)
-    assert torch.equal(mask, same.bool())
-    assert torch.allclose(ours, plain * same, atol=1e-4)
+        ours, mask = sdar.response_logps(policy.model, prompts, answers, s)
+        plain, ones = ev.plain_logps(policy.model, prompts, answers, s)
+    assert torch.equal(mask, ones.bool()) and torch.allclose(ours, plain * ones, atol=1e-4)
     gradients = []
     for call in calls["forward and backward"]:
         policy.model.zero_grad(set_to_none=True)
@@ -6604,35 +6257,6 @@ def test_random_weights_have_their_published_size(name, millions, env, monkeypat
     model = ev.random_policy(name, settings(), env).model
     model.tie_weights()                              # some versions untie on `meta`
     assert model.num_parameters() / 1e6 == pytest.approx(millions, abs=0.1)
-
-PEAK = """
-import sys, torch, sdar
-sdar.HEAD_CHUNK = 32
-def peak(kind, n, words):
-    hidden, weight = (torch.randn(rows, 32, requires_grad=True) for rows in (n, words))
-    targets = torch.arange(n)
-    before = sdar.peak_memory(torch.device("cpu"))
-    if kind == "chunked":
-        sdar.chunked_logps(lambda x: x @ weight.T, hidden, targets)[0].sum().backward()
-    else:
-        logps = torch.log_softmax(hidden @ weight.T, -1)
-        logps.gather(1, targets[:, None]).sum().backward()
-    return sdar.peak_memory(torch.device("cpu")) - before
-peak("chunked", 100, 100)  # start-up costs are not counted
-print(peak(sys.argv[1], 512, 151936))
-"""
-
-def test_chunked_log_probabilities_need_less_memory():
-    """Log-probabilities of 512 tokens with gradient: at least 8 times less than in full."""
-    if sdar.peak_memory(torch.device("cpu")) is None:
-        pytest.skip("this system does not tell a process its peak memory")
-    peaks = []
-    for kind in ("chunked", "full"):                 # a process each: a peak never falls
-        own = dict(os.environ, MALLOC_MMAP_THRESHOLD_="1000000")    # glibc returns what is freed
-        out = subprocess.run([sys.executable, "-c", PEAK, kind], cwd=HERE, env=own, text=True,
-                             capture_output=True, check=True)
-        peaks.append(float(out.stdout))
-    assert peaks[1] > 8 * peaks[0]
 
 # ======== What a newcomer sees: transcripts, gates, play, own environments, config, track =========
 
@@ -6733,15 +6357,6 @@ def gated_run(folder, **changes):
         f.write(json.dumps(row, ensure_ascii=False) + "\n")
     return folder
 
-class Terminal(io.StringIO):
-    """A text stream that says it is a terminal."""
-
-    def isatty(self):
-        return True
-
-    def reconfigure(self, **options):
-        pass
-
 def test_gates_prints_numbers_where_there_is_no_terminal(tmp_path, capsys):
     """Each token with its gate; task, goal, skill, reward, advantage; no terminal commands."""
     text = printed(capsys, "gates", gated_run(tmp_path))
@@ -6752,22 +6367,18 @@ def test_gates_prints_numbers_where_there_is_no_terminal(tmp_path, capsys):
                  "-0.25, malformed", "> a room & ", "> a shelf"):
         assert part in text, part
 
-def test_gates_colours_tokens_in_a_terminal(tmp_path, monkeypatch):
+def test_gates_colours_tokens_in_a_terminal(tmp_path, monkeypatch, capsys):
     """Red, white and green backgrounds, black on them; NO_COLOR gives numbers."""
-    def in_terminal():
-        monkeypatch.setattr(sys, "stdout", Terminal())
-        ev.main(["gates", str(tmp_path)])
-        return sys.stdout.getvalue()
-
-    monkeypatch.delenv("NO_COLOR", raising=False)
     gated_run(tmp_path)
-    text = in_terminal()
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    text = printed(capsys, "gates", tmp_path)
     assert "\u001b[48;2;230;90;80;38;5;16m<think>\u001b[0m" in text
     assert "\u001b[48;2;255;255;255;38;5;16mgo\u001b[0m" in text
     assert "\u001b[48;2;70;185;100;38;5;16m</div>" in text
     assert "[0.50]" not in text and "\u001b[2J" not in text
     monkeypatch.setenv("NO_COLOR", "1")
-    text = in_terminal()
+    text = printed(capsys, "gates", tmp_path)
     assert "go[0.50]" in text and "\u001b" not in text
 
 def test_gates_shows_the_episode_that_is_asked_for(tmp_path, capsys):
@@ -6791,15 +6402,6 @@ def test_gates_of_a_damaged_log_is_one_line(tmp_path, monkeypatch, capsys, chang
     """Whatever a row holds instead of an episode, there is no traceback."""
     monkeypatch.chdir(gated_run(tmp_path, **changes))
     refused(capsys, "gates", ".", "--episode", 1, *flags)
-
-def test_gates_still_reads_older_logs(tmp_path, capsys):
-    """There the gates were text behind each token."""
-    turns = [{"observation": "a room", "response": "go on", "gates": "go[0.52] on[1.00]"}]
-    row = {"step": 2, "task_id": "t", "skill": "s", "won": True, "turns": turns}
-    write(tmp_path / "episodes.jsonl", [row])
-    assert "> a room\ngo[0.52] on[1.00]" in printed(capsys, "gates", tmp_path)
-    printed(capsys, "gates", tmp_path, "--html", tmp_path / "page.html")
-    assert "gate 0.52" in (tmp_path / "page.html").read_text()
 
 def test_the_page_stands_alone_and_escapes_all_text(tmp_path, capsys):
     """Nothing is loaded, no script is there, and markup of a model stays text."""
@@ -6963,47 +6565,24 @@ def config_file(folder, flags=""):
     saved = dataclasses.asdict(s) | {"versions": {"code": "abc"}}
     return str(write(folder / "config.json", [saved])), s
 
-def test_config_repeats_a_run_exactly(tmp_path):
-    """All settings are the run's, but the folder."""
-    path, before = config_file(tmp_path, "--algo rlsd --lr 0.01 --seed 7 --out x --groups 5 "
-                               "--env-args house=7")
-    s, resume = sdar.read_settings(["--config", path])
-    assert resume is None and dataclasses.replace(s, out="x") == before
-    assert s.out == "runs/alfworld-rlsd-tiny"
+def test_config_repeats_a_run_and_takes_changes(tmp_path):
+    """All but the folder; another method has its presets and what it can use of what was told."""
+    path, before = config_file(tmp_path, "--beta 3 --gate-baseline --lr 0.01 --seed 7 --out x "
+                               "--groups 5 --env-args house=7")
 
-def test_config_takes_changes_from_flags(tmp_path):
-    """Seeds and methods: a method's own presets come with it, what was told stays."""
-    path, before = config_file(tmp_path, "--groups 5 --lr 0.01 --out x")
-    s, _ = sdar.read_settings(["--config", path, "--seed", "8", "--out", "y"])
-    assert s == dataclasses.replace(before, seed=8, out="y")
-    other, _ = sdar.read_settings(["--config", path, "--algo", "rlsd"])
+    def read(*words):
+        s, resume = sdar.read_settings(["--config", path, *words])
+        assert resume is None
+        return s
+
+    assert read() == dataclasses.replace(before, out="runs/alfworld-sdar-tiny")
+    assert read("--seed", "8", "--out", "y") == dataclasses.replace(before, seed=8, out="y")
+    other = read("--algo", "rlsd")
     assert (other.lam, other.groups, other.lr, other.algo) == (0.5, 5, 0.01, "rlsd")
-    told, _ = sdar.read_settings(["--config", path, "--algo", "rlsd", "--lam", "0.2"])
-    assert told.lam == 0.2
-
-def test_config_drops_what_another_method_cannot_use(tmp_path):
-    """--beta of SDAR is left out for GRPO; asked for by a flag, it is refused as ever."""
-    path, before = config_file(tmp_path, "--beta 3 --gate-baseline --out x")
-    s, _ = sdar.read_settings(["--config", path, "--algo", "grpo"])
-    assert (s.algo, s.beta, s.gate_baseline) == ("grpo", 5.0, False)
-    assert sdar.read_settings(["--config", path, "--out", "x"])[0] == before
-    with pytest.raises(UserError, match="--beta has no effect"):
-        sdar.read_settings(["--config", path, "--algo", "grpo", "--beta", "2"])
-
-@pytest.mark.parametrize("content, hint", [
-    (None, "does not exist"), ("{", "damaged"), ("[1]", "damaged or another"),
-    ({"from_the_future": 1}, "another version"), ({"algo": "magic"}, "--algo"),
-    ({"env": 5}, "--env"), ({"model": [1]}, "--model"), ({"lr": "fast"}, "--lr")])
-def test_a_config_that_cannot_be_used_is_one_line(tmp_path, capsys, content, hint):
-    """No file, a damaged one, another version's, a value that cannot be."""
-    path = Path(config_file(tmp_path)[0])
-    if content is None:
-        path.unlink()
-    elif isinstance(content, str):
-        path.write_text(content)
-    else:
-        edit(path, **content)
-    assert hint in refused_line(capsys, "--config", path)
+    assert read("--algo", "rlsd", "--lam", "0.2").lam == 0.2
+    plain = read("--algo", "grpo")
+    assert (plain.algo, plain.beta, plain.gate_baseline) == ("grpo", 5.0, False)
+    one_line("--beta has no effect", read, "--algo", "grpo", "--beta", "2")
 
 def test_config_json_says_the_versions(logged, tmp_path):
     """Code, torch and transformers, under one key that --resume and --config ignore."""
@@ -7077,19 +6656,16 @@ def test_track_tensorboard_writes_event_files(tmp_path):
     assert [x.value for x in events.Scalars("metrics/gap")] == pytest.approx(logged)
 
 @pytest.mark.parametrize("name", ["wandb", "tensorboard"])
-def test_track_without_its_package_is_one_line(tmp_path, monkeypatch, capsys, name):
-    """It is said before training, with the command that installs it."""
-    monkeypatch.setattr(sdar.importlib.util, "find_spec", lambda name: None)
+def test_track_that_cannot_be_is_one_line(tmp_path, monkeypatch, capsys, name):
+    """No package or no login: said before training; --track none goes on without it."""
     out = tmp_path / "run"
-    line = refused_line(capsys, "--model", "tiny", "--track", name, "--out", out)
-    assert f"pip install {name}" in line and not out.exists()
-
-def test_track_that_does_not_start_is_one_line(tmp_path, monkeypatch, capsys):
-    """No login, say: one line before training; --resume with --track none goes on without it."""
+    flags = "--model tiny --warm-start 1 --steps 0 --val-every 0 --device cpu --track".split()
+    with monkeypatch.context() as patch:
+        patch.setattr(sdar.importlib.util, "find_spec", lambda name: None)
+        assert f"pip install {name}" in refused_line(capsys, *flags, name, "--out", out)
+    assert not out.exists()
     fake_wandb(monkeypatch, tmp_path, "def init(**given):\n    raise RuntimeError('no login')\n")
-    out = tmp_path / "run"
-    flags = "--model tiny --warm-start 1 --steps 0 --val-every 0 --device cpu --track wandb"
-    line = refused_line(capsys, *flags.split(), "--out", out)
+    line = refused_line(capsys, *flags, "wandb", "--out", out)
     assert "--track wandb does not start: no login" in line
     assert not (out / "metrics.jsonl").exists()
     sdar.main(["--resume", str(out), "--track", "none"])
@@ -7115,18 +6691,13 @@ def test_an_evaluations_episodes_can_be_read(evaluated_run, tmp_path, capsys):
     assert not (tmp_path / "plain.episodes.jsonl").exists()
 
 @pytest.mark.parametrize("algo, flags", [("grpo", []), ("sdar", ["--skills"])])
-def test_episodes_without_a_teacher_are_shown_without_gates(evaluated_run, tmp_path, capsys,
-                                                            monkeypatch, algo, flags):
+def test_episodes_without_a_teacher_are_shown_without_gates(evaluated_run, tmp_path, capsys, algo,
+                                                            flags):
     """So it is where the method has no teacher, or the agent itself has read the skill."""
-    read = ev.read_flags
-
-    def other(argv):
-        flags, s, *rest = read(argv)
-        s.algo = algo
-        return flags, s, *rest
-
-    monkeypatch.setattr(ev, "read_flags", other)
-    evaluated(evaluated_run, tmp_path / "x.json", *SHORT, "--save-episodes", *flags)
+    run = shutil.copytree(evaluated_run, tmp_path / "run")
+    state = sdar.last_checkpoint(run) / "state.json"
+    edit(state, settings=load(state)["settings"] | {"algo": algo})
+    evaluated(run, tmp_path / "x.json", *SHORT, "--save-episodes", *flags)
     rows = sdar.read_lines(tmp_path / "x.episodes.jsonl")
     assert len(rows) == 3 and not any("gate" in turn for row in rows for turn in row["turns"])
     assert all(bool(row["skill_text"]) == bool(flags) for row in rows)
@@ -7145,17 +6716,13 @@ def test_failures_of_an_evaluation_are_counted_by_kind(evaluated_run, tmp_path, 
     for kind, n in counts.items():
         assert f"{kind.replace('_', ' ')} {n}" in capsys.readouterr().out
 
-@pytest.mark.parametrize("name", ["guess.py:Guess", "alfworld"])
-def test_the_papers_lines_stand_below_its_benchmarks_alone(name, monkeypatch, capsys):
-    """`table` of an environment of one's own says nothing about what the paper published."""
-    summary = ev.summarize(name, [{"group": "x", "won": True, "score": 1.0, "turns": 1,
-                                   "valid": 1, "admissible": 1}])
-    result = dict(env=name, algo="sdar", checkpoint="c", model="m", training={}, tasks="t",
-                  settings={}, finished=0, base_model="tiny", skills=None, step=1, summary=summary)
-    monkeypatch.setattr(ev, "evaluations", lambda run, notes: [result])
-    text = printed(capsys, "table", "run")
-    assert ("Published" in text) == ("2605.15155" in text) == (name == "alfworld")
-    assert ev.NOTE in text
+@pytest.mark.parametrize("name", ["guess.py:Guess", "alfworld", "search"])
+def test_the_papers_lines_stand_below_its_benchmarks_alone(name, tmp_path, capsys):
+    """Not below an environment of one's own; the footnote on Bamboogle is for Search-QA alone."""
+    file = result_file(tmp_path / "e.json", [1], ["x"], env=name)
+    text = printed(capsys, "table", file)
+    assert ("Published" in text) == ("2605.15155" in text) == (name in BENCHMARKS)
+    assert ev.NOTE in text and (ev.BAMBOOGLE in text) == (name == "search")
 
 # ---- runs paired by seed -------------------------------------------------------------------------
 
@@ -7183,8 +6750,7 @@ def table_rows(text):
     return {row[0]: row[1:] for row in rows if len(row) > 2}
 
 def test_runs_are_paired_by_seed(tmp_path, capsys):
-    """Differences 4, 8 and 12 points: mean 8, sd 4, t(2) 4.303; sign test 2 / 2^3; a seed without
-    a partner and what all settings share are left out; one pair has no interval."""
+    """Mean, interval and sign test of the differences; a seed without a partner is left out."""
     text = printed(capsys, "table", study_file(tmp_path), "--paired")
     rows = table_rows(text)
     assert rows["sdar"] == ["grpo", "3", "+8.0 [-1.9, +17.9]", "3", "0", "0.25"]
@@ -7219,8 +6785,7 @@ def test_a_study_that_cannot_be_paired_is_one_line(tmp_path, capsys, old, new, h
         capsys, "table", study_file(tmp_path), "--paired", "other")
 
 def test_run_folders_become_lines_of_a_study(tmp_path, capsys):
-    """--csv keeps seed, method, what the run was told, its last validation and its seconds; the
-    file reads as the runs do. An unfinished run is left out, a warm start is no setting."""
+    """--csv keeps what was told, the last validation and seconds, and reads as the runs do."""
     (tmp_path / "warm").mkdir()
     for name, seed, algo, flags, won in (
             ("a", 1, "grpo", [], 5), ("b", 1, "sdar", [], 6), ("c", 1, "sdar", ["--lam", "0.1"], 8),
@@ -7252,17 +6817,6 @@ def test_plot_draws_the_pairs(tmp_path, capsys):
     printed(capsys, "plot", study_file(tmp_path), "--out", out)
     assert out.read_bytes().startswith(b"\x89PNG")
 
-# ---- README's first picture ----------------------------------------------------------------------
-
-def test_readme_tells_a_newcomer_what_he_needs():
-    """It opens with a picture of gates; clone, Python, hub, citation and what is kept out."""
-    text = page("README.md")
-    assert re.search(r"!\[.*?\]\((.*?)\)", text)[1] == "docs/gates.png"
-    assert (HERE / "docs" / "gates.png").stat().st_size < 200_000
-    for part in ("git clone ", "Python 3.", "hf upload ", "eprint={2605.15155}", "docs/results.md",
-                 "Kept out on purpose: LoRA, vLLM, notebooks, Docker"):
-        assert part in text, part
-
 # ======== README and docs: what they promise ======================================================
 
 PAGES = ("README.md", "docs/adapters.md", "docs/environments.md", "docs/fidelity.md",
@@ -7278,9 +6832,8 @@ def page(name):
 def code_of(name):
     """The Python block behind the comment <!-- name --> of README or docs."""
     pattern = rf"<!-- {name} -->\s*```python\n(.*?)```"
-    found = [text for file in PAGES for text in re.findall(pattern, page(file), re.S)]
-    assert len(found) == 1, f"{len(found)} blocks called {name}"
-    return found[0]
+    code, = re.findall(pattern, "\n".join(map(page, PAGES)), re.S)
+    return code
 
 def run_block(name, namespace):
     """Run that block in the namespace; returns the namespace."""
@@ -7308,47 +6861,32 @@ def test_copy_paste_block_equals_the_loss(beta):
     """The copied loss has the value and gradient of the trainer's, in any micro-batches."""
     student, teacher, mask = ragged_batch()
     copied = run_block("gate", {})["sdar_loss"]
-
-    def trainers(p):
-        return sdar.aggregate(sdar.sdar_tokens(p, teacher, beta), sdar.token_weights(mask))
-
-    def whole(p):
-        return copied(p, teacher, mask, beta)
-
-    def in_parts(p):
-        return sum(copied(p[rows], teacher[rows], mask[rows], beta, total_tokens=mask.sum())
-                   for rows in (slice(0, 3), slice(3, 8)))
-
+    ways = (lambda p: sdar.aggregate(sdar.sdar_tokens(p, teacher, beta), sdar.token_weights(mask)),
+            lambda p: copied(p, teacher, mask, beta),
+            lambda p: sum(copied(p[i], teacher[i], mask[i], beta, total_tokens=mask.sum())
+                          for i in (slice(0, 3), slice(3, 8))))
     results = []
-    for function in (trainers, whole, in_parts):
+    for loss_of in ways:
         logp = student.clone().requires_grad_()
-        loss = function(logp)
-        results.append((loss.detach(), torch.autograd.grad(loss, logp)[0]))
-    for loss, gradient in results[1:]:
-        assert torch.allclose(loss, results[0][0], atol=1e-12)
-        assert torch.allclose(gradient, results[0][1], atol=1e-12)
-    assert results[0][1].abs().max() > 1e-3
+        loss = loss_of(logp)
+        results.append(flat([loss.detach(), torch.autograd.grad(loss, logp)[0]]))
+    assert close(results[1], results[0], 1e-12) and close(results[2], results[0], 1e-12)
+    assert results[0][1:].abs().max() > 1e-3
 
 def test_plain_loop_adapter():
     """README's loop takes the step of its formula, whatever the size of the micro-batches."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Embedding(11, 8), torch.nn.Linear(8, 11))
-    start = {k: v.clone() for k, v in model.state_dict().items()}
+    start = copy.deepcopy(model.state_dict())
 
     def logps(model, prompts, responses):  # sees the last prompt token at every position
         logp = torch.log_softmax(model(prompts[:, -1:]) + model(responses), -1)
         return logp.gather(2, responses[..., None])[..., 0]
 
-    def weights():
-        return flat(p.detach() for p in model.parameters())
-
     g = torch.Generator().manual_seed(1)
-    data = {
-        "prompts": torch.randint(0, 11, (6, 3), generator=g),
-        "skilled_prompts": torch.randint(0, 11, (6, 5), generator=g),
-        "responses": torch.randint(0, 11, (6, 4), generator=g),
-        "mask": torch.ones(6, 4),
-        "advantages": torch.randn(6, 1, generator=g)}
+    data = {name: torch.randint(0, 11, (6, width), generator=g)
+            for name, width in (("prompts", 3), ("skilled_prompts", 5), ("responses", 4))}
+    data |= {"mask": torch.ones(6, 4), "advantages": torch.randn(6, 1, generator=g)}
     data["mask"][2:, 2:] = 0
     after = []
     for size in (2, 6):
@@ -7357,18 +6895,17 @@ def test_plain_loop_adapter():
         scope |= {"model": model, "logps": logps, "micro_batch": size, "coef": 0.5,
                   "optimizer": torch.optim.SGD(model.parameters(), lr=1.0)}
         run_block("loop", scope)
-        after.append(weights())
+        after.append(flat(p.detach() for p in model.parameters()))
     model.load_state_dict(start)
-    before = weights()
+    model.zero_grad()
     student = logps(model, data["prompts"], data["responses"])
     teacher = logps(model, data["skilled_prompts"], data["responses"]).detach()
     gate = torch.sigmoid(5 * (teacher - student)).detach()
     baseline = gate[data["mask"] > 0].mean()
     reward = data["advantages"] + 0.5 * (gate - baseline)     # GRPO's and the gate's, per token
     (-(reward * student * data["mask"]).sum() / data["mask"].sum()).backward()
-    step = flat(p.grad for p in model.parameters())
-    for end in after:
-        assert torch.allclose(end, before - step, atol=1e-6)
+    want = flat((p - p.grad).detach() for p in model.parameters())
+    assert all(torch.allclose(end, want, atol=1e-6) for end in after)
 
 TINY_TRL = '''
 from datasets import Dataset
@@ -7567,141 +7104,98 @@ def test_gate_table_is_what_gate_table_computes():
 
 def test_every_test_that_the_docs_name_exists():
     """A claim in README or docs that names its test has that test."""
-    files = Path(__file__).parent.glob("test_*.py")
-    tests = "\n".join(file.read_text(encoding="utf-8") for file in files)
-    named = {name for file in PAGES for name in re.findall(r"\btest_\w+", page(file))}
-    named.discard("test_sdar")  # the file
-    assert len(named) > 15
-    assert sorted(named - set(re.findall(r"^def (test_\w+)", tests, re.M))) == []
+    named = set(re.findall(r"\btest_\w+", " ".join(map(page, PAGES)))) - {"test_sdar"}   # the file
+    assert len(named) > 15 and not [name for name in named if name not in globals()]
 
-def commands_of(text):
-    """The shell commands in the bash blocks of a page, as lists of words."""
-    commands = []
-    for block in re.findall(r"```bash\n(.*?)```", text, re.S):
-        for line in block.replace("\\\n", " ").splitlines():
-            for command in line.split("&&"):
-                if words := shlex.split(command, comments=True):
-                    commands.append(words)
-    return commands
-
-def known_flags():
-    """{program: flags}: sdar.py's by its parser, eval.py's by its source and sdar.py's."""
-    parser = sdar.make_parser()
-    trainer = {flag for action in parser._actions for flag in action.option_strings}
+def test_commands_and_flags_in_readme_and_docs_are_understood():
+    """Each flag that they name exists; each command has flags and values that its program takes."""
+    trainer = {flag for action in sdar.make_parser()._actions for flag in action.option_strings}
     source = (HERE / "eval.py").read_text(encoding="utf-8")
     own = set(re.findall(r"\badd(?:_argument)?\(\s*\"(--[\w-]+)\"", source))
-    return {"sdar.py": trainer, "eval.py": trainer | own, "envs.py": set()}
-
-def test_flags_in_readme_and_docs_exist():
-    """Each flag that README or docs name is one of sdar.py's or eval.py's parsers."""
-    known = set().union(*known_flags().values()) | OTHER_TOOLS
+    known = {"sdar.py": trainer, "eval.py": trainer | own, "envs.py": set()}
     for file in PAGES:
         named = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", page(file)))
-        assert sorted(named - known) == [], file
-
-def test_commands_in_readme_and_docs_are_understood():
-    """Each command of README and docs names flags and values that its program takes."""
-    known, seen = known_flags(), set()
-    subcommands = {"compare", "table", "bench", "gates", "gap", "plot"}
-    for words in (words for file in PAGES for words in commands_of(page(file))):
-        if words[0] != "python" or words[1] not in known:
+        assert sorted(named - known["eval.py"] - OTHER_TOOLS) == [], file
+    text = "\n".join(map(page, PAGES)).replace("\\\n", " ")
+    lines = "\n".join(re.findall(r"```bash\n(.*?)```", text, re.S)).replace("&&", "\n").splitlines()
+    seen = set()
+    for words in (shlex.split(line, comments=True) for line in lines):
+        if words[:1] != ["python"] or words[1] not in known:
             continue
-        program, rest = words[1], words[2:]
+        program, first, *rest = words[1:]
         seen.add(program)
-        if program == "sdar.py" and "--help" not in rest:
-            sdar.make_parser().parse_args(rest)
-        unknown = {word for word in rest if word.startswith("--")} - known[program]
+        unknown = {word for word in (first, *rest) if word.startswith("--")} - known[program]
         assert not unknown, words
-        if program == "eval.py" and not rest[0].startswith("--"):
-            assert rest[0] in subcommands, words
+        if program == "sdar.py" and "--help" not in words:
+            sdar.make_parser().parse_args([first, *rest])
+        if program == "eval.py":
+            assert first.startswith("--") or first in ev.COMMANDS, words
         if program == "envs.py":
-            assert rest[0] in ("download", "play"), words
-            source = inspect.getsource(envs.main if rest[0] == "download" else envs.open_env)
-            assert f'"{rest[1]}": ' in source, words
+            assert first in ("download", "play"), words
+            source = inspect.getsource(envs.main if first == "download" else envs.open_env)
+            assert f'"{rest[0]}": ' in source, words
     assert seen == set(known)
 
 def test_options_of_environments_in_the_docs_exist():
     """Each KEY=VALUE that docs/environments.md lists for --env-args is an option of its class."""
-    text = page("docs/environments.md")
-    table = text[text.index("## Options"):text.index("## Compared")]
-    for name, kind in (
-            ("ALFWorld", envs.Alfworld), ("WebShop", envs.WebShop), ("Search-QA", envs.SearchQA)):
+    table = re.search("## Options.*?## Compared", page("docs/environments.md"), re.S)[0]
+    kinds = {"ALFWorld": envs.Alfworld, "WebShop": envs.WebShop, "Search-QA": envs.SearchQA}
+    for name, kind in kinds.items():
         row = re.search(rf"^\| {name} \| (.*)$", table, re.M)[1]
         options = set(re.findall(r"`(\w+)=", row))
-        assert len(options) >= 3, name
-        assert sorted(options - set(inspect.signature(kind).parameters)) == []
+        assert len(options) >= 3 and options <= set(inspect.signature(kind).parameters), name
 
 def test_python_blocks_compile():
     """Every Python block of README and docs is valid Python of at most 100 columns."""
-    count = 0
-    for file in PAGES:
-        for code in re.findall(r"```python\n(.*?)```", page(file), re.S):
-            compile(code, file, "exec")
-            assert max(map(len, code.splitlines())) <= 100, file
-            count += 1
-    assert count >= 5
-
-def anchors(text):
-    """The anchors that GitHub makes of a page's headings."""
-    titles = re.findall(r"^#+ (.+)$", text, re.M)
-    cleaned = [re.sub(r"[^\w\- ]", "", title.lower()) for title in titles]
-    return {title.replace(" ", "-") for title in cleaned}
+    blocks = re.findall(r"```python\n(.*?)```", "\n".join(map(page, PAGES)), re.S)
+    for code in blocks:
+        compile(code, "docs", "exec")
+        assert max(map(len, code.splitlines())) <= 100, code
+    assert len(blocks) >= 5
 
 def test_links_of_readme_and_docs_lead_somewhere():
     """Every relative link of README and docs names a file, and a heading in it, that exist."""
     for file in PAGES:
-        for target in re.findall(r"\]\(([^)\s]+)\)", page(file)):
-            if target.startswith("http"):
-                continue
+        for target in re.findall(r"\]\((?!http)([^)\s]+)\)", page(file)):
             path, _, anchor = target.partition("#")
             to = (HERE / file).parent / path if path else HERE / file
             assert to.exists(), f"{file}: {target}"
-            if anchor:
-                assert anchor in anchors(to.read_text(encoding="utf-8")), f"{file}: {target}"
+            titles = re.findall(r"^#+ (.+)$", page(to), re.M) if anchor else []
+            names = [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles]
+            assert not anchor or anchor in names, f"{file}: {target}"
 
-def section_starts():
-    """The first line of each numbered section of sdar.py: {1: line, ...}."""
+def test_readme_is_one_sitting():
+    """At most 250 lines: a picture of gates, what a newcomer needs, methods, what is kept out."""
+    text = page("README.md")
+    assert len(text.splitlines()) <= 250
+    assert re.search(r"!\[.*?\]\((.*?)\)", text)[1] == "docs/gates.png"
+    assert (HERE / "docs" / "gates.png").stat().st_size < 200_000
+    for part in ("git clone ", "Python 3.", "hf upload ", "eprint={2605.15155}", "docs/results.md",
+                 "Kept out on purpose: LoRA, vLLM, notebooks, Docker",
+                 *(f"`--algo {name}`" for name in sdar.METHODS)):
+        assert part in text, part
+
+def test_readmes_reading_list_follows_the_code():
+    """Functions stand in their sections, in order; sections 1 to 9 have at most 450 lines."""
     starts = {}
     for line, text in enumerate((HERE / "sdar.py").read_text(encoding="utf-8").splitlines(), 1):
         if found := re.match(r"# =+ (\d+)\. ", text):
             starts[int(found[1])] = line
-    return starts
-
-def test_functions_that_readme_names_exist():
-    """README's reading list names them in sdar.py's order, each in its section."""
-    text = page("README.md")
-    items = re.findall(r"^(\d)\. (`\w+`.*?): ", text, re.M)[:9]
+    text = " ".join(page("README.md").split())
+    assert list(starts) == list(range(1, len(starts) + 1))
+    assert "at most 450 lines" in text and starts[10] - starts[1] <= 450
+    items = re.findall(r"^(\d)\. (`\w+`.*?): ", page("README.md"), re.M)[:9]
     assert [number for number, _ in items] == list("123456789")
-    starts = section_starts()
     places = []
     for number, line in items:
-        for name in re.findall(r"`(\w+)`", line):
-            if name == "METHODS":
-                continue
+        for name in re.findall(r"`(\w+)`", line.replace("`METHODS`", "")):
             places.append(inspect.getsourcelines(getattr(sdar, name))[1])
             assert starts[int(number)] < places[-1] < starts[int(number) + 1], name
-    assert places == sorted(places)
-    assert len(places) >= 20
-    assert "`generate` (section 12)" in " ".join(text.split())
+    assert places == sorted(places) and len(places) >= 20
+    assert "`generate` (section 12)" in text
     assert starts[12] < inspect.getsourcelines(sdar.generate)[1] < starts[13]
-    table = text[text.index("## Methods"):text.index("## Environments")]
-    named = re.findall(r"`([a-z]+_[a-z_]+|METHODS)`", table)
-    assert len(named) >= 5
-    assert [name for name in named if not hasattr(sdar, name)] == []
-
-def test_the_method_is_one_stretch():
-    """Sections 1 to 9 of sdar.py, which README calls the whole method, have at most 450 lines."""
-    assert "at most 450 lines" in " ".join(page("README.md").split())
-    starts = section_starts()
-    assert list(starts) == list(range(1, len(starts) + 1))
-    assert starts[10] - starts[1] <= 450
-
-def test_readme_is_one_sitting():
-    """README has at most 250 lines, and its method table lists every method."""
-    text = page("README.md")
-    assert len(text.splitlines()) <= 250
-    for name in sdar.METHODS:
-        assert f"`--algo {name}`" in text, name
+    named = re.findall(r"`([a-z]+_[a-z_]+|METHODS)`", re.search("## Methods.*?## Env", text)[0])
+    assert len(named) >= 5 and [name for name in named if not hasattr(sdar, name)] == []
 
 def test_readme_shows_what_a_run_prints(tmp_path, capsys):
     """The lines of README's quick start are those that sdar.py prints, but for the figures."""
@@ -7723,69 +7217,98 @@ def test_readme_shows_what_a_run_prints(tmp_path, capsys):
 # ======== Users' mistakes =========================================================================
 
 @pytest.mark.parametrize("arguments, hint", [
-    ("--nonsense", "--nonsense"), ("hello", "hello"), ("--steps", "--steps"),
+    ("hello", "hello"), ("--steps", "--steps"), ("--zzz", "--help"),
+    ("--modle tiny", "did you mean --model?"), ("--max-promt=4", "did you mean --max-prompt?"),
     ("--groups two --grou 3", "--grou"), ("--groups 0", "--groups"),
     ("--lr -1", "--lr cannot be -1.0; it must be above 0"), ("--beta nan", "--beta"),
     ("--kl inf", "--kl"), ("--temperature 0", "--temperature"), ("--group-size 1", "--group-size"),
     ("--steps -1", "--steps"), ("--seed -99999999999999999999999", "--seed"),
-    ("--env chess", "--env"), ("--algo magic", "--algo"),
+    ("--env alfworl", "alfworld"), ("--algo magic", "--algo"), ("--gap other", "choice: 'other'"),
     ("--device cuda:77", "--device cuda:77"), ("--device meta", "--device meta"),
     ("--model no/such-model-anywhere --data built-in", "no/such-model-anywhere"),
-    ("--model {tmp}/file --data built-in", "file"), ("--model {tmp}/none.gguf", "none.gguf"),
-    ("--data /no/such/folder", "/no/such/folder"), ("--skills /no/such/skills", "/no/such/skills"),
+    ("--model {cards} --data built-in", "skills.json"), ("--model x.gguf", "does not exist"),
+    ("--model ./nothing", "does not exist"), ("--model runs/frist", "holds first"),
+    ("--model runs/first --data= --env webshop", "--data built-in"),
+    ("--data no/where", "holds runs, skills"), ("--skills skils", "holds skills"),
     ("--env-args house", "--env-args"), ("--env-args garden=3", "garden"),
     ("--env-args data=here", "data=here"), ("--env-args seed=5", "seed"),
     ("--env-args house='4", "--env-args"), ("--env search --env-args topk=0", "topk=0"),
     ("--env search --env-args timeout=soon", "timeout"),
     ("--env webshop --env-args catalogue=medium", "catalogue"),
     ("--val-split valid_unsen --warm-start 9 --out {tmp}/run", "valid_unsen"),
+    ("--steps 0 --warm-start 0", "eval.py"), ("--config no.json", "does not exist"),
     ("--gate-baseline --algo rlsd", "--gate-baseline has no effect"),
     ("--gate-baseline --gate entropy", "--gate-baseline needs --gate gap"),
     ("--gate none --algo grpo", "--gate has no effect with --algo grpo"),
     ("--beta 3 --algo grpo", "--beta has no effect with --algo grpo"),
     ("--beta 3 --algo grpo+opsd --recipe released", "--beta has no effect"),
     ("--retrieval ucb --algo grpo", "--retrieval has no effect"),
+    ("--algo grpo --control-every 5", "--control-every has no effect with --algo grpo"),
+    ("--algo ucob --control-every 5", "--control-every has no effect with --algo ucob"),
+    ("--algo atod --teacher-model x --control-every 5", "--control-every has no effect"),
+    ("--algo rlsd --gap contrast", "--gap has no effect with --algo rlsd"),
+    ("--gap contrast --gate none", "--gap contrast needs --gate gap or soft-or"),
+    ("--gap contrast --retrieval full", "--retrieval full leaves no other skill"),
+    ("--control-every 5 --retrieval full", "--retrieval full leaves no other skill"),
+    ("--control-every -1", "--control-every cannot be -1"),
+    ("--control-every 1 --env {tmp}/one.py:One --out {tmp}/run", "have the same skill"),
     ("--resume /no/such/run", "/no/such/run, which does not exist"),
-    ("--resume {run} --beta 3", "--beta cannot change within a run"),
-    ("--resume {run} --out elsewhere", "--out cannot change"),
-    ("--resume {run} --steps -1", "--steps"),
-    ("--out {run}", "holds a run: continue it with --resume"), ("--out {tmp}/file/run", "file")])
-def test_a_mistake_is_one_line_and_status_2(finished, tmp_path, monkeypatch, capsys, arguments,
-                                            hint):
-    """It says what was wrong, on stderr and without a traceback; nothing is changed."""
-    (tmp_path / "file").write_text("")
-    monkeypatch.chdir(tmp_path)
-    before = (finished / "config.json").read_bytes()
-    argv = [word.format(tmp=tmp_path, run=finished) for word in arguments.split(" ")]
-    assert hint in run_error(capsys, *argv)
-    assert (finished / "config.json").read_bytes() == before
-    assert os.listdir(tmp_path) == ["file"]
+    ("--resume runs/frist", "holds first"), ("--resume runs", "no run"),
+    ("--resume {cards}", "no run"),
+    ("--resume runs/first/checkpoints", "--resume {home}/runs/first"),
+    ("--resume runs/first/checkpoints/step-000001-rl", "--resume {home}/runs/first"),
+    ("--resume runs/first --beta 3", "--beta cannot change within a run"),
+    ("--resume runs/first --out elsewhere", "--out cannot change"),
+    ("--resume runs/first --steps -1", "--steps"), ("--out {cards}", "is a file"),
+    ("--out {cards}/run", "is a file"),
+    ("--out runs/first", "holds a run: continue it with --resume")])
+def test_a_mistake_is_one_line_and_status_2(run_home, tmp_path, monkeypatch, capsys, handlers,
+                                            arguments, hint):
+    """It says what was wrong, with what exists nearby or what was meant; nothing is changed."""
+    monkeypatch.chdir(run_home)
+    (tmp_path / "one.py").write_text("import envs\nclass One(envs.Alfworld):\n"
+                                     "    skill = property(lambda self: lambda *args: 'look',\n"
+                                     "                     lambda self, value: None)\n")
+    places = {"tmp": tmp_path, "home": run_home, "cards": "skills/claude_style_skills.json"}
+    before = {path: path.stat().st_mtime for path in run_home.rglob("*")}
+    line = refused_line(capsys, *(word.format(**places) for word in arguments.split(" ")))
+    assert hint.format(**places) in line
+    assert before == {path: path.stat().st_mtime for path in run_home.rglob("*")}
+    assert not {*os.listdir(tmp_path)} - {"one.py", "__pycache__"}
 
 def test_only_these_settings_may_change_with_resume(finished, monkeypatch):
     """Memory, speed, length and validation of a run; nothing that its past steps depend on."""
     monkeypatch.setitem(sdar.METHODS, "remembering", remembering())
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)    # tensorboard's package
-    values = {"data": ".", "skills": ".", "device": "cuda", "val_split": "x",
-              "track": "tensorboard", "model": "tiny"}
+    values = {"data": ".", "skills": ".", "device": "cuda", "val_split": "x", "judge": "http://x",
+              "track": "tensorboard", "model": "tiny", "algo": "sdar"}
+    changed = set()
     for f in dataclasses.fields(sdar.Settings):
-        if f.name == "judge":                          # has no effect with this method
-            continue
         argv = ["--resume", str(finished), sdar.flag(f.name)]
         if not isinstance(f.default, bool):
-            known = [values[f.name]] if f.name in values else f.metadata["choices"] or ["5"]
-            argv.append("sdar" if f.name == "algo" else known[0])
-        if f.name in sdar.MAY_CHANGE:
-            assert getattr(sdar.read_settings(argv)[0], f.name) != getattr(sdar.Settings, f.name)
-        else:
-            with pytest.raises(UserError, match="cannot change within a run"):
-                sdar.read_settings(argv)
-    assert set(sdar.MAY_CHANGE) == {
+            argv.append(values.get(f.name, (f.metadata["choices"] or ["5"])[0]))
+        try:
+            s, _ = sdar.read_settings(argv)
+        except UserError as error:
+            assert "cannot change within a run" in str(error)
+            continue
+        assert getattr(s, f.name) != f.default
+        changed.add(f.name)
+    assert changed == set(sdar.MAY_CHANGE) == {
         "data", "device", "judge", "max_prompt", "max_teacher_prompt", "micro_tokens",
         "rollout_rows", "save_every", "skills", "small_gpu", "steps", "track", "val_episodes",
         "val_every", "val_split"}
 
-def test_env_args_are_numbers_where_they_look_like_them(monkeypatch):
-    """They become arguments of the environment's class; without data, s.data says built-in."""
+def test_the_judge_may_change_with_resume(tmp_path):
+    """A server that has moved, or none any more."""
+    s = settings(algo="triage", judge="http://127.0.0.1:1", out=str(tmp_path))
+    write(tmp_path / "config.json", [dataclasses.asdict(s)])
+    for judge in ("http://x", ""):
+        argv = ["--resume", str(tmp_path), "--judge", judge]
+        assert sdar.read_settings(argv)[0].judge == judge
+
+def test_env_args_are_numbers_where_they_look_like_them(monkeypatch, tmp_path):
+    """They are arguments of the environment's class, ~ is the home folder; no data is built-in."""
     monkeypatch.setattr(envs, "open_env", lambda *_, skills, **options: types.SimpleNamespace(
         builtin=True, options=options))
     s = settings(env_args="house=6 at=-1 timeout=2.5 nouns=en_core_web_sm version=1.2.3 'a=b c'")
@@ -7793,31 +7316,30 @@ def test_env_args_are_numbers_where_they_look_like_them(monkeypatch):
     assert options == {"house": 6, "at": -1, "timeout": 2.5, "nouns": "en_core_web_sm",
                        "version": "1.2.3", "a": "b c"}
     assert type(options["house"]) is int and s.data == "built-in"
-
-def help_text(capsys, words):
-    """What --help prints, with status 0."""
-    with pytest.raises(SystemExit) as stop:
-        sdar.main(words.split())
-    assert stop.value.code == 0
-    return capsys.readouterr().out
+    corpus = tmp_path / "home" / "corpus"
+    corpus.mkdir(parents=True)
+    s = sdar.read_settings(["--env", "search", "--env-args", "corpus=~/corpus topk=2"])[0]
+    assert sdar.open_env(s).options["corpus"] == str(corpus)
+    assert s.env_args == f"corpus={corpus} topk=2"
 
 def test_help_explains_every_setting(capsys):
-    """Each flag with its line and its default, below the headings."""
-    text = help_text(capsys, "--help")
+    """Each flag has its line and the default of the environment and model named with it."""
+    def help_text(words):
+        with pytest.raises(SystemExit) as stop:
+            sdar.main(words.split())
+        assert stop.value.code == 0
+        return capsys.readouterr().out
+
+    text = help_text("--help")
     assert all(f"\n{heading}:\n" in text for heading in ("data", "rollout", "objective"))
     one_row = " ".join(text.split())
     for f in dataclasses.fields(sdar.Settings):
         assert sdar.flag(f.name) + " " in text and f.metadata["help"][:40] in one_row
     assert "one GRPO group each (default: 4)" in one_row       # of `tiny`, the default model
     assert "KL term to the reference policy (default: 0.0)" in one_row
-    assert "(default: False)" not in text and "(default: )" not in text
-
-@pytest.mark.parametrize("words, shown", [
-    ("--help", "0.0003)"), ("--env webshop --model x/y --help", "5120)"),
-    ("--help --env search --model x/y", "(default: 128)")])
-def test_help_shows_the_defaults_of_the_chosen_environment_and_model(capsys, words, shown):
-    """Before or after --help."""
-    assert shown in help_text(capsys, words)
+    assert "(default: False)" not in text and "(default: )" not in text and "0.0003)" in text
+    assert "5120)" in help_text("--env webshop --model x/y --help")
+    assert "(default: 128)" in help_text("--help --env search --model x/y")
 
 # ======== Against the originals: recordings and real data (SDAR_TEST_DATA) ========================
 
