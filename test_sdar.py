@@ -3488,7 +3488,7 @@ def test_out_of_memory_names_what_to_lower(tmp_path, monkeypatch, capsys, name, 
     assert "--micro-tokens" in line and "--small-gpu" in line
 
 DAMAGE = [  # (file, what is done to it, word of the message)
-    *(("checkpoints/step-000003-rl/" + name, change, "error: delete {last} to use the checkpoint")
+    *(("checkpoints/step-000003-rl/" + name, change, "error: cannot read the checkpoint {last} (")
       for name, change in [
           *itertools.product(("model.safetensors", "optimizer.pt", "state.json", "tokenizer.json",
                               "config.json", "tokenizer_config.json"), (0.5, "\0" * 99, None)),
@@ -3632,6 +3632,8 @@ SPOILT = {  # what is wrong: (file, what is done to it, word of the message)
         f"_orig_mod.{name}": x for name, x in w.items()}), "random"),
     "not a number": ("", lambda d: edit_weights(d, lambda w: {
         name: x * math.nan for name, x in w.items()}), "not numbers"),
+    "a layer of zeros": ("", lambda d: edit_weights(d, lambda w: {
+        name: x * ("layers.1.mlp.up_proj" not in name) for name, x in w.items()}), "all 0"),
     "token without embedding": ("", lambda d: with_tokens(
         d, ["<|turn|>"], sdar.TINY_TEMPLATE.replace("<|im_start|>", "<|turn|>")), "embeddings"),
     "empty folder": ("", lambda d: (shutil.rmtree(d), d.mkdir()), "cannot load"),
@@ -3646,6 +3648,8 @@ SPOILT = {  # what is wrong: (file, what is done to it, word of the message)
     "system first": (TEMPLATE, "{{ raise_exception('system first') }}", "system first"),
     "template cut off": (TEMPLATE, LOOP + "{{ m.content }", "unexpected"),
     "template divides": (TEMPLATE, "{{ 1 / 0 }}", "division"),
+    "template at random": (TEMPLATE, LOOP + "{{ range(9999) | random }} {{ m.content }}{% endfor %}",
+                           "another text each time"),
     "message is gone": (TEMPLATE, PARTS, "leaves out or changes messages"),
     "message cut short": (TEMPLATE, LOOP + "{{ m.content[:20] }}{% endfor %}", "leaves out"),
     **{f"message | {change}": (TEMPLATE, LOOP + "{{ m.content | " + change + " }}{% endfor %}",
@@ -4911,9 +4915,12 @@ def test_incomplete_skills_are_refused(tmp_path):
     (broken / "heat.md").unlink()
     mapping = skill_folder(tmp_path / "mapping")
     (mapping / "skill_mapping.json").write_text("{")
+    outside = skill_folder(tmp_path / "outside")
+    names = (outside / "skill_mapping.json").read_text()
+    (outside / "skill_mapping.json").write_text(names.replace("heat.md", "../broken/cool.md"))
     for folder, hint in ((skill_folder(tmp_path / "general", ()), "only general skills"),
                          (skill_folder(tmp_path / "part", SKILLS[:-1]), "pick_cool"),
-                         (tmp_path, "neither"), (broken, "heat.md"),
+                         (tmp_path, "neither"), (broken, "heat.md"), (outside, "not in the folder"),
                          (mapping, "skill_mapping.json")):
         one_line(hint, envs.Alfworld, skills=folder)
 
@@ -6102,8 +6109,8 @@ def test_published_rows_stand_beside_real_tasks_alone(capsys):
     ("", "--model"), ("--model nothing/here", "nothing/here"), ("gates .", "gates"),
     ("bench --no-such-flag", "--no-such-flag"), ("bench --pairs 0", "--pairs"),
     ("bench --random-weights 9B", "9B"), ("plot .", "config.json"), ("table", "RUN"),
-    ("comapre a b", "did you mean compare?"), ("tabel a", "did you mean table?"),
-    ("zzz", "did you mean --model?"), ("runs/x --env search", "did you mean --model?")])
+    ("comapre a b", "choose compare, or"), ("tabel a", "choose table, or"),
+    ("zzz", "gap, bench, or give --model"), ("runs/x --env search", "or give --model")])
 def test_mistakes_in_evaluating_are_one_line(evaluated_run, tmp_path, monkeypatch, capsys, argv,
                                              hint):
     """Every command says what is wrong, missing or unknown, and the exit status is 2."""
@@ -6594,7 +6601,7 @@ def test_config_json_says_the_versions(logged, tmp_path):
         assert re.fullmatch("[0-9a-f]{40}(-dirty)?", versions["code"])
     again, _ = sdar.read_settings(["--resume", str(folder), "--steps", "5"])
     assert again.steps == 5 and not hasattr(again, "versions")
-    with pytest.raises(UserError, match="--config cannot change within a run"):
+    with pytest.raises(UserError, match="--config cannot be combined with --resume"):
         sdar.read_settings(["--resume", str(folder), "--config", config_file(tmp_path)[0]])
 
 def test_without_git_there_is_no_commit(monkeypatch):
@@ -7199,16 +7206,19 @@ def test_readmes_reading_list_follows_the_code():
 
 def test_readme_shows_what_a_run_prints(tmp_path, capsys):
     """The lines of README's quick start are those that sdar.py prints, but for the figures."""
+    def without_figures(line):
+        return re.sub(r"[\d.]+", "#", line)
+
     shown = re.search(r"```\n(built-in games.*?)```", page("README.md"), re.S)[1].splitlines()
-    metrics = dict(
-        step=1, success_95=(0.13, 0.42), success=0.25, successes=8, episodes=32, turns=7.6,
-        valid=0.99, gap=-0.046, gate=0.485, gate_active=0.59, updates_skipped=0, grad_norm=0.31,
-        seconds=1.3, seconds_rollout=0.4, seconds_teacher=0.3, seconds_update=0.6)
+    names = ("turns valid gap gate gate_active grad_norm seconds seconds_rollout seconds_teacher "
+             "seconds_update updates_skipped").split()
+    metrics = dict.fromkeys(names, 0) | dict(
+        step=1, success_95=(0.13, 0.42), success=0.25, successes=8, episodes=32, gap=-0.046)
     s = sdar.read_settings(["--env", "alfworld", "--model", "tiny", "--out", str(tmp_path)])[0]
-    assert shown[0] == sdar.open_env(s).source
+    assert shown[0] == sdar.open_env(s).source and f"/{s.steps} " in shown[3]
     capsys.readouterr()
     sdar.log_step(None, [], metrics, s)
-    assert shown[3] == capsys.readouterr().out.rstrip("\n")
+    assert without_figures(shown[3]) == without_figures(capsys.readouterr().out.rstrip("\n"))
     source = inspect.getsource(sdar)
     for words in ("validation after step ", "M parameters, ", " episodes a step; log in ",
                   " steps; evaluate with: python eval.py --env "):
@@ -7220,7 +7230,7 @@ def test_readme_shows_what_a_run_prints(tmp_path, capsys):
     ("hello", "hello"), ("--steps", "--steps"), ("--zzz", "--help"),
     ("--modle tiny", "did you mean --model?"), ("--max-promt=4", "did you mean --max-prompt?"),
     ("--groups two --grou 3", "--grou"), ("--groups 0", "--groups"),
-    ("--lr -1", "--lr cannot be -1.0; it must be above 0"), ("--beta nan", "--beta"),
+    ("--lr -1", "--lr cannot be -1.0; it must be a finite number, above 0"), ("--beta nan", "--beta"),
     ("--kl inf", "--kl"), ("--temperature 0", "--temperature"), ("--group-size 1", "--group-size"),
     ("--steps -1", "--steps"), ("--seed -99999999999999999999999", "--seed"),
     ("--env alfworl", "alfworld"), ("--algo magic", "--algo"), ("--gap other", "choice: 'other'"),
@@ -7229,10 +7239,10 @@ def test_readme_shows_what_a_run_prints(tmp_path, capsys):
     ("--model {cards} --data built-in", "skills.json"), ("--model x.gguf", "does not exist"),
     ("--model ./nothing", "does not exist"), ("--model runs/frist", "holds first"),
     ("--model runs/first --data= --env webshop", "--data built-in"),
-    ("--data no/where", "holds runs, skills"), ("--skills skils", "holds skills"),
+    ("--data no/where", "or give built-in"), ("--skills skils", "holds skills"),
     ("--env-args house", "--env-args"), ("--env-args garden=3", "garden"),
     ("--env-args data=here", "data=here"), ("--env-args seed=5", "seed"),
-    ("--env-args house='4", "--env-args"), ("--env search --env-args topk=0", "topk=0"),
+    ("--env-args house='4", "--env-args"), ("--env search --env-args topk=0", "topk must be"),
     ("--env search --env-args timeout=soon", "timeout"),
     ("--env webshop --env-args catalogue=medium", "catalogue"),
     ("--val-split valid_unsen --warm-start 9 --out {tmp}/run", "valid_unsen"),
@@ -7247,9 +7257,9 @@ def test_readme_shows_what_a_run_prints(tmp_path, capsys):
     ("--algo ucob --control-every 5", "--control-every has no effect with --algo ucob"),
     ("--algo atod --teacher-model x --control-every 5", "--control-every has no effect"),
     ("--algo rlsd --gap contrast", "--gap has no effect with --algo rlsd"),
-    ("--gap contrast --gate none", "--gap contrast needs --gate gap or soft-or"),
-    ("--gap contrast --retrieval full", "--retrieval full leaves no other skill"),
-    ("--control-every 5 --retrieval full", "--retrieval full leaves no other skill"),
+    ("--gap contrast --gate none", "--gap contrast works only with --gate gap"),
+    ("--gap contrast --retrieval full", "with --retrieval full there is no other skill"),
+    ("--control-every 5 --retrieval full", "with --retrieval full there is no other skill"),
     ("--control-every -1", "--control-every cannot be -1"),
     ("--control-every 1 --env {tmp}/one.py:One --out {tmp}/run", "have the same skill"),
     ("--resume /no/such/run", "/no/such/run, which does not exist"),
@@ -7258,7 +7268,12 @@ def test_readme_shows_what_a_run_prints(tmp_path, capsys):
     ("--resume runs/first/checkpoints", "--resume {home}/runs/first"),
     ("--resume runs/first/checkpoints/step-000001-rl", "--resume {home}/runs/first"),
     ("--resume runs/first --beta 3", "--beta cannot change within a run"),
-    ("--resume runs/first --out elsewhere", "--out cannot change"),
+    ("--resume runs/first --out x", "--out cannot be combined with --resume"),
+    ("--resume runs/first --config runs/first/config.json", "--config cannot be combined"),
+    ("--resume=", "no run"), ("--resume runs/first --device cuda:77", "error: --device cuda:77"),
+    ("--out /dev/null", "is a file"), ("--out /dev/null/x", "is a file"),
+    ("--lr-warmup 1.5", "--lr-warmup is a share"),
+    ("--algo atod --teacher-model tiny", "--teacher-model tiny would be random"),
     ("--resume runs/first --steps -1", "--steps"), ("--out {cards}", "is a file"),
     ("--out {cards}/run", "is a file"),
     ("--out runs/first", "holds a run: continue it with --resume")])
@@ -7276,6 +7291,12 @@ def test_a_mistake_is_one_line_and_status_2(run_home, tmp_path, monkeypatch, cap
     assert before == {path: path.stat().st_mtime for path in run_home.rglob("*")}
     assert not {*os.listdir(tmp_path)} - {"one.py", "__pycache__"}
 
+def test_a_run_does_not_end_before_its_last_step(run_copy, capsys):
+    """Fewer --steps than it has taken are refused, and its settings stay."""
+    before = (run_copy / "config.json").read_text()
+    assert "taken 3 steps already" in run_error(capsys, "--resume", run_copy, "--steps", 2)
+    assert (run_copy / "config.json").read_text() == before
+
 def test_only_these_settings_may_change_with_resume(finished, monkeypatch):
     """Memory, speed, length and validation of a run; nothing that its past steps depend on."""
     monkeypatch.setitem(sdar.METHODS, "remembering", remembering())
@@ -7290,7 +7311,7 @@ def test_only_these_settings_may_change_with_resume(finished, monkeypatch):
         try:
             s, _ = sdar.read_settings(argv)
         except UserError as error:
-            assert "cannot change within a run" in str(error)
+            assert "cannot " in str(error)                 # change, or be combined
             continue
         assert getattr(s, f.name) != f.default
         changed.add(f.name)
