@@ -814,7 +814,7 @@ VARIANTS = [dict(gate="entropy"), dict(gate="soft-or"), dict(gate="none"),
 every_row = pytest.mark.parametrize("row", [*ROWS.values(), *VARIANTS],
                                     ids=[*ROWS, *map(str, VARIANTS)])
 
-def learned(policy, turns, s, method=None, memory=None):
+def learned(policy, turns, s, method=None):
     """(metrics, flat gradient summed over mini-batches) of sdar.update of a copy of the policy on
     these turns, at a learning rate of 0."""
     gradients = []
@@ -823,7 +823,6 @@ def learned(policy, turns, s, method=None, memory=None):
         gradients.append(flat(p.grad for p in optimizer.param_groups[0]["params"]))
     s = dataclasses.replace(s, grad_clip=1e9)
     state = sdar.make_state(copied(policy, policy.model.dtype), s)
-    state.memory = {} if memory is None else memory
     state.optimizer.register_step_pre_hook(keep)
     method = method or sdar.method_of(s)
     return sdar.update(state, episodes_of_turns(turns), s, method, 0.0), sum(gradients)
@@ -902,27 +901,21 @@ def test_padding_changes_nothing(exact, monkeypatch, row):
 
 @every_row
 def test_micro_batches_change_no_gradient(exact, row):
-    """Tokens per micro-batch, row order and the length of padding: same gradient, same metrics."""
+    """Tokens per micro-batch, row order and the length of padding: same gradient, same metrics. No
+    gradient reaches the teacher's, the reference's or the old log-probabilities."""
     results = []
     for micro_tokens, seed in ((1, 0), (70, 1), (10**6, 2)):
         s = settings(lam=0.3, kl=0.1, micro_tokens=micro_tokens, seed=seed, **row)
-        results.append(learned(exact, turns_for(exact, s), s))
+        turns = turns_for(exact, s)
+        others = [getattr(t, name).requires_grad_() for t in turns for name in SCORES[1:]]
+        results.append(learned(exact, turns, s))
+        assert all(x.grad is None for x in others)
     metrics, gradient = results[0]
     assert gradient.norm() > 1e-3
     for other, again in results[1:]:
         assert same(again, gradient)
         assert other == {name: pytest.approx(value, rel=1e-5, abs=1e-7)
                          for name, value in metrics.items()}
-
-@every_row
-def test_only_the_student_learns(exact, row):
-    """No gradient reaches the teacher's, the reference's or the old log-probabilities."""
-    s = settings(lam=0.3, kl=0.1, **row)
-    turns = turns_for(exact, s)
-    others = [getattr(t, name).requires_grad_() for t in turns for name in SCORES[1:]]
-    _, gradient = learned(exact, turns, s)
-    assert gradient.norm() > 1e-3
-    assert all(x.grad is None or x.grad.abs().max() == 0 for x in others)
 
 @pytest.mark.parametrize("row", [row for row in [*ROWS.values(), *VARIANTS]
                                  if "lam" in sdar.method_of(settings(**row)).uses], ids=str)
@@ -946,20 +939,18 @@ def with_turns(turns, **changes):
             setattr(t, name, value(t) if callable(value) else value)
     return turns
 
-def without_pairs(state, episodes, s):
-    """UCOB's pairs with a coefficient of 0."""
-    return with_turns(sdar.ucob_pairs(state, episodes, s), weight=0.0)
-
 OFF = {  # a follow-up with its part switched off: (turns, its method's changes, the method it is)
     "atod, a teacher that agrees": (dict(teacher_logp=lambda t: t.old_logp), {}, "grpo"),
-    "sgcd, a teacher that agrees": (
-        dict(extra=lambda t: t.extra | {"divergence": 0 * t.extra["divergence"]}), {}, "grpo"),
     "sgcd, no reference": (
         dict(extra=lambda t: {name: 0 * x for name, x in t.extra.items()}), {}, "grpo"),
+    "sgcd, gamma 0": ({}, dict(advantages=lambda *args: sdar.sgcd(*args, gamma=0.0)), "grpo"),
+    "triage, lambda 0": ({}, dict(
+        advantages=lambda *args: sdar.triage(*args, lam=0.0, whiten=False)), "grpo"),
     "craft, all three parts off": ({}, dict(
         term=lambda b, s: sdar.craft_term(b, s, p1=False, p2=False, p3=False)), "sdar"),
-    "ucob, no pairs": ({}, dict(rows=lambda state, episodes, s: []), "gigpo"),
-    "ucob, pairs without weight": ({}, dict(rows=without_pairs), "gigpo"),
+    "ucob, no pairs": ({}, dict(rows=lambda *args: []), "gigpo"),
+    "ucob, pairs without weight": ({}, dict(
+        rows=lambda *args: with_turns(sdar.ucob_pairs(*args), weight=0.0)), "gigpo"),
     "paw, nothing seen afterwards": (dict(after=[]), {}, "grpo")}
 
 @pytest.mark.parametrize("name", OFF)
@@ -977,55 +968,38 @@ def test_followups_switched_off_are_what_they_build_on(exact, name):
 
 @pytest.mark.parametrize("kl", [0.0, 0.3])
 def test_methods_are_what_they_are(exact, kl):
-    """The loss of each method, the paper's and the public code's, is the sum of its parts."""
+    """The loss of each method is the sum of its parts; the public code has, for every method, a
+    bonus of 0.001 x the entropy at the rollout temperature, with gradient."""
     def gated(b):
         return sdar.sdar_tokens(b.logp, b.teacher, 5.0)
 
-    def from_reference(b):
-        return b.logp - b.ref
-
     def skill_sd(b):
         return sdar.skill_sd_tokens(b.logp, b.teacher, b.old)
+
     terms = {
-        "grpo": lambda b: 0 * b.logp, "skill-grpo": lambda b: 0 * b.logp,
-        "rlsd": lambda b: 0 * b.logp, "sdar": gated, "opsd": from_reference,
-        "grpo+opsd": from_reference, "opsd released": gated,
-        "grpo+opsd released": lambda b: 0.5 * (b.teacher - b.logp),
-        "skill-sd": skill_sd, "skill-sd released": skill_sd}
+        "grpo": None, "grpo released": None, "skill-grpo": None, "rlsd": None, "sdar": gated,
+        "opsd": lambda b: b.logp - b.ref, "grpo+opsd": lambda b: b.logp - b.ref,
+        "opsd released": gated, "skill-sd": skill_sd, "skill-sd released": skill_sd,
+        "grpo+opsd released": lambda b: 0.5 * (b.teacher.detach() - b.logp)}
     turns = random_turns(exact)
+    entropies = []
+    for t in turns:
+        logp = full_logps(exact, t.prompt_ids, t.response_ids, 0.7)
+        entropies.append(-(logp.exp() * logp).sum(-1))
+    entropy = torch.nn.utils.rnn.pad_sequence(entropies, batch_first=True)
     for name, term in terms.items():
-        s = settings(lam=0.1, kl=kl, **ROWS[name])
+        algo, _, recipe = name.partition(" ")
+        s = settings(algo=algo, recipe=recipe or "paper", lam=0.1, kl=kl, temperature=0.7)
         loss, b = first_batch(exact, turns, s)
         a = sdar.grpo(b, s) * (s.algo != "opsd")
         a = sdar.rlsd_advantages(a, b.old, b.teacher, 0.1) if s.algo == "rlsd" else a
-        policy_loss = sdar.grpo_tokens(b.logp, b.old, a)
-        want = policy_loss + 0.1 * term(b) + kl * sdar.k3_kl(b.logp, b.ref)
-        if s.recipe == "released":
-            want = want - 0.001 * b.entropy
+        want = sdar.grpo_tokens(b.logp, b.old, a) + kl * sdar.k3_kl(b.logp, b.ref)
+        want = want + 0.1 * term(b) if term else want
+        want = want - 0.001 * entropy * (s.recipe == "released")
         want = sdar.aggregate(want, b.weights)
         assert close(loss.detach(), want.detach(), 1e-6), name
-        gradients = [torch.autograd.grad(x, b.logp, retain_graph=True)[0] for x in (loss, want)]
-        assert close(*gradients, 1e-6), name
-        if name == "grpo+opsd released" and not kl:  # the teacher is not in its gradient
-            rest = loss - sdar.aggregate(policy_loss, b.weights)
-            assert close(torch.autograd.grad(rest, b.logp)[0], -0.1 * 0.5 * b.weights)
-
-def test_the_released_recipe_has_the_public_codes_entropy_bonus(exact):
-    """0.001 x the entropy at the rollout temperature, aggregated like the loss, with gradient."""
-    turns = random_turns(exact)
-    s = settings(algo="grpo", temperature=0.7)
-    first_batch(exact, turns, s)                     # advantages and weights
-    paper, released = (
-        sdar.step_loss(exact, turns, dataclasses.replace(s, recipe=recipe), sdar.METHODS["grpo"],
-                       None)[0] for recipe in ("paper", "released"))
-    bonus = 0
-    for t in turns:
-        logp = full_logps(exact, t.prompt_ids, t.response_ids, 0.7)
-        bonus = bonus - 0.001 * t.weight * (logp.exp() * logp).sum()
-    assert close((paper - released).detach(), bonus.detach(), 1e-6)
-    gradient = gradient_by(exact, bonus)
-    assert gradient.norm() > 1e-6 and same(gradient_by(exact, paper - released), gradient,
-                                               1e-4)    # a small difference of large ones
+        expected = flat(torch.autograd.grad(want, [*exact.model.parameters()], retain_graph=True))
+        assert same(gradient_by(exact, loss), expected, 1e-6), name
 
 def test_the_loss_of_a_step_is_the_papers_sum(exact):
     """-(1/G) sum_i Agg[A r] + lambda (1/G) sum_i Agg[l], episode by episode from the definition."""
@@ -1055,13 +1029,11 @@ def test_tokens_sampled_are_the_tokens_trained(policy, env, monkeypatch):
 @pytest.mark.parametrize("recipe", ["paper", "released"])
 def test_what_an_update_logs_are_means_over_tokens(exact, recipe):
     """Gate, gap, clipping and divergences in the metrics, once more in plain Python."""
-    turns = random_turns(exact)
-    for t in turns:
-        t.reward *= t.group == 0                     # a group without variance: advantages of 0
+    turns = with_turns(random_turns(exact), reward=lambda t: t.reward * (t.group == 0))
     s = settings(algo="sdar", kl=0.1, recipe=recipe)
     metrics = learned(exact, turns, s)[0]
     logged = []
-    for t, advantage in zip(turns, expected_advantages(turns, s)):
+    for t, advantage in zip(turns, expected_advantages(turns, s)):    # 0 in group 1
         rows = zip(*(x.tolist() for x in (t.logp, t.old_logp, t.teacher_logp, t.ref_logp)))
         for logp, old, teacher, ref in rows:
             ratio = math.exp(logp - old)
@@ -1079,44 +1051,38 @@ def test_what_an_update_logs_are_means_over_tokens(exact, recipe):
 
 # ---- which settings go with which method ---------------------------------------------------------
 
-@pytest.mark.parametrize("recipe, with_term", [
-    ("paper", {"sdar"}), ("released", {"sdar", "opsd", "grpo+opsd"})])
-def test_divergences_go_with_the_methods_that_have_sdars_term(recipe, with_term):
-    """A flag without effect on the chosen method is refused, not ignored."""
-    for algo in sdar.METHODS:
-        argv = ["--algo", algo, "--recipe", recipe, "--divergence", "jsd"]
-        if algo in with_term:
-            assert sdar.read_settings(argv)[0].divergence == "jsd"
+@pytest.mark.parametrize("words, rows", [
+    ("--lam 7", "sdar, opsd, grpo+opsd, skill-sd, rlsd"),
+    ("--beta 7", "sdar, skill-sd, rlsd, opsd released"),
+    ("--gate entropy", "sdar, opsd released"),
+    ("--divergence jsd", "sdar, opsd released, grpo+opsd released"),
+    ("--judge http://x", "triage, sgcd"), ("--teacher-model 7", "atod")])
+def test_a_setting_without_effect_on_the_method_is_refused(words, rows):
+    """A flag of other methods is refused, not ignored."""
+    rows = rows.split(", ")
+    flag = words.split()[0]
+    for algo, recipe in itertools.product(sdar.METHODS, ("paper", "released")):
+        argv = f"--model m --algo {algo} --recipe {recipe} {words}".split()
+        if algo in rows or f"{algo} {recipe}" in rows:
+            sdar.read_settings(argv)
         else:
-            with pytest.raises(UserError, match="--divergence has no effect"):
+            with pytest.raises(UserError, match=f"{flag} has no effect with --algo"):
                 sdar.read_settings(argv)
 
 @pytest.mark.parametrize("argv, kl", [
     ("--algo opsd", 0.0), ("--algo opsd --recipe released", 0.01), ("--algo opsd --kl 0.5", 0.5),
     ("--algo sdar", 0.01), ("--env search --recipe released", 0.001),
-    ("--env search --recipe released --kl 0.02", 0.02)])
-def test_weight_of_the_kl_term(argv, kl):
-    """The paper's OPSD has none; the public code has its own; flags given by hand go first."""
-    assert sdar.read_settings(["--model", "m", *argv.split()])[0].kl == kl
-
-@pytest.mark.parametrize("algo, name, kl", [
-    *((a, e, 0.0) for a in ("atod", "sgcd", "craft") for e in BENCHMARKS),
-    *((a, e, 0.001 if e == "search" else 0.01) for a in ("gigpo", "ucob") for e in BENCHMARKS),
-    ("triage", "search", 0.01), ("paw", "alfworld", 0.01)])
-def test_presets_of_the_followups(algo, name, kl):
-    """KL weight, penalty and the settings that have an effect."""
-    argv = ["--algo", algo, "--env", name, "--model", "m"]
-    s, _ = sdar.read_settings(argv)
-    assert s.kl == kl and s.invalid_penalty == (0.01 if name == "search" else 0.1)
+    ("--env search --recipe released --kl 0.02", 0.02),
+    *((f"--algo {algo} --env {env}", 0.0)
+      for algo in ("atod", "sgcd", "craft") for env in BENCHMARKS),
+    *((f"--algo {algo} --env {env}", 0.001 if env == "search" else 0.01)
+      for algo in ("gigpo", "ucob") for env in BENCHMARKS),
+    ("--algo triage --env search", 0.01), ("--algo paw", 0.01)])
+def test_presets(argv, kl):
+    """Each method's weight of the KL term; flags given by hand go first."""
+    s, _ = sdar.read_settings(["--model", "m", *argv.split()])
+    assert s.kl == kl and s.invalid_penalty == (0.01 if s.env == "search" else 0.1)
     assert (s.lr, s.clip, s.group_size, s.steps) == (1e-6, 0.2, 8, 150)
-    for flag, value, algos in (("--judge", "http://x", "triage sgcd"), ("--lam", "7", ""),
-                               ("--teacher-model", "7", "atod"), ("--beta", "7", ""),
-                               ("--gate", "entropy", "")):
-        if algo in algos.split():
-            assert sdar.read_settings([*argv, flag, value])
-        else:
-            with pytest.raises(UserError, match=f"{flag} has no effect with --algo {algo}"):
-                sdar.read_settings([*argv, flag, value])
 
 @pytest.mark.parametrize("kl", [0.0, 0.01])
 @pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
@@ -1155,11 +1121,11 @@ def benchmark_(request, worlds):
     return s, environment, sdar.load_policy("tiny", "cpu", sdar.tiny_texts(environment, s, 10))
 
 def rollout_with_wins(plain):
-    """A rollout in which every second episode counts as a success."""
+    """A rollout in which every second episode of the first half counts as a success."""
     def rollout(*args, **options):
         episodes = plain(*args, **options)
         for i, e in enumerate(episodes):
-            e.reward = 10.0 * (i % 2)
+            e.reward = 10.0 * (i % 2 and i < len(episodes) / 2)
             with_turns(e.turns, reward=e.reward)
         return episodes
     return rollout
@@ -1185,10 +1151,8 @@ def test_every_method_trains_on_every_benchmark(benchmark_, monkeypatch, row):
         assert m["step"] == step and m["grad_norm"] > 0 and "kl" in m and json.dumps(m)
         assert all(math.isfinite(v) for v in m.values() if isinstance(v, float))
     assert state.cursor == 2 * s.groups and not same_weights(policy.model, state.policy.model)
-    needs = sdar.method_of(s).needs
-    assert ("seconds_teacher" in m) == ("teacher" in needs) and LOGGED.get(s.algo, "kl") in m
+    assert LOGGED.get(s.algo, "kl") in m
     if s.algo == "sdar":
-        assert 0 <= m["negative_gap"] <= 1
         assert s.gate != "none" or m["gate"] == 1
     if s.algo in ("gigpo", "ucob", "paw", "sgcd") and (s.algo, s.env) != ("paw", "search"):
         assert m[LOGGED[s.algo]] > 0                 # a random policy searches for nothing
@@ -1231,15 +1195,11 @@ def test_adding_a_method_is_one_function_and_one_line(policy, env, monkeypatch):
                             "--max-response", "8", "--max-turns", "2", "--kl", "0"])[0]
     state, episodes, phases = play_step(policy, env, s)
     turns = with_turns(turns_of(episodes), reward=lambda t: 10.0 * (t.rollout % 2))
-    gradient = learned(state.policy, turns, s)[1]
-    advantages = expected_advantages(turns, s)
-    assert close([t.advantages[0] for t in turns],
-                 [a * math.exp(t.teacher_logp[0]) for t, a in zip(turns, advantages)], 1e-5)
-    coefficients = [-t.weight * a * t.teacher_logp.exp() for t, a in zip(turns, advantages)]
-    assert gradient.norm() > 0 and same(gradient, weighted_gradient(policy, turns, coefficients))
     metrics = sdar.learn_step(state, episodes, phases, s)
-    assert metrics["step"] == 1
-    assert metrics["grad_norm"] == pytest.approx(gradient.norm().item(), 1e-3)
+    want = weighted_gradient(policy, turns, [
+        -t.weight * a * t.teacher_logp.exp() for t, a in zip(turns, expected_advantages(turns, s))])
+    assert metrics["grad_norm"] == pytest.approx(want.norm().item(), 1e-3) and want.norm() > 0
+    assert same(learned(policy, turns, s)[1], want)
 
 def test_extra_goes_from_the_step_to_the_term(exact):
     """What `advantages` writes into Batch.extra over the whole step is there for `term`."""
@@ -1251,20 +1211,14 @@ def test_extra_goes_from_the_step_to_the_term(exact):
     gradient = learned(exact, turns, settings(micro_tokens=50, mini_batch=4), method)[1]
     coefficients = [t.weight * (t.teacher_logp + 10 * t.rollout) for t in turns]
     assert same(gradient, weighted_gradient(exact, turns, coefficients))
-    assert all(close(t.extra["rank"], t.teacher_logp + 10 * t.rollout) for t in turns)
-
-def further_rows(state, episodes, s):
-    """One turn of three tokens per episode, without a policy loss."""
-    return [sdar.Turn(e.turns[0].prompt_ids, [7, 8, 9 + i], number=-1, weight=0.05,
-                      advantages=torch.zeros(3)) for i, e in enumerate(episodes)]
 
 @pytest.mark.parametrize("mini_batch", [0, 4])
 def test_further_rows_add_their_loss_and_nothing_else(exact, mini_batch):
     """Method.rows: their loss counts; counts and means of the log stay those of the episodes."""
-    method = sdar.Method("teacher", term=sdar.sdar, rows=further_rows,
-                         row_term=lambda b, s: -2 * b.logp)
     turns = random_turns(exact)
-    rows = further_rows(None, episodes_of_turns(turns), None)
+    rows = [sdar.Turn(turns[i].prompt_ids, [7, 8, 9 + i], weight=0.05) for i in range(4)]
+    method = sdar.Method("teacher", term=sdar.sdar, rows=lambda *args: rows,
+                         row_term=lambda b, s: -2 * b.logp)
     want = weighted_gradient(exact, rows, [torch.full((3,), -2 * 0.05)] * 4)
     loss = -2 * 0.05 * sum(logps_of(exact, row).sum().item() for row in rows)
     for micro_tokens in (1, 70, 10**6):
@@ -1305,14 +1259,11 @@ def test_who_acts_with_the_skill(policy, env, monkeypatch, acts, skilled):
 
 # ======== The follow-ups of SDAR ==================================================================
 
-def rows_of(values, turns):
-    """The rows of (B, T) without their padding."""
-    return [row[:len(t.response_ids)] for row, t in zip(values, turns)]
-
 # ---- GiGPO ---------------------------------------------------------------------------------------
 
 def test_gigpo_by_hand():
-    """Two rollouts, one wins in three turns: advantage over the group and over shared states."""
+    """Two rollouts, one wins in three turns: advantage over the group and over shared states, and
+    exactly 0 where all values are equal."""
     rows = [(0, 0, 0, 10.0, "a"), (0, 0, 1, 10.0, "b"), (0, 0, 2, 10.0, "a"),
             (0, 1, 0, 0.0, "a"), (0, 1, 1, 0.0, "c"), (1, 2, 0, 10.0, "a"), (1, 3, 0, 10.0, "a")]
     turns = made_turns([(*row, dict(observation=text)) for *row, text in rows])
@@ -1320,34 +1271,21 @@ def test_gigpo_by_hand():
     b = sdar.batch_of(turns)
     first, last = 10 * 0.95**2, 10.0                 # returns to go in state a of group 0
     mean = (first + last + 0) / 3
-    want = [5 + first - mean, 5, 5 + last - mean, -5 - mean, -5 - 0.1, 0, 0]
-    assert close(sdar.gigpo(b, settings())[:, 0], want, 1e-6)
+    got = sdar.gigpo(b, settings())[:, 0]
+    assert close(got[:5], [5 + first - mean, 5, 5 + last - mean, -5 - mean, -5 - 0.1], 1e-6)
+    assert got[5:].tolist() == [0, 0]
     assert b.log == {"states": 4, "rows_in_shared_states": 5, "share_in_shared_states": 5 / 7}
 
-def test_gigpo_without_its_step_part_is_grpo():
-    """With step weight 0 and a standard deviation: GRPO's advantages to the last bit."""
-    for seed, recipe in ((0, "paper"), (1, "released")):
-        s = settings(env="search", env_args="", recipe=recipe)
-        b = sdar.batch_of(mixed_turns(seed=seed))
-        assert torch.equal(sdar.gigpo(b, s, step_weight=0.0), sdar.grpo(b, s))
-        assert not torch.equal(sdar.gigpo(b, s), sdar.grpo(b, s))
-
 def test_gigpo_of_search_divides_by_the_deviation():
-    """Search-QA's step part has standard deviation 1 in each shared state, and 0 where alone."""
+    """GRPO's advantages, and a step part of standard deviation 1 in each shared state."""
     b = sdar.batch_of(mixed_turns())
     s = settings(env="search")
+    assert torch.equal(sdar.gigpo(b, s, step_weight=0.0), sdar.grpo(b, s))
     step = (sdar.gigpo(b, s) - sdar.grpo(b, s))[:, 0]
     for state in range(4):                           # two observations in each of two groups
         own = [step[i].item() for i, t in enumerate(b.turns)
                if (t.group, t.observation) == (state // 2, f"room {state % 2}")]
         assert abs(sum(own)) < 1e-5 and torch.tensor(own).std().item() == pytest.approx(1, 1e-4)
-
-@pytest.mark.parametrize("values, groups, want", [
-    ([3.0], [0], [0]), ([2.0, 2.0], [1, 1], [0, 0]), ([1.0, 3.0, 9.0], [0, 0, 5], [-1, 1, 0])])
-def test_values_minus_their_mean(values, groups, want):
-    """A lone value and equal ones have no advantage over themselves."""
-    values, groups = torch.tensor(values, dtype=F64), torch.tensor(groups)
-    assert sdar.minus_mean(values, groups).tolist() == want
 
 def test_states_are_shared_within_a_group_only():
     """Equal observations share a state; for similarity 0.9, one word in twenty may differ."""
@@ -1365,51 +1303,30 @@ def test_states_are_shared_within_a_group_only():
 
 # ---- ATOD ----------------------------------------------------------------------------------------
 
-def weights_of_atod(old, teacher, lengths=None):
-    """atod_weights of one rollout whose turns have one token each, those of length 0 none."""
-    rows = [(0, 0, i, 0.0, dict(length=1, old_logp=torch.tensor([o], dtype=F64),
-                                teacher_logp=torch.tensor([t], dtype=F64)))
-            for i, (o, t) in enumerate(zip(old, teacher))]
-    b = sdar.batch_of(made_turns(rows))
-    if lengths:
-        b.mask &= torch.tensor(lengths)[:, None] > 0
-    return sdar.atod_weights(b.old, b.teacher, b.mask, b.rollout)
-
-@pytest.mark.parametrize("d, h, want", [
+@pytest.mark.parametrize("d, h, tokens, want", [
     (".101 .120 .228 .022 .054 .019 .138", ".037 .013 .025 .010 .022 .006 .008",
-     "1 .60 1 .15 .60 0 .60"),
+     "1 1 1 1 1 1 1", "1 .60 1 .15 .60 0 .60"),
     (".796 .705 .913 .876 .668 .696 1.214 .744", ".063 .132 .195 .158 .101 .132 .219 .158",
-     ".23 .48 .92 .76 .25 .47 1 .67")])
-def test_atod_weights_of_the_papers_figures(d, h, want):
-    """Two episodes of the paper: disagreement and surprise of each turn, and its weight."""
-    d, h, want = ([float(x) for x in row.split()] for row in (d, h, want))
-    assert close(weights_of_atod([-x for x in h], [-y - x for x, y in zip(d, h)]), want, 0.01)
-
-@pytest.mark.parametrize("old, teacher, lengths, want", [
-    ([-1.0], [-1.3], [1], [0.75]), ([-1.0, -1.0], [-1.3, -1.3], [1, 1], [0.75, 0.75]),
-    ([-1.0, -2.0, -9.0], [-1.5, -2.0, 0.0], [1, 1, 0], [1.0, 1.0, 0.0]),
-    ([-1.0, -2.0], [-1.5, -2.0], [0, 0], [0.0, 0.0])])
-def test_atod_weights_where_nothing_can_be_compared(old, teacher, lengths, want):
-    """One turn: 0.75. Equal turns: 0.75 each. A turn without tokens: 0, and no other's limit."""
-    assert close(weights_of_atod(old, teacher, lengths), want)
+     "1 1 1 1 1 1 1 1", ".23 .48 .92 .76 .25 .47 1 .67"),
+    (".3", "1", "1", ".75"), (".3 .3", "1 1", "1 1", ".75 .75"),
+    (".5 0 9", "1 2 9", "1 1 0", "1 1 0"), (".5 0", "1 2", "0 0", "0 0")])
+def test_atod_weights(d, h, tokens, want):
+    """Two episodes of the paper, by disagreement and surprise. A lone turn and equal turns: 0.75.
+    A turn without tokens: 0, and no other's limit."""
+    d, h, tokens, want = (torch.tensor([float(x) for x in row.split()], dtype=F64)[:, None]
+                          for row in (d, h, tokens, want))
+    rollout = torch.zeros(len(d), dtype=torch.long)
+    assert close(sdar.atod_weights(-h, -h - d, tokens > 0, rollout), want[:, 0], 0.01)
 
 @pytest.mark.parametrize("step, kappa, rho", [
     (0, 1, 1), (40, 0.55, 1.5), (72, 0.19, 1.9), (80, 0.1, 2), (500, 0.1, 2)])
 def test_atod_from_distillation_to_rl(step, kappa, rho):
-    """kappa w (log pi_T - log pi_old) + rho A, and each part alone where the other is 0."""
+    """kappa w (log pi_T - log pi_old) + rho A."""
     s = settings()
-    turns = mixed_turns()
-    b = sdar.batch_of(turns)
+    b = sdar.batch_of(mixed_turns())
     w = sdar.atod_weights(b.old, b.teacher, b.mask, b.rollout)[:, None]
-    assert 0 < w.mean() < 1
-    grpo = sdar.grpo(b, s)
-    pull = kappa * w * (b.teacher - b.old)
-    got = sdar.atod(b, s, state_at(step))
-    assert all(map(close, rows_of(got, turns), rows_of(pull + rho * grpo, turns)))
-    agreeing = dataclasses.replace(b, teacher=b.old)
-    assert torch.equal(sdar.atod(agreeing, s, state_at(step)), rho * grpo + 0 * b.old)
-    lost = dataclasses.replace(b, reward=0 * b.reward)
-    assert close(sdar.atod(lost, s, state_at(step)), pull)
+    want = kappa * w * (b.teacher - b.old) + rho * sdar.grpo(b, s)
+    assert close(sdar.atod(b, s, state_at(step)), want) and 0 < w.mean() < 1
 
 def test_teacher_model(policy, env, tmp_path, capsys):
     """It scores the student's own prompts and needs its tokenizer; a line says if there is none."""
@@ -1423,11 +1340,8 @@ def test_teacher_model(policy, env, tmp_path, capsys):
     for t in turns_of(sdar.play_step(state, env, None, s)[0]):
         assert t.other_ids is None
         assert close(t.teacher_logp, logps_of(teacher, t).detach(), 1e-4)
-    other = sdar.load_policy("tiny", "cpu", ["quite other words"] * 9)
-    with pytest.raises(UserError, match="has another tokenizer than tiny; take"):
-        sdar.load_teacher(other, s)
     out = tmp_path / "run"
-    with pytest.raises(UserError, match="--teacher-model"):
+    with pytest.raises(UserError, match="--teacher-model .* has another tokenizer than tiny; take"):
         sdar.train(dataclasses.replace(s, env="webshop", env_args="", out=str(out)))
     assert not out.exists() and not capsys.readouterr().out.count("atod_self")
     assert sdar.load_teacher(policy, settings(algo="atod")) is None
@@ -1438,36 +1352,16 @@ def test_teacher_model(policy, env, tmp_path, capsys):
 
 @pytest.mark.parametrize("name, lam", [("alfworld", 0.2), ("webshop", 0.2), ("search", 0.4)])
 def test_triage_adds_the_value_of_the_role(name, lam):
-    """A + lam c[role] without whitening; lam 0.4 on Search-QA; lam 0 is GRPO to the last bit."""
+    """A + lam c[role], whitened over the turns of the step by the population deviation; all 0
+    where all are equal."""
     b = sdar.batch_of(mixed_turns())
-    c = torch.tensor([{"D": 1, "E": 0.5, "N": -0.1, "R": -0.5}[t.role] for t in b.turns])
     s = settings(env=name)
-    grpo = sdar.grpo(b, s)
-    a = sdar.triage(b, s, whiten=False)
-    assert close(a - grpo, (lam * c)[:, None].expand(a.shape), 1e-6)
-    assert torch.equal(sdar.triage(b, s, lam=0.0, whiten=False), grpo)
-
-@pytest.mark.parametrize("lam", [None, 0.0])
-def test_triage_whitens_over_the_turns_of_the_step(lam):
-    """Mean 0 and population deviation 1, each turn once: an affine map that keeps the order."""
-    b = sdar.batch_of(mixed_turns())
-    plain, white = (sdar.triage(b, settings(), lam=lam, whiten=w)[:, 0].double()
-                    for w in (False, True))
-    assert white.mean().item() == pytest.approx(0, abs=1e-6)
-    assert white.std(correction=0).item() == pytest.approx(1, abs=1e-5)
-    assert close(white, (plain - plain.mean()) / plain.std(correction=0), 1e-4)
-
-def test_triage_without_variance():
-    """Equal rewards: the roles still teach. One role for all vanishes, and all equal is zero."""
-    b = sdar.batch_of(mixed_turns())
-    lost = dataclasses.replace(b, reward=0 * b.reward)
-    a = sdar.triage(lost, settings())[:, 0]
-    means = [a[[t.role == role for t in b.turns]].mean().item() for role in "DENR"]
-    assert means == sorted(means, reverse=True) and means[0] > 0 > means[3]
+    c = torch.tensor([{"D": 1, "E": 0.5, "N": -0.1, "R": -0.5}[t.role] for t in b.turns])
+    a = sdar.grpo(b, s)[:, 0].double() + lam * c
+    want = (a - a.mean()) / a.std(correction=0)
+    assert close(sdar.triage(b, s), want[:, None].expand(b.mask.shape), 1e-4)
     with_turns(b.turns, role="D")
-    assert sdar.triage(lost, settings()).abs().max() == 0
-    other = sdar.batch_of(with_turns(mixed_turns(), role=""))
-    assert close(sdar.triage(b, settings()), sdar.triage(other, settings()), 1e-5)
+    assert sdar.triage(dataclasses.replace(b, reward=0 * b.reward), s).abs().max() == 0
 
 def acted(actions, results, score=0.0, invalid=()):
     """An episode of these actions, each with what was seen after it."""
@@ -1486,7 +1380,7 @@ def test_roles_by_rule_on_the_papers_episode():
     steps, labels = zip(*(step.split() for step in text.split(", ")))
     actions = [f"{verbs[step[0]]} {step[1:]}" for step in steps]
     roles = sdar.roles_by_rule(acted(actions, [f"you see {a}" for a in actions], 1.0))
-    assert [r == "R" for r in roles] == [x == "R" for x in labels] and roles.count("R") == 10
+    assert [r == "R" for r in roles] == [x == "R" for x in labels]
     assert sum(a == b for a, b in zip(roles, labels)) >= 20, (roles, labels)
 
 @pytest.mark.parametrize("actions, results, options, roles", [
@@ -1514,13 +1408,12 @@ def test_roles_of_an_expert(worlds, name):
         while not session.done and len(turns) < 60:
             seen = session.observation
             environment.step([session], [session.expert()])
-            turns.append(sdar.Turn([1], [2], observation=seen, action=session.action,
-                                   valid=session.valid, admissible=session.admissible))
+            turns.append(sdar.Turn([1], [2], observation=seen, action=session.action))
         own = sdar.roles_by_rule(sdar.Episode(task, session, turns=turns))
         assert own[-1] == "D" or not session.score
         roles += own
     assert roles.count("R") <= 0.1 * len(roles) and roles.count("N") <= 0.3 * len(roles)
-    assert roles.count("E") + roles.count("D") > 0.7 * len(roles) and roles.count("E") > 5
+    assert roles.count("E") > 5
 
 def test_roles_are_logged(tmp_path):
     """Roles in episodes.jsonl, their shares in metrics.jsonl."""
@@ -1531,11 +1424,6 @@ def test_roles_are_logged(tmp_path):
     assert sum(metrics[f"share_role_{role}"] for role in "DENR") == pytest.approx(1)
 
 ROLE = '{"role": "%s", "evidence": "it says so"}'
-
-def judged(server, episode, answer):
-    """The metrics of TRIAGE's roles by a judge that gives this answer."""
-    server.reply = chat_reply(answer)
-    return sdar.add_roles(None, None, [episode], settings(algo="triage", judge=server.url))
 
 def test_judge_is_asked_for_every_turn(server):
     """It sees the task and five turns on each side, not the outcome; its last JSON counts."""
@@ -1552,31 +1440,28 @@ def test_judge_is_asked_for_every_turn(server):
     assert len(server.asked) == 14
     for path, data in server.asked:
         body = json.loads(data)
-        assert path == "/v1/chat/completions" and body["model"] == "some/model"
+        assert (path, body["model"]) == ("/v1/chat/completions", "some/model")
         assert body["temperature"] == 0
     text, = [text for text in asked_texts(server) if "JUDGE 7: " in text]
     numbers = [i for i in range(14) if f"'go to {i}', result 'seen {i}'" in text]
     assert numbers == list(range(1, 12)) and "a task" in text and "won" not in text
 
-@pytest.mark.parametrize("answer", [
+@pytest.mark.parametrize("answers", [[503, "no idea", ROLE % "E"], *([answer] * 4 for answer in (
     "I cannot say.", "{}", '{"role": "X", "evidence": ""}', '{"role": "D"}',
     '{"role": ["D"], "evidence": ""}', "{" * 9000, b"<html>", b"\xff\xfe", b"", b"[]",
     b'{"choices": []}', b'{"choices": [{"message": {"content": null}}]}', b"[" * 300_000,
     '{"role": "D", "evidence": ""}' + " " * 20_000,
     json.dumps({"choices": [{"message": {"content": ROLE % "D"}}]}).encode()[:-1]
-    + b" " * 2**20 + b"}"])
-def test_nonsense_of_a_judge_is_role_n_and_counted(server, no_waiting, answer):
-    """After four tries a reply that names no role counts as N; the run goes on."""
+    + b" " * 2**20 + b"}"))])
+def test_nonsense_of_a_judge_is_role_n_and_counted(server, no_waiting, answers):
+    """A judge is asked again; after four tries without a role the turn is N and the run goes on."""
+    server.reply = chat_reply(lambda text, number: answers[number - 1])
     episode = acted(["go to a"], ["A"])
-    metrics = judged(server, episode, lambda text, number: answer)
-    assert episode.turns[0].role == "N" and metrics["judge_failures"] == 1
-    assert metrics["share_role_N"] == 1 and len(server.asked) == 4
-
-def test_judge_is_asked_again(server, no_waiting):
-    """An error of the server and a useless reply are followed by another try."""
-    episode = acted(["go to a"], ["A"])
-    judged(server, episode, lambda text, number: [503, "no idea", ROLE % "E"][number - 1])
-    assert episode.turns[0].role == "E" and len(server.asked) == 3
+    metrics = sdar.add_roles(None, None, [episode], settings(algo="triage", judge=server.url))
+    failed = len(answers) == 4
+    assert episode.turns[0].role == ("N" if failed else "E")
+    assert metrics["judge_failures"] == metrics["share_role_N"] == failed
+    assert len(server.asked) == len(answers)
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:9", "nonsense", "http://127.0.0.1:1/v1"])
 def test_judge_that_cannot_be_reached_is_one_line(no_waiting, url):
@@ -1587,50 +1472,39 @@ def test_judge_that_cannot_be_reached_is_one_line(no_waiting, url):
 
 def test_judge_that_refuses_or_hangs_is_one_line(server, no_waiting):
     """A wrong address, no answer in time, and an error, after which the questions end."""
-    server.reply = chat_reply(lambda text, number: 404)
-    with pytest.raises(UserError, match="404"):
-        sdar.ask(server.url, ["?"], sdar.read_role)
-    slow = threading.Event()
-    server.reply = chat_reply(lambda text, number: slow.wait(5) and "" or "")
-    began = time.monotonic()
-    with pytest.raises(UserError, match="failed 4 times .*timed out"):
-        sdar.ask(server.url, ["?"], sdar.read_role, seconds=1.0)
+    waiting = threading.Event()
+    for status, seconds, count, message in ((404, 300.0, 1, "404"), (500, 300.0, 500, "500"),
+                                            ("", 1.0, 1, "failed 4 times .*timed out")):
+        server.asked.clear()
+        pause = 5 if status == "" else 0.1
+        server.reply = chat_reply(lambda *_: waiting.wait(pause) or status)
+        began = time.monotonic()
+        with pytest.raises(UserError, match=message):
+            sdar.ask(server.url, ["?"] * count, sdar.read_role, seconds)
+        assert len(server.asked) < 200
     assert time.monotonic() - began < 4              # all tries together, not each
-    slow.set()
-    server.asked.clear()
-    server.reply = chat_reply(lambda text, number: threading.Event().wait(0.1) or 500)
-    with pytest.raises(UserError, match="500"):
-        sdar.ask(server.url, ["?"] * 500, sdar.read_role)
-    assert len(server.asked) < 200
+    waiting.set()
 
 # ---- SGCD ----------------------------------------------------------------------------------------
 
-def weights_of(d, h, gamma=1.0):
-    """sgcd_weights of one response, with garbage behind it."""
+@pytest.mark.parametrize("gamma, d, h, want", [
+    (1, "0 0 .4 0 0 0 .02 .1 0 0 .2 0 0 0 0", "1 1 1 1 1 1 1 1 1 1 1 1.6 1 1 1",
+     "1 1 1.8 1.8 1.8 1 1.04 1.2 1.2 1.2 1.4 1 1 1 1"),
+    (0, "0 .4 0", "1 1 1", "1 1 1"), (2, "0 .4 0", "1 1 1", "1 2 1"),
+    (1, ".3 .3 .3", "1 1 1", "1 1 1"), (1, "", "", ""), (1, "5", "1", "1"),
+    (1, "0 .4 0 0", "1 1 1 1", "1 1.8 1 1"),
+    (1, ".4 0 0 0 0 0 0 0 0", "1 1 1 1 1 1 1 1 1", "1.8 1 1 1 1 1 1 1 1"),
+    (1, ".4 0 0 0 0 0 0 0 0 0", "1 1 1 1 1 1 1 1 1 1", "1.8 1.8 1 1 1 1 1 1 1 1"),
+    (1, ".4 .2 0 0 0 0 0 0 0 0", "1 1.6 9 9 9 9 9 9 9 9", "1.8 1.4 1 1 1 1 1 1 1 1")],
+    ids=["fifteen tokens", "off", "limit", "flat", "empty", "one token", "segments of one",
+         "still one", "two", "end and start"])
+def test_sgcd_weights(gamma, d, h, want):
+    """Segments of at most a fifth of the response, ended by the teacher's entropy; what stands
+    behind the response changes nothing."""
+    d, h, want = ([float(x) for x in row.split()] for row in (d, h, want))
     d, h = (torch.tensor([[*row, math.nan, math.inf]], dtype=F64) for row in (d, h))
-    mask = torch.arange(d.shape[1])[None] < d.shape[1] - 2
-    return sdar.sgcd_weights(d, h, mask, gamma)[0, :-2].tolist()
-
-def test_sgcd_weights_of_an_example():
-    """Fifteen tokens: segments of at most three, one of them ended by the teacher's entropy."""
-    d = [0.0] * 15
-    h = [1.0] * 15
-    d[2], d[6], d[7], d[10], h[11] = 0.4, 0.02, 0.1, 0.2, 1.6
-    want = [1, 1, 1.8, 1.8, 1.8, 1, 1.04, 1.2, 1.2, 1.2, 1.4, 1, 1, 1, 1]
-    assert close(weights_of(d, h), want)
-    assert weights_of(d, h, gamma=0.0) == [1.0] * 15
-    assert close(weights_of(d, h, gamma=2.0)[2], 2.0)
-
-@pytest.mark.parametrize("d, h, want", [
-    ([0.3] * 7, [1.0] * 7, [1.0] * 7), ([], [], []), ([5.0], [1.0], [1.0]),
-    ([0.0, 0.4, 0.0, 0.0], [1.0] * 4, [1, 1.8, 1, 1]),
-    ([0.4] + [0.0] * 8, [1.0] * 9, [1.8] + [1] * 8),
-    ([0.4] + [0.0] * 9, [1.0] * 10, [1.8] * 2 + [1] * 8),
-    ([0.4, 0.2, *[0.0] * 8], [1.0, 1.6, *[9.0] * 8], [1.8, 1.4, *[1.0] * 8])],
-    ids=["flat", "empty", "one token", "segments of one", "still one", "two", "end and start"])
-def test_sgcd_weights_at_the_edges(d, h, want):
-    """Short and flat responses, and peaks at both ends."""
-    assert close(weights_of(d, h), want)
+    mask = torch.arange(d.shape[1])[None] < len(want)
+    assert close(sdar.sgcd_weights(d, h, mask, gamma)[0, :len(want)], want)
 
 def test_disagreement_against_its_definition():
     """KL and entropy on the teacher's top words, the sampled word and one bucket, by hand."""
@@ -1649,19 +1523,16 @@ def test_disagreement_against_its_definition():
     assert sdar.disagreement(q, q, token, 6)[:, 0].tolist() == [0.0] * 5
 
 def test_sgcd_multiplies_the_token_losses_of_grpo():
-    """The loss of a token is W times GRPO's, the dual clip included, its gradient at most twice."""
+    """The loss of a token is W times GRPO's, the dual clip included; W is between 1 and 2."""
     b = sdar.batch_of(mixed_turns())
-    b.logp = (b.old + 3 * torch.randn(b.old.shape, dtype=F64)).requires_grad_()
+    logp = b.old + 3 * torch.randn(b.old.shape, dtype=F64)
     s = settings(algo="sgcd", invalid_penalty=0.0)
     w = sdar.sgcd_weights(b.extra["divergence"], b.extra["teacher_entropy"], b.mask)
     a = sdar.grpo(b, s)
-    plain, scaled = (sdar.grpo_tokens(b.logp, b.old, x) for x in (a, sdar.sgcd(b, s)))
-    assert close(scaled[b.mask].detach(), (w * plain)[b.mask].detach(), 1e-6)
+    plain, scaled = (sdar.grpo_tokens(logp, b.old, x) for x in (a, sdar.sgcd(b, s)))
+    assert close(scaled[b.mask], (w * plain)[b.mask], 1e-6) and (plain == -3 * a)[b.mask].any()
     assert 1 <= w.min() and w.max() <= 2 and w.max() > 1.3
-    assert (plain == -3 * a)[b.mask].any()
-    one, two = (torch.autograd.grad(x[b.mask].sum(), b.logp)[0] for x in (plain, scaled))
-    assert (two.abs() <= 2 * one.abs() + 1e-9).all() and two.abs().max() > one.abs().max()
-    assert torch.equal(sdar.sgcd(b, s, gamma=0.0), a) and b.log["sgcd_weight"] == 1
+    assert b.log["sgcd_weight"] == pytest.approx(w[b.mask].mean().item())
 
 def test_reference_is_the_shortest_success_and_the_longest_failure():
     """By action lists; of siblings alone, so never the rollout's own."""
@@ -1687,22 +1558,12 @@ def test_reference_goes_into_the_user_message(policy):
         cut = sdar.with_reference(policy, ids, "go there " * 9, small)
         assert len(cut) == budget and cut[-tail:] == ids[-tail:]
 
-def step_with_wins(policy, env, s):
-    """(state, episodes): a rollout in which every second episode of group 0 is made a success."""
-    state = sdar.make_state(copied(policy), s)
-    generator = sdar.generator_for(policy, s, "test")
-    tasks = sdar.draw_tasks(env, s, 0, s.groups)
-    episodes = sdar.rollout(state.policy, env, tasks, s, 1.0, generator, s.group_size)
-    for i, e in enumerate(episodes):
-        e.reward = 10.0 * (i % 2 == 1 and i < s.group_size)
-        with_turns(e.turns, reward=e.reward)
-    return state, episodes
-
-def test_sgcd_compares_with_the_reference_in_mixed_groups(policy, env):
+def test_sgcd_compares_with_the_reference_in_mixed_groups(policy, env, monkeypatch):
     """Divergence and entropy of every token are those of the two prompts' full distributions."""
+    monkeypatch.setattr(sdar, "rollout", rollout_with_wins(sdar.rollout))
     s = settings(algo="sgcd", group_size=4, max_turns=2)
-    state, episodes = step_with_wins(policy, env, s)
-    assert sdar.add_references(state, env, episodes, s) == {"mixed_groups": 1}
+    state, episodes, phases = play_step(policy, env, s)
+    assert phases["mixed_groups"] == 1
     for t in turns_of(episodes):
         assert (t.other_ids is not None) == (t.group == 0)
         if t.group:
@@ -1718,37 +1579,24 @@ def test_sgcd_compares_with_the_reference_in_mixed_groups(policy, env):
     metrics = sdar.update(state, episodes, s, sdar.method_of(s), 0.0)
     assert 1 < metrics["sgcd_weight"] < 2 and metrics["grad_norm"] > 0
 
-def test_digest_of_a_server_replaces_the_plain_reference(policy, env, server, no_waiting):
+def test_digest_of_a_server_replaces_the_plain_reference(policy, env, server, monkeypatch,
+                                                         no_waiting):
     """--judge writes the reference; an empty digest is counted, and the plain one is used."""
     server.reply = chat_reply(lambda text, number: (
         "<think>hm</think> turn left " if "Attempt that succeeded" in text else "  "))
+    monkeypatch.setattr(sdar, "rollout", rollout_with_wins(sdar.rollout))
     s = settings(algo="sgcd", judge=server.url, group_size=2, max_turns=1)
-    state, episodes = step_with_wins(policy, env, s)
-    metrics = sdar.add_references(state, env, episodes, s)
-    assert metrics == {"mixed_groups": 1, "judge_failures": 1}
+    _, episodes, phases = play_step(policy, env, s)
+    assert (phases["mixed_groups"], phases["judge_failures"]) == (1, 1)
     lost, won = (policy.tokenizer.decode(e.turns[0].other_ids) for e in episodes[:2])
     assert "turn left" in lost and "hm" not in lost and "Another attempt that failed: " in won
     assert all(text.count("Attempt that ") == 1 for text in asked_texts(server))
 
 # ---- CRAFT ---------------------------------------------------------------------------------------
 
-def credit_of(advantages, gaps, sign="paper"):
-    """Credit of siblings of one token each."""
-    gap = torch.tensor(gaps, dtype=F64)[:, None]
-    live = torch.ones_like(gap, dtype=torch.bool)
-    return sdar.craft_credit(gap, live, torch.tensor(advantages, dtype=F64), sign)[:, 0]
-
-@pytest.mark.parametrize("gaps, want", [([0, 0, 0, 0], [-2, 2 / 3, 2 / 3, 2 / 3]),
-                                        ([1, 0, -1, 0.5], [-2, 1.1482, 1.0130, 1.3305])])
-def test_craft_credit_of_the_examples(gaps, want):
-    """One success among four: x, which for equal gaps is -G / (G - 1) A."""
-    c = credit_of([1.5, -0.5, -0.5, -0.5], gaps)
-    x = c.sign() * ((1 + c.abs()) / (1 - c.abs())).log() / 5
-    assert close(x, want, 1e-4)
-    assert any(gaps) or close(c, [-0.9999, 0.9311, 0.9311, 0.9311], 1e-4)
-
 def test_craft_credit_by_its_definition():
-    """Random advantages, gaps and lengths, token by token in plain Python."""
+    """Random advantages, gaps and lengths, token by token in plain Python; also where no sibling
+    is alive."""
     g = torch.Generator().manual_seed(0)
     gap = torch.randn(5, 7, generator=g, dtype=F64)
     live = torch.arange(7) < torch.tensor([7, 2, 5, 5, 6])[:, None]
@@ -1758,7 +1606,7 @@ def test_craft_credit_by_its_definition():
         for i, t in itertools.product(range(5), range(7)):
             others = [j for j in range(5) if j != i and live[j, t]]
             x = a[i] * gap[i, t] * (sign == "paper")
-            if int(live[:, t].sum()) >= 2 and others:
+            if others:
                 total = sum(math.exp(gap[j, t]) for j in others)
                 x = sum(math.exp(gap[j, t]) / total * a[j] for j in others) - a[i]
             x = float(x) * bool(live[i, t])
@@ -1787,43 +1635,31 @@ def test_craft_credit_opposes_the_advantage():
         for i, j in b.mask.nonzero().tolist():
             siblings = (b.group == b.group[i]) & (b.number == b.number[i]) & b.mask[:, j]
             if siblings.sum() >= 2:
-                c = b.extra["credit"][i, j].item()
-                assert c == 0 or c * a[i, j] < 0
-                found.add((c > 0) - (c < 0))
-    assert found == {-1, 0, 1}
+                found.add((b.extra["credit"][i, j] * a[i, j]).sign().item())
+    assert found == {-1, 0}
 
 @pytest.mark.parametrize("sign, side", [("paper", -1), ("loo", 1)])
 def test_both_derivatives_of_craft(sign, side):
-    """By log pi: sign(c) (mu - lambda |c|) as printed, sign(c) (mu + lambda |c|) repaired."""
+    """By log pi: sign(c) (mu - lambda |c|) as printed, sign(c) (mu + lambda |c|) repaired, whose
+    direction is that of the policy loss."""
     b, s = craft_batch(sign=sign)
     loss = sdar.aggregate(sdar.METHODS["craft"].term(b, s), b.weights)
     gradient = torch.autograd.grad(loss, b.logp)[0]
     c, lam, mu = (b.extra[name] for name in ("credit", "lambda", "mu"))
     live = b.mask & (c != 0)
-    assert live.sum() > 10 and lam[0, 0] == mu[0, 0] == 0.005 + 0.015 * 0.5
     want = b.weights * c.sign() * (mu + side * lam * c.abs())
-    assert close(gradient[live], want[live].double(), 1e-6)
-    half = b.weights * mu * (1 - (b.ref - b.logp).exp())
-    assert close(gradient[b.mask & (c == 0)], half[b.mask & (c == 0)].detach(), 1e-6)
+    assert live.sum() > 10 and close(gradient[live], want[live].double(), 1e-6)
     a = sdar.grpo(b, dataclasses.replace(s, invalid_penalty=0.0))
-    with_policy = gradient * -a > 0                  # its direction is that of the policy loss
-    assert with_policy[live & (a != 0)].all() == (sign == "loo")
+    assert (gradient * a < 0)[live & (a != 0)].all() == (sign == "loo")
 
 def test_siblings_with_the_same_advantage_give_no_credit():
-    """Exactly 0, whatever the weights round to: the sign of c chooses the KL term."""
+    """Exactly 0, whatever the weights round to: the sign of c chooses the KL term, here k3."""
     gap = torch.randn(6, 50, generator=torch.Generator().manual_seed(0))
     live = torch.ones_like(gap, dtype=torch.bool)
     live[5, :40] = False
-    a = torch.tensor([0.7, 0.7, 0.7, 0.7, 0.7, -2.1])
-    c = sdar.craft_credit(gap, live, a)
+    c = sdar.craft_credit(gap, live, torch.tensor([0.7, 0.7, 0.7, 0.7, 0.7, -2.1]))
     assert c[:, :40].abs().max() == 0 and (c[:5, 40:] < 0).all() and (c[5, 40:] > 0).all()
-
-def test_craft_without_a_sibling_or_without_variance():
-    """Alone: x = A D as printed, 0 repaired. Equal rewards: c = 0, and the KL is k3."""
-    for sign, want in (("paper", 2 / (1 + math.exp(-5 * 0.6)) - 1), ("loo", 0.0)):
-        assert close(credit_of([2.0], [0.3], sign), [want])
     b, s = craft_batch(successes=())
-    assert b.extra["credit"].abs().max() == 0
     term = sdar.METHODS["craft"].term(b, s)
     assert torch.equal(term, b.extra["mu"] * sdar.k3_kl(b.logp, b.ref))
 
@@ -1912,17 +1748,16 @@ def test_top_kl_against_its_definition():
     """Renormalised on the teacher's top words, by hand; equal policies give 0 and no gradient."""
     g = torch.Generator().manual_seed(0)
     p, q = (torch.log_softmax(torch.randn(4, 60, generator=g, dtype=F64), -1) for _ in "pq")
-    got = sdar.top_kl(p, q)
+    p.requires_grad_()
+    got = sdar.top_kl(p, q).detach()
     for row, x, y in zip(got, p.exp(), q.exp()):
         kept = y.argsort(descending=True)[:32]
         x, y = (z[kept] / z[kept].sum() for z in (x, y))
-        assert close(row, (y * (y / x).log()).sum())
-    logits = torch.randn(3, 60, generator=g, dtype=F64, requires_grad=True)
-    same_policy = torch.log_softmax(logits, -1)
-    value = sdar.top_kl(same_policy, same_policy.detach())
-    assert close(value.detach(), [0.0] * 3)
-    assert torch.autograd.grad(value.sum(), logits)[0].abs().max() < 1e-12
-    assert close(sdar.top_kl(p[:, :9], q[:, :9])[0], sdar.top_kl(p[:, :9], q[:, :9], 9)[0])
+        assert close(row, (y * (y / x).log()).sum().detach())
+    value = sdar.top_kl(p, p.detach())
+    assert close(value.detach(), [0.0] * 4)
+    assert torch.autograd.grad(value.sum(), p)[0].abs().max() < 1e-12
+    assert sdar.top_kl(q[:, :9], q[:, :9]).shape == (4,)         # fewer words than the top has
 
 # ---- losses of whole rows: UCOB's pairs and PaW's next observations ------------------------------
 
@@ -1979,22 +1814,6 @@ def test_the_losses_of_ucob_and_paw_are_their_bases_and_their_rows(
     assert metrics[counter] == count >= 3
     assert metrics["update_tokens"] == plain["update_tokens"]
 
-@pytest.mark.parametrize("rho", [None, 0.0])
-def test_paw_without_a_world_loss_is_grpo(exact, rho):
-    """All succeed, or no token surprises: GRPO. Longer rows round otherwise, no more."""
-    turns = own_turns(exact)
-    method = sdar.METHODS["paw"]
-    if rho is None:
-        with_turns(turns, reward=10.0)
-    else:
-        method = dataclasses.replace(method, after_loss=lambda b: sdar.paw_loss(b, rho=rho))
-    with_turns(turns[::3], valid=False)
-    s = settings(algo="paw", invalid_penalty=0.5)
-    metrics, gradient = learned(exact, turns, s, method)
-    plain, grpo = learned(exact, turns, dataclasses.replace(s, algo="grpo"))
-    assert grpo.norm() > 1e-3 and same(gradient, grpo, 1e-12)
-    assert metrics["loss"] == pytest.approx(plain["loss"], abs=1e-12)
-
 def test_tokens_after_a_response_leave_its_log_probabilities(exact):
     """Causal: the response's log-probabilities are those without the observation."""
     turns = own_turns(exact)
@@ -2002,59 +1821,24 @@ def test_tokens_after_a_response_leave_its_log_probabilities(exact):
         t.advantages = t.extra["world"] = torch.ones(len(t.response_ids))
     _, b = sdar.step_loss(exact, turns, settings(algo="paw"), sdar.METHODS["paw"], None)
     for i, t in enumerate(turns):
-        n, k = len(t.response_ids), len(t.after)
+        n = len(t.response_ids)
+        seen = sdar.Turn(t.prompt_ids + t.response_ids, t.after)
+        want = logps_of(exact, seen).detach() if t.after else []
         assert close(b.logp[i, :n].detach(), logps_of(exact, t).detach())
-        assert not b.logp[i, n:].any() and not b.after[i, :n].any() and not b.after[i, n + k:].any()
-        if k:
-            seen = sdar.Turn(t.prompt_ids + t.response_ids, t.after)
-            assert close(b.after[i, n:n + k].detach(), logps_of(exact, seen).detach())
-
-@pytest.mark.parametrize("rho", [0.2, 1.0, 5.0])
-def test_the_world_loss_tolerates_noise(rho):
-    """Its gradient is -(1/n) sum [p <= rho] p grad log p: 0 for impossible tokens."""
-    p = torch.tensor([[1.0, 1e-9, 0.1, 0.2, 0.3, 0.9]], dtype=F64)
-    after = p.log().requires_grad_()
-    turn = sdar.Turn([1], [2], after=[1] * 5)
-    b = types.SimpleNamespace(after=after, turns=[turn], extra={"world": torch.ones(1, 1)})
-    loss = sdar.paw_loss(b, rho)
-    counted = p[0, 1:] <= rho
-    assert close(loss.detach(), ((1 - p[0, 1:]) * counted).sum() / 5, 1e-9)
-    gradient = torch.autograd.grad(loss, after)[0][0, 1:]
-    assert close(gradient, -p[0, 1:] * counted / 5, 1e-9)
+        assert close(b.after[i, n:n + len(t.after)].detach(), want)
+        assert not b.logp[i, n:].any() and b.after[i].count_nonzero() == len(t.after)
 
 def test_paw_reads_the_next_observations(policy, env):
     """In every turn but the last, with the entropy of the whole vocabulary by the old policy."""
-    _, episodes, phases = play_step(policy, env, settings(algo="paw", max_turns=3, max_response=2))
-    assert "seconds_old_policy" in phases
+    _, episodes, _ = play_step(policy, env, settings(algo="paw", max_turns=3, max_response=2))
     for e in episodes:
         assert e.turns[-1].after == []
         for t, following in zip(e.turns, e.turns[1:]):
-            ids = ids_of(policy, following.observation)
-            assert t.after == ids[:2] and len(ids) > 2
+            assert t.after == ids_of(policy, following.observation)[:2]
         for t in e.turns:
             q = full_logps(policy, t.prompt_ids, t.response_ids).detach()
             assert close(t.extra["entropy"], -(q.exp() * q).sum(-1), 1e-4)
             assert torch.equal(t.extra["action"], sdar.action_tokens(policy, t))
-
-def test_paw_selects_by_the_entropy_of_the_action():
-    """Three quarters of the step's turns, the most uncertain; other tokens change nothing."""
-    turns = mixed_turns()
-
-    def world(**changes):
-        b = dataclasses.replace(sdar.batch_of(turns), **changes)
-        sdar.paw(b, settings(algo="paw"), state_at())
-        return b.extra["world"]
-    chosen = {i for i, row in enumerate(world()) if row[0] > 0}
-    pool = {i for i, t in enumerate(turns) if t.after}
-    least = min(turns[i].extra["entropy"][0] for i in chosen)
-    assert chosen < pool and len(chosen) == math.ceil(0.75 * len(pool))
-    assert all(turns[i].extra["entropy"][0] <= least for i in pool - chosen)
-    before = world()
-    for t in turns:
-        t.extra["entropy"][1:] = math.nan
-    assert torch.equal(world(), before)
-    lost = torch.zeros(len(turns), dtype=F64)
-    assert world(reward=lost)[:, 0].sum().item() == pytest.approx(1)
 
 # ---- published rows ------------------------------------------------------------------------------
 
@@ -2067,8 +1851,7 @@ def test_paw_selects_by_the_entropy_of_the_action():
 def test_published_rows_of_the_followups(name, algos, want):
     """Only papers of methods that were run, each with its label; the figures of the papers."""
     rows = ev.followup_rows([dict(env=name, algo=algo) for algo in algos])
-    assert bool(rows) == bool(want)
-    assert {" ".join(row[1:]) for row in rows} >= set(want)
+    assert bool(rows) == bool(want) and {" ".join(row[1:]) for row in rows} >= set(want)
     assert all(row[0] in ev.LABELS.values() and 0 < float(row[2]) < 100 for row in rows)
     assert not any("fixed" in row[1] for row in rows) or name != "search"
 
@@ -2131,15 +1914,6 @@ def test_compare_is_over_the_full_vocabulary(exact, monkeypatch, kind):
         assert close(sdar.METHODS["sdar"].term(b, s).detach(), (0.3 * gate * want).detach())
         ungated = sdar.METHODS["sdar"].term(b, dataclasses.replace(s, gate="none"))
         assert close(ungated.detach(), (0.3 * want).detach())
-
-def test_exact_reverse_kl_option_has_the_reverse_kl_gradient():
-    """Against the formula sum_v pi (log pi - log pi_T) grad log pi."""
-    linear, hidden, taught, _ = head()
-    p, q = (torch.log_softmax(linear(x), -1).detach() for x in (hidden, taught))
-    ratio = p - q - (p.exp() * (p - q)).sum(-1, keepdim=True)
-    formula = (p.exp() * ratio) @ linear.weight.detach()                       # (N, D)
-    exact = sdar.over_vocabulary(sdar.DIVERGENCES["reverse-kl"], linear, hidden, taught)
-    assert close(torch.autograd.grad(exact.sum(), hidden)[0], formula)
 
 def test_entropy_is_exact_and_without_gradient(exact):
     """In nats, from the full distribution, at the temperature; computed only where it is used."""
