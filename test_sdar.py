@@ -873,19 +873,19 @@ def test_micro_batches_and_padding_change_no_gradient(exact, monkeypatch, row):
     """Tokens per micro-batch, row order, padding and what stands in it: same gradient and metrics.
     No gradient reaches the teacher's, the reference's or the old log-probabilities."""
     results = []
-    for micro_tokens, seed in ((1, 0), (70, 1), (10**6, 2)):
+    for micro_tokens, seed, batch_of in ((1, 0, sdar.batch_of), (70, 1, sdar.batch_of),
+                                         (10**6, 2, dirty_batch_of)):
+        monkeypatch.setattr(sdar, "batch_of", batch_of)
         s = settings(lam=0.3, kl=0.1, micro_tokens=micro_tokens, seed=seed, **row)
         turns = turns_for(exact, s)
         others = [getattr(t, name).requires_grad_() for t in turns for name in SCORES[1:]]
         results.append(learned(exact, turns, s))
         assert all(x.grad is None for x in others)
-        monkeypatch.setattr(sdar, "batch_of", dirty_batch_of)
-    metrics, gradient = results[0]
-    assert gradient.norm() > 1e-3
-    for other, again in results[1:]:
-        assert same(again, gradient)
-        assert other == {name: pytest.approx(value, rel=1e-5, abs=1e-7)
-                         for name, value in metrics.items()}
+    (metrics, gradient), (other, again), (dirty, last) = results
+    assert gradient.norm() > 1e-3 and same(again, gradient) and same(last, gradient)
+    assert other == {name: pytest.approx(value, rel=1e-5, abs=1e-7)
+                     for name, value in metrics.items()}
+    assert dirty["loss"] == pytest.approx(metrics["loss"], rel=1e-5, abs=1e-7)
 
 @pytest.mark.parametrize("row", [row for row in [*ROWS.values(), *VARIANTS]
                                  if "lam" in sdar.method_of(settings(**row)).uses], ids=str)
@@ -1059,10 +1059,10 @@ def test_presets(argv, kl):
 def test_only_the_methods_that_need_them_pay_for_teacher_and_reference(policy, env, tmp_path,
                                                                        row, kl):
     """Scoring passes and the reference model exist only where the method uses them."""
-    _, episodes, phases = play_step(policy, env, settings(kl=kl, max_turns=1, out=str(tmp_path),
-                                                          **row))
+    s = settings(kl=kl, max_turns=1, out=str(tmp_path), **row)
+    _, episodes, phases = play_step(policy, env, s)
     turn = episodes[0].turns[0]
-    uses = set(sdar.method_of(settings(**row)).needs.split()) | ({"reference"} if kl else set())
+    uses = set(sdar.method_of(s).needs.split()) | ({"reference"} if kl else set())
     for name in ("teacher", "reference"):
         assert (f"seconds_{name}" in phases) == (name in uses)
     assert (turn.other_ids is not None) == bool(uses & {"teacher", "views"})
@@ -1091,15 +1091,18 @@ def benchmark_(request, worlds):
     environment = worlds[request.param]
     return s, environment, sdar.load_policy("tiny", "cpu", sdar.tiny_texts(environment, s, 10))
 
-def rollout_with_wins(plain):
-    """A rollout in which every second episode of the first half counts as a success."""
+@pytest.fixture
+def wins(monkeypatch):
+    """Every second episode of the first half of a rollout counts as a success."""
+    plain = sdar.rollout
+
     def rollout(*args, **options):
         episodes = plain(*args, **options)
         for i, e in enumerate(episodes):
             e.reward = 10.0 * (i % 2 and i < len(episodes) / 2)
             with_turns(e.turns, reward=e.reward)
         return episodes
-    return rollout
+    monkeypatch.setattr(sdar, "rollout", rollout)
 
 LOGGED = {"gigpo": "rows_in_shared_states", "atod": "gap", "triage": "share_role_R",
           "sgcd": "mixed_groups", "craft": "craft_lambda", "ucob": "further_rows",
@@ -1108,10 +1111,9 @@ LOGGED = {"gigpo": "rows_in_shared_states", "atod": "gap", "triage": "share_role
 @pytest.mark.parametrize("row", [
     *ROWS.values(), *VARIANTS, dict(retrieval="full"), dict(retrieval="random"),
     dict(retrieval="ucb"), dict(recipe="released"), dict(mini_batch=0, small_gpu=True)], ids=str)
-def test_every_method_trains_on_every_benchmark(benchmark_, monkeypatch, row):
+def test_every_method_trains_on_every_benchmark(benchmark_, wins, row):
     """Two steps move the weights, with finite numbers, and the log has what the method needs."""
     base, environment, policy = benchmark_
-    monkeypatch.setattr(sdar, "rollout", rollout_with_wins(sdar.rollout))
     s = dataclasses.replace(base, kl=0.01, **row)
     sdar.check_settings(s)
     state = sdar.make_state(copied(policy), s)
@@ -1123,8 +1125,7 @@ def test_every_method_trains_on_every_benchmark(benchmark_, monkeypatch, row):
         assert all(math.isfinite(v) for v in m.values() if isinstance(v, float))
     assert state.cursor == 2 * s.groups and not same_weights(policy.model, state.policy.model)
     assert LOGGED.get(s.algo, "kl") in m
-    if s.algo == "sdar":
-        assert s.gate != "none" or m["gate"] == 1
+    assert s.gate != "none" or m["gate"] == 1
     if s.algo in ("gigpo", "ucob", "paw", "sgcd") and (s.algo, s.env) != ("paw", "search"):
         assert m[LOGGED[s.algo]] > 0                 # a random policy searches for nothing
 
@@ -1136,9 +1137,8 @@ def counted(b, s, state):
 
 @pytest.mark.parametrize("algo, steps", [*((algo, 2) for algo in LOGGED), ("craft", 12),
                                          ("counted", 2)])
-def test_every_followup_resumes_bit_for_bit(tmp_path, monkeypatch, algo, steps):
+def test_every_followup_resumes_bit_for_bit(tmp_path, monkeypatch, wins, algo, steps):
     """Interrupted, a run ends with the same weights, memory (CRAFT's rate, too) and metrics."""
-    monkeypatch.setattr(sdar, "rollout", rollout_with_wins(sdar.rollout))
     method = sdar.Method(advantages=counted, term=lambda b, s: b.extra["share"] * b.logp)
     monkeypatch.setitem(sdar.METHODS, "counted", method)
     s = settings(algo=algo, out=str(tmp_path / "whole"), group_size=2, max_response=6,
@@ -1522,9 +1522,8 @@ def test_reference_goes_into_the_user_message(policy):
         cut = sdar.with_reference(policy, ids, "go there " * 9, small)
         assert len(cut) == budget and cut[-len(tail):] == tail
 
-def test_sgcd_compares_with_the_reference_in_mixed_groups(policy, env, monkeypatch):
+def test_sgcd_compares_with_the_reference_in_mixed_groups(policy, env, wins):
     """Divergence and entropy of every token are those of the two prompts' full distributions."""
-    monkeypatch.setattr(sdar, "rollout", rollout_with_wins(sdar.rollout))
     s = settings(algo="sgcd", group_size=4, max_turns=2)
     state, episodes, phases = play_step(policy, env, s)
     assert phases["mixed_groups"] == 1
@@ -1543,12 +1542,10 @@ def test_sgcd_compares_with_the_reference_in_mixed_groups(policy, env, monkeypat
     metrics = sdar.update(state, episodes, s, sdar.method_of(s), 0.0)
     assert 1 < metrics["sgcd_weight"] < 2 and metrics["grad_norm"] > 0
 
-def test_digest_of_a_server_replaces_the_plain_reference(policy, env, server, monkeypatch,
-                                                         no_waiting):
+def test_digest_of_a_server_replaces_the_plain_reference(policy, env, server, wins, no_waiting):
     """--judge writes the reference; an empty digest is counted, and the plain one is used."""
     server.reply = chat_reply(lambda text, number: (
         "<think>hm</think> turn left " if "Attempt that succeeded" in text else "  "))
-    monkeypatch.setattr(sdar, "rollout", rollout_with_wins(sdar.rollout))
     s = settings(algo="sgcd", judge=server.url, group_size=2, max_turns=1)
     _, episodes, phases = play_step(policy, env, s)
     assert (phases["mixed_groups"], phases["judge_failures"]) == (1, 1)
@@ -1980,8 +1977,9 @@ def test_half_of_a_character_can_be_encoded_trained_on_and_logged(policy, tmp_pa
     broken, whole = (sdar.encode_chats(policy.tokenizer, [x]) for x in ("a \ud83d", "a ?"))
     assert broken == whole
     sdar.build_tiny(["a lamp \ud83d"] * 3, 0)
-    sdar.write_log(settings(out=str(tmp_path)), "episodes.jsonl", {"observation": "a \ud83d"})
-    assert sdar.read_lines(tmp_path / "episodes.jsonl") == [{"observation": "a ?"}]
+    row = {"step": 1, "observation": "a \ud83d"}
+    sdar.write_log(settings(out=str(tmp_path)), "episodes.jsonl", row)
+    assert sdar.read_lines(tmp_path / "episodes.jsonl") == [row | {"observation": "a ?"}]
 
 def test_the_tags_of_tiny_are_tokens(policy, tmp_path):
     """One token a tag, also after saving, and text comes back from its tokens as it was."""
