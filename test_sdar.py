@@ -1141,8 +1141,9 @@ def test_every_followup_resumes_bit_for_bit(tmp_path, monkeypatch, wins, algo, s
     """Interrupted, a run ends with the same weights, memory (CRAFT's rate, too) and metrics."""
     method = sdar.Method(advantages=counted, term=lambda b, s: b.extra["share"] * b.logp)
     monkeypatch.setitem(sdar.METHODS, "counted", method)
-    s = settings(algo=algo, out=str(tmp_path / "whole"), group_size=2, max_response=6,
-                 max_turns=2 if steps == 2 else 1, mini_batch=3, steps=steps, save_every=99)
+    s = settings(algo=algo, out=str(tmp_path / "whole"), groups=2 if steps == 2 else 3,
+                 group_size=2, max_response=6, max_turns=2 if steps == 2 else 1, mini_batch=3,
+                 steps=steps, save_every=99)
     whole = sdar.train(s)
     part = dataclasses.replace(s, out=str(tmp_path / "part"))
     sdar.train(dataclasses.replace(part, steps=steps - 1))
@@ -2327,31 +2328,18 @@ def test_a_group_is_a_draw_of_a_task_not_the_task(policy, env, monkeypatch):
 # ======== Scoring and the update ==================================================================
 
 @pytest.fixture(scope="module")
-def played(policy, env):
-    """Episodes of two tasks, three each, with made-up rewards, scored, with advantages."""
+def episodes(policy, env):
+    """Of two tasks, three each, with made-up rewards, scored, with advantages."""
     episodes = play_step(policy, env, settings(mini_batch=1))[1]
     for e, reward in zip(episodes, [10.0, 0.0, 0.0, 0.0, 10.0, 10.0]):
         with_turns(e.turns, reward=reward)
     first_batch(policy, turns_of(episodes), settings())
     return episodes
 
-@pytest.fixture
-def episodes(played):
-    """A copy of `played` that a test may change."""
-    return [dataclasses.replace(e, turns=[dataclasses.replace(t, extra={}) for t in e.turns])
-            for e in played]
-
 def give_gradients(model, gradients):
     """A backward pass with these gradients of the parameters."""
     pairs = zip(model.parameters(), gradients)
     sum((p * g.to(p.dtype)).sum() for p, g in pairs).backward()
-
-def in_bf16(policy):
-    """A copy with bf16 weights."""
-    low = copied(policy)
-    for p in low.model.parameters():
-        p.data = p.data.bfloat16()
-    return low
 
 def test_response_logps_are_those_of_the_full_logits(policy, monkeypatch):
     """In chunks and padded; the mask comes from lengths, so EOS and the pad id count as tokens."""
@@ -2452,7 +2440,7 @@ def test_bf16_rounds_the_weights_and_not_the_rotary_frequencies(policy, env, tmp
 def test_masters_take_the_step_that_bf16_would_lose(policy, tmp_path, small_gpu):
     """At lr 1e-6 the masters of a bf16 model move as fp32 AdamW does, also after a checkpoint."""
     s = settings(lr=1e-6, out=str(tmp_path), small_gpu=small_gpu)
-    state = sdar.make_state(in_bf16(policy), s)
+    state = sdar.make_state(copied(policy, torch.bfloat16), s)
     full = [p.detach().float().clone().requires_grad_() for p in state.policy.model.parameters()]
     before = [p.detach().clone() for p in full]
     adamw = torch.optim.AdamW(full, lr=1e-6, weight_decay=0.01)
@@ -2545,7 +2533,7 @@ def test_gradients_that_are_not_finite_are_dropped_and_counted(policy, episodes,
 @pytest.mark.parametrize("limit", [1.0, math.inf])
 def test_gradients_of_micro_batches_add_up_in_fp32_and_are_clipped(policy, small_gpu, limit):
     """256 + 1 + 1 + ... is 256 in bf16. The norm in the log is the one before clipping."""
-    state = sdar.make_state(in_bf16(policy), settings(small_gpu=small_gpu))
+    state = sdar.make_state(copied(policy, torch.bfloat16), settings(small_gpu=small_gpu))
     for value in [256.0] + [1.0] * 9:
         give_gradients(state.policy.model, [torch.full_like(m, value) for m in state.masters])
     assert all(p.grad is None for p in state.policy.model.parameters())
