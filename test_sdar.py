@@ -183,27 +183,36 @@ def logps_of(policy, turn, prompt="prompt_ids"):
 
 SCORES = ("logp", "old_logp", "teacher_logp", "ref_logp")
 
-def random_turns(policy=None, seed=0):
-    """Ten turns of four episodes in two groups. Log-probabilities are (T,) in float64: random ones,
-    or near those of the policy."""
+def made_turns(rows, policy=None, seed=0):
+    """Turns from rows (group, rollout, number, reward, fields), of 1 to 9 random tokens each or of
+    fields["length"]. Log-probabilities are (T,) in float64: random ones, or near those of the
+    policy. Then the other fields are set."""
     rng = random.Random(seed)
     g = torch.Generator().manual_seed(seed)
     turns = []
-    for rollout, count in enumerate((3, 1, 2, 4)):
-        for number in range(count):
-            prompt, response, other = ([rng.randrange(5, 300) for _ in range(rng.randint(*limits))]
-                                       for limits in ((1, 12), (1, 9), (12, 20)))
-            turn = sdar.Turn(prompt, response, other, reward=10.0 * (rollout in (0, 3)),
-                             group=rollout // 2, rollout=rollout, number=number,
-                             valid=rng.random() < 0.7)
-            own = -2.5 if policy is None else logps_of(policy, turn).detach()
-            for name in SCORES:
-                noise = torch.rand(len(response), generator=g, dtype=F64) - 0.5
-                setattr(turn, name, own + noise * (4 if policy is None else 1))
-            names = ("divergence", "teacher_entropy", "entropy", "action")    # of SGCD and PaW
-            turn.extra = {name: torch.zeros(len(response), dtype=torch.bool if name == "action"
-                                            else F64) for name in names}
-            turns.append(turn)
+    for group, rollout, number, reward, values in rows:
+        length = values.get("length", rng.randint(1, 9))
+        prompt, response, other = ([rng.randrange(5, 300) for _ in range(n)]
+                                   for n in (rng.randint(1, 12), length, 16))
+        turn = sdar.Turn(prompt, response, other, group=group, rollout=rollout, number=number,
+                         reward=reward)
+        own = -2.5 if policy is None else logps_of(policy, turn).detach()
+        for name in SCORES:
+            noise = torch.rand(length, generator=g, dtype=F64) - 0.5
+            setattr(turn, name, own + noise * (4 if policy is None else 1))
+        for name in values.keys() - {"length"}:
+            setattr(turn, name, values[name])
+        turns.append(turn)
+    return turns
+
+def random_turns(policy=None, seed=0):
+    """Ten turns of four episodes in two groups, some malformed, some of them won."""
+    rows = [(rollout // 2, rollout, number, 10.0 * (rollout in (0, 3)), dict(valid=number != 1))
+            for rollout, count in enumerate((3, 1, 2, 4)) for number in range(count)]
+    turns = made_turns(rows, policy, seed)
+    for t in turns:
+        zeros = torch.zeros(len(t.response_ids), dtype=F64)
+        t.extra = dict(divergence=zeros, teacher_entropy=zeros, entropy=zeros, action=zeros > 0)
     return turns
 
 def turns_of(episodes):
@@ -383,21 +392,18 @@ def test_recorded_losses():
             assert close(gradient, case[name]["grad_logp"], 1e-9), name
         gate = sdar.sdar_gate(logp, teacher, case["beta"])
         k3 = sdar.k3_kl(logp, x["ref_logp"]).detach()
+        assert close(k3, case["k3_kl"], 1e-9)
+        assert close(sdar.aggregate(k3, by_row), case["agg_k3"]["seq-mean-token-mean"], 1e-9)
+        assert close(sdar.aggregate(gate, weights), case["sdar_loss_token_mean"]["gate_mean"], 1e-9)
         rlsd = sdar.rlsd_advantages(advantages, old, teacher) * mask
-        recorded = case["sdar_loss_token_mean"]
-        for got, want in (
-                (sdar.aggregate(gate, weights), recorded["gate_mean"]),
-                (sdar.aggregate(1.0 * (gate > 0.5), weights), recorded["gate_active_ratio"]),
-                (sdar.aggregate(teacher - logp.detach(), weights), recorded["gap_mean"]),
-                (sdar.aggregate(k3, weights), case["agg_k3"]["token-mean"]),
-                (sdar.aggregate(k3, by_row), case["agg_k3"]["seq-mean-token-mean"]),
-                (k3, case["k3_kl"]), (rlsd, case["rlsd_advantages"])):
-            assert close(got, want, 1e-9)
+        assert close(rlsd, case["rlsd_advantages"], 1e-9)
 
 def test_losses_against_scalar_arithmetic():
-    """The equations once more in plain Python, so that no recording is needed to check them."""
+    """The equations once more in plain Python, and gradient in the student alone, even where a
+    caller forgot to detach the teacher's, old or reference log-probabilities."""
     b = batch(seed=3)
     b.old = b.old - 1.0 * (b.advantages < 0)         # so that the dual clip is reached
+    others = [x.requires_grad_() for x in (b.old, b.teacher, b.ref)]
     want = dict.fromkeys(("sdar", "grpo", "skill-sd", "rlsd", "k3"), 0.0)
     clipped = dual = 0
     for i, j in b.mask.nonzero().tolist():
@@ -412,63 +418,34 @@ def test_losses_against_scalar_arithmetic():
         ratio = math.exp(math.copysign(1, a) * (t - o))
         want["rlsd"] += a * (0.5 + 0.5 * min(max(ratio, 0.8), 1.2))
         want["k3"] += min(math.exp(ref - s) - (ref - s) - 1, 10)
-    got = {"sdar": sdar.sdar_tokens(b.logp, b.teacher),
-           "grpo": sdar.grpo_tokens(b.logp, b.old, b.advantages),
-           "skill-sd": sdar.skill_sd_tokens(b.logp, b.teacher, b.old),
-           "rlsd": sdar.rlsd_advantages(b.advantages, b.old, b.teacher),
-           "k3": sdar.k3_kl(b.logp, b.ref)}
-    assert clipped and dual
-    for name, tokens in got.items():
+    rlsd = sdar.rlsd_advantages(b.advantages, b.old, b.teacher)
+    assert clipped and dual and close(rlsd[b.mask].sum(), want["rlsd"]) and not rlsd.requires_grad
+    for name, tokens in {"sdar": sdar.sdar_tokens(b.logp, b.teacher),
+                         "grpo": sdar.grpo_tokens(b.logp, b.old, b.advantages),
+                         "skill-sd": sdar.skill_sd_tokens(b.logp, b.teacher, b.old),
+                         "k3": sdar.k3_kl(b.logp, b.ref)}.items():
         assert close(tokens[b.mask].sum().detach(), want[name]), name
+        loss = tokens.sum()
+        student, *rest = torch.autograd.grad(loss, [b.logp, *others], allow_unused=True)
+        assert student.abs().max() > 0 and rest == [None, None, None], name
     loss = sdar.sdar_loss(b.logp, b.teacher, b.mask).detach()
     assert close(loss, want["sdar"] / b.mask.sum().item())
 
 @pytest.mark.parametrize("beta", [0.0, 1.0, 5.0, 10.0])
-def test_propositions_1_2_4(beta):
-    """The loss is a constant minus Agg[g log pi]; its gradient is -g times the weight, bounded."""
+def test_propositions_1_to_5(beta):
+    """The gradient is -g times the weight, bounded, without a term through the gate; the gate's
+    slope is beta g (1 - g), at most beta / 4, as at gap 0."""
     b = batch()
     loss = sdar.aggregate(sdar.sdar_tokens(b.logp, b.teacher, beta), b.weights)
     g = sdar.sdar_gate(b.logp, b.teacher, beta)
-    assert not g.requires_grad
-    constant = sdar.aggregate(g * b.teacher, b.weights)
-    assert close(loss.detach(), (constant - sdar.aggregate(g * b.logp, b.weights)).detach())
     gradient = torch.autograd.grad(loss, b.logp)[0]
-    assert close(gradient, -g * b.weights)
+    assert close(gradient, -g * b.weights) and not g.requires_grad
     assert (gradient.abs() <= b.weights).all() and gradient.abs().max() > 0
-
-def test_proposition_3_slope_of_the_gate():
-    """The gate's slope is beta g (1 - g), positive, and at most beta / 4, reached at gap 0."""
-    for beta in (0.5, 5.0, 10.0):
-        gap = torch.linspace(-1, 1, 201, dtype=F64)
-        g = sdar.sdar_gate(torch.zeros_like(gap), gap, beta)
-        above, below = (sdar.sdar_gate(torch.zeros_like(gap), gap + h, beta) for h in (1e-6, -1e-6))
-        slope = (above - below) / 2e-6
-        assert close(slope, beta * g * (1 - g), 1e-7)
-        assert (slope > 0).all() and slope.max() <= beta / 4 + 1e-7
-        assert slope[100] == pytest.approx(beta / 4, abs=1e-7)
-
-def test_proposition_5_without_the_stop_gradient():
-    """Without detaching the gate there would be a further term, which ours does not have."""
-    b = batch()
-    gap = b.teacher - b.logp
-    leaky = torch.autograd.grad((torch.sigmoid(5 * gap) * gap).sum(), b.logp)[0]
-    g = sdar.sdar_gate(b.logp, b.teacher, 5.0)
-    assert close(leaky, -(g + 5 * gap.detach() * g * (1 - g)))
-    ours = torch.autograd.grad(sdar.sdar_tokens(b.logp, b.teacher, 5.0).sum(), b.logp)[0]
-    assert close(ours, -g) and not close(ours, leaky)
-
-def test_losses_have_gradient_in_the_student_alone():
-    """Even where a caller forgot to detach the teacher's, old or reference log-probabilities."""
-    b = batch()
-    others = [x.requires_grad_() for x in (b.old, b.teacher, b.ref)]
-    losses = (sdar.sdar_loss(b.logp, b.teacher, b.mask, baseline=0.3),
-              sdar.grpo_tokens(b.logp, b.old, b.advantages).sum(),
-              sdar.skill_sd_tokens(b.logp, b.teacher, b.old).sum(),
-              sdar.k3_kl(b.logp, b.ref).sum())
-    for loss in losses:
-        student, *rest = torch.autograd.grad(loss, [b.logp, *others], allow_unused=True)
-        assert student.abs().max() > 0 and rest == [None, None, None]
-    assert not sdar.rlsd_advantages(b.advantages, b.old, b.teacher).requires_grad
+    gap = torch.linspace(-1, 1, 201, dtype=F64)
+    below, g, above = (sdar.sdar_gate(0 * gap, gap + h, beta) for h in (-1e-6, 0, 1e-6))
+    slope = (above - below) / 2e-6
+    assert close(slope, beta * g * (1 - g), 1e-7)
+    assert close(slope[100], beta / 4, 1e-7) and slope.max() <= beta / 4 + 1e-7
 
 def test_skill_sd_of_the_public_code_has_limits():
     """Its -d is cut at 20 and its log rho at 10, so values and gradients stay finite."""
@@ -517,35 +494,19 @@ LAYOUTS = {
     "longer padding": lambda x, mask: torch.nn.functional.pad(x, (0, 5)),
 }
 
-@pytest.mark.parametrize("change", LAYOUTS.values(), ids=LAYOUTS)
-def test_layout_changes_no_gradient(change):
-    """Packing, side and length of padding, and order of rows: same loss, same gradient."""
-    b = batch()
-
-    def results(change):
-        logp, old, teacher, advantages, weights, mask = (
-            change(x, b.mask)
-            for x in (b.logp, b.old, b.teacher, b.advantages, b.weights, b.mask))
-        values = sdar.grpo_tokens(logp, old, advantages) + 0.1 * sdar.sdar_tokens(logp, teacher)
-        for loss in (sdar.aggregate(values, weights), sdar.sdar_loss(logp, teacher, mask)):
-            yield loss.detach()
-            yield torch.autograd.grad(loss, b.logp, retain_graph=True)[0]
-    plain = list(results(lambda x, mask: x))
-    assert plain[1].abs().max() > 0 and plain[3].abs().max() > 0
-    assert all(close(x, y) for x, y in zip(results(change), plain, strict=True))
-
 @pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf, 1e9])
-def test_nothing_behind_the_mask_matters(garbage):
-    """Garbage in padding changes neither the loss to copy, nor its gradient, nor a sum."""
+@pytest.mark.parametrize("change", LAYOUTS.values(), ids=LAYOUTS)
+def test_the_loss_to_copy_is_of_response_tokens_alone(change, garbage):
+    """Packing, side and length of padding, what stands in it, and order of rows change nothing."""
     b = batch()
     clean = sdar.sdar_loss(b.logp, b.teacher, b.mask)
-    dirty = [x.detach().masked_fill(~b.mask, garbage) for x in (b.logp, b.teacher)]
-    dirty[0].requires_grad_()
-    loss = sdar.sdar_loss(*dirty, b.mask)
+    dirty, teacher, weighted = (x.detach().masked_fill(~b.mask, garbage)
+                                for x in (b.logp, b.teacher, torch.full(b.mask.shape, 2.0)))
+    dirty.requires_grad_()
+    loss = sdar.sdar_loss(*(change(x, b.mask) for x in (dirty, teacher, b.mask)))
     assert close(loss.detach(), clean.detach())
-    assert close(torch.autograd.grad(loss, dirty[0])[0], torch.autograd.grad(clean, b.logp)[0])
-    values = torch.full(b.mask.shape, garbage).masked_fill(b.mask, 2.0)
-    assert close(sdar.aggregate(values, b.weights), 2.0, 1e-6)
+    assert close(torch.autograd.grad(loss, dirty)[0], torch.autograd.grad(clean, b.logp)[0])
+    assert close(sdar.aggregate(change(weighted, b.mask), change(b.weights, b.mask)), 2.0, 1e-6)
 
 def test_no_token_at_all_is_zero():
     """A batch without response tokens has loss 0 and gradient 0, not NaN."""
@@ -554,8 +515,7 @@ def test_no_token_at_all_is_zero():
     for weights in (sdar.token_weights(nothing), sdar.token_weights(nothing, b.rollout)):
         assert sdar.aggregate(b.logp, weights).item() == 0.0
     loss = sdar.sdar_loss(b.logp, b.teacher, nothing)
-    assert loss.item() == 0.0
-    assert torch.autograd.grad(loss, b.logp)[0].abs().max() == 0
+    assert loss.item() == torch.autograd.grad(loss, b.logp)[0].abs().max() == 0
 
 # ======== Advantages and token weights ============================================================
 
@@ -566,69 +526,54 @@ def state_at(step=0):
 def expected_advantages(turns, s):
     """GRPO's advantage of each turn, from the definition, in plain Python."""
     released = s.recipe == "released"
-
-    def reward(t):
-        return t.reward - released * penalty(t)
-
-    def penalty(t):
-        return s.invalid_penalty * (not t.valid)
+    penalties = [s.invalid_penalty * (not t.valid) for t in turns]
+    rewards = [t.reward - released * penalty for t, penalty in zip(turns, penalties)]
     values = []
-    for t in turns:
-        members = [reward(u) for u in turns if u.group == t.group and (released or u.number == 0)]
+    for t, reward, penalty in zip(turns, rewards, penalties):
+        members = [r for u, r in zip(turns, rewards)
+                   if u.group == t.group and (released or u.number == 0)]
         mean = sum(members) / len(members)
         std = math.sqrt(sum((r - mean) ** 2 for r in members) / (len(members) - 1))
-        values.append((reward(t) - mean) / (std + 1e-6) - (not released) * penalty(t))
+        values.append((reward - mean) / (std + 1e-6) - (not released) * penalty)
     return values
 
 def test_recorded_advantages():
     """The public code's advantages over turns, and the same over trajectories (Algorithm 1)."""
     for case in json.loads((real("vectors") / "loss_vectors.json").read_text())["advantages"]:
-        columns = (case["rewards"], case["group_ids"], case["trajectory_ids"])
-        groups, trajectories = (sorted(set(column)) for column in columns[1:])
+        names = sorted(set(case["trajectory_ids"]))
+        groups = sorted(set(case["group_ids"]))
+        order = sorted(range(len(case["rewards"])), key=lambda i: case["trajectory_ids"][i])
         turns = []
-        for reward, group, trajectory in sorted(zip(*columns), key=lambda row: row[2]):
-            rollout = trajectories.index(trajectory)
-            number = sum(t.rollout == rollout for t in turns)
-            turns.append(sdar.Turn([1], [2], reward=reward, group=groups.index(group),
-                                   rollout=rollout, number=number))
-        order = sorted(range(len(columns[0])), key=lambda i: columns[2][i])
+        for i in order:
+            rollout = names.index(case["trajectory_ids"][i])
+            turns.append(sdar.Turn([1], [2], reward=case["rewards"][i], rollout=rollout,
+                                   group=groups.index(case["group_ids"][i]),
+                                   number=sum(t.rollout == rollout for t in turns)))
         for recipe, name in (("released", "over_steps"), ("paper", "over_trajectories")):
             got = sdar.grpo(sdar.batch_of(turns), settings(recipe=recipe))[:, 0]
-            want = [case["advantages"][name][i] for i in order]
-            assert close(got, want, 1e-6), name
+            assert close(got, [case["advantages"][name][i] for i in order], 1e-6), name
 
 def test_group_advantages():
     """(R - mean) / (std + eps) with Bessel's std; exactly 0 without variance; alone: the reward."""
     rewards = torch.tensor([1.0, 0.0, 0.0, 5.0, 5.0, 0.1, 0.1, 0.1, 3.0], dtype=F64)
     groups = torch.tensor([4, 4, 4, 1, 1, 2, 2, 2, 9])
     a = sdar.group_normalized_advantages(rewards, groups)
-    std = math.sqrt(((2 / 3) ** 2 + 2 * (1 / 3) ** 2) / 2)
     assert a.dtype == torch.float32
-    assert close(a[:3], [2 / 3 / std, -1 / 3 / std, -1 / 3 / std], 1e-5)
+    assert close(a[:3], [2 / math.sqrt(3), -1 / math.sqrt(3), -1 / math.sqrt(3)], 1e-5)
     assert a[3:8].tolist() == [0.0] * 5 and close(a[8], 3.0, 1e-5)
-    assert a[:3].sum().abs() < 1e-6
-    shifted = sdar.group_normalized_advantages(rewards + 123, groups)
-    assert close(shifted[:8], a[:8], 1e-5)           # the zero of the rewards does not matter
 
+@pytest.mark.parametrize("lost", [False, True])
 @pytest.mark.parametrize("recipe", ["paper", "released"])
-def test_advantages_of_a_step_are_the_definition(recipe):
-    """paper: over episodes, penalty afterwards; released: over turns, penalty before."""
-    turns = random_turns()
+def test_advantages_of_a_step_are_the_definition(recipe, lost):
+    """paper: over episodes, the penalty afterwards, so that in a lost group a malformed turn gets
+    -0.1; released: over turns, the penalty before."""
+    turns = with_turns(random_turns(), reward=lambda t: 0.0 if lost else t.reward)
     assert {t.valid for t in turns} == {True, False}
     s = settings(recipe=recipe)
     got = sdar.grpo(sdar.batch_of(turns), s)
     assert got.shape == sdar.batch_of(turns).mask.shape and (got == got[:, :1]).all()
     assert close(got[:, 0], expected_advantages(turns, s), 1e-5)
-
-def test_invalid_turns_are_punished_outside_the_normalisation():
-    """In a group that failed everywhere a malformed turn gets -0.1, not -2 standard deviations."""
-    turns = random_turns()
-    for t in turns:
-        t.reward = 0.0
-        t.valid = t is not turns[-1]
-    got = sdar.grpo(sdar.batch_of(turns), settings())[:, 0].tolist()
-    assert got[:-1] == [0.0] * (len(turns) - 1) and got[-1] == pytest.approx(-0.1)
-    assert sdar.grpo(sdar.batch_of(turns), settings(recipe="released"))[-1, 0] < -2
+    assert not lost or got.min() == pytest.approx(-0.1) or recipe == "released"
 
 @pytest.mark.parametrize("recipe, shares", [("paper", [0.5, 0.5, 0.5, 0.5]),
                                             ("released", [0.5, 0.25, 0.0, 0.0])])
@@ -638,20 +583,14 @@ def test_rlsd_of_the_public_code_decays(recipe, shares):
     s = settings(algo="rlsd", recipe=recipe, lam=0.5)
     for step, share in zip((0, 50, 100, 150), shares):
         got = sdar.method_of(s).advantages(b, s, state_at(step))
-        want = sdar.rlsd_advantages(sdar.grpo(b, s), b.old, b.teacher, share)
-        assert close(got, want)
-    assert not close(got, sdar.rlsd_advantages(sdar.grpo(b, s), b.old, b.teacher, 0.4), 1e-3)
+        assert close(got, sdar.rlsd_advantages(sdar.grpo(b, s), b.old, b.teacher, share))
 
 def test_token_weights():
     """Episodes have equal shares, however they are cut into rows; without owners tokens have."""
     mask = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0]])
-    owners = torch.tensor([7, 7, 3, 9])
-    w = sdar.token_weights(mask, owners)
+    w = sdar.token_weights(mask, torch.tensor([7, 7, 3, 9]))
     assert close(w, mask / torch.tensor([[8], [8], [4], [1]]), 1e-6)  # the empty one has no share
     assert close(sdar.token_weights(mask), mask / 6, 1e-6)
-    assert close(sdar.token_weights(mask.flip(0), owners.flip(0)), w.flip(0))
-    longer = torch.nn.functional.pad(mask, (0, 3))
-    assert close(sdar.token_weights(longer, owners)[:, :4], w)
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.bool, torch.int32])
 def test_masks_of_half_precision_count_more_than_65504_tokens(dtype):
@@ -722,14 +661,6 @@ def test_constant_gate_has_zero_expected_gradient(seed):
         assert expected_gradient(token_loss, logits).abs().max() < 1e-15
     assert gradient_of(reverse_kl(teacher), logits).abs().max() > 1e-2  # there is much to learn
 
-def test_constant_gate_off_policy_is_a_pull_to_the_rollout_policy():
-    """In later mini-batches beta = 0 pulls to the rollout policy; the paper's OPSD pushes away."""
-    logits, teacher = policies()
-    old = policies(seed=9)[0].detach().softmax(-1)
-    kl_to_old = gradient_of(lambda p: (old * (old.log() - p)).sum(), logits)
-    assert close(expected_gradient(gated(teacher, beta=0.0), logits, old), 0.5 * kl_to_old)
-    assert close(expected_gradient(term_of("opsd", teacher), logits, old), -kl_to_old)
-
 @pytest.mark.parametrize("beta", [0.1, 1.0, 5.0, 10.0])
 def test_gap_gate_gradient_is_a_covariance(beta):
     """E[grad] = -sum_v pi(v) (g(v) - E g) grad log pi(v): a policy gradient with reward g."""
@@ -740,20 +671,10 @@ def test_gap_gate_gradient_is_a_covariance(beta):
     want = -(p * (g - (p * g).sum())) @ score
     assert close(expected_gradient(gated(teacher, beta), logits), want)
 
-def test_small_beta_is_a_quarter_beta_of_the_reverse_kl():
-    """The error falls with beta squared."""
-    logits, teacher = policies()
-    want = gradient_of(reverse_kl(teacher), logits)
-    errors = []
-    for beta in (0.1, 0.01, 0.001):
-        got = expected_gradient(gated(teacher, beta), logits) / (beta / 4)
-        errors.append(((got - want).norm() / want.norm()).item())
-    assert errors[0] < 1e-2 and errors[2] < 1e-6
-    assert 50 < errors[0] / errors[1] < 200
-
-def gate_divergence(beta, teacher, nodes=120):
-    """sum_v pi_T f(pi / pi_T) with f(u) the integral from 1 to u of 1/2 - 1 / (1 + x^beta) dx."""
-    x, w = (torch.tensor(a, dtype=F64) for a in np.polynomial.legendre.leggauss(nodes))
+def gate_divergence(teacher, beta):
+    """sum_v pi_T f(pi / pi_T) with f(u) the integral from 1 to u of 1/2 - 1 / (1 + x^beta) dx, as
+    a function of log pi (V,)."""
+    x, w = (torch.tensor(a, dtype=F64) for a in np.polynomial.legendre.leggauss(120))
 
     def value(logp):
         u = (logp - teacher).exp()
@@ -762,32 +683,22 @@ def gate_divergence(beta, teacher, nodes=120):
         return (teacher.exp() * integrals).sum()
     return value
 
-@pytest.mark.parametrize("beta", [0.5, 1.0, 2.0, 5.0])
-def test_gap_gate_is_an_f_divergence(beta):
-    """The expected gradient is that of a divergence that is 0 only where pi = pi_T."""
+@pytest.mark.parametrize("beta, divergence, tolerance", [
+    *((beta, gate_divergence, 1e-7) for beta in (0.5, 1.0, 2.0, 5.0)),
+    *((beta, lambda q, beta: lambda p: beta / 4 * reverse_kl(q)(p), beta ** 2)
+      for beta in (0.1, 0.01, 0.001)),
+    (1.0, lambda q, _: lambda p: (q.exp() * (q - ((q.exp() + p.exp()) / 2).log())).sum(), 1e-10),
+    (1e6, lambda q, _: lambda p: (p.exp() - q.exp()).abs().sum() / 2, 1e-10)],
+    ids=str)
+def test_gap_gate_is_an_f_divergence(beta, divergence, tolerance):
+    """Its expected gradient is that of a divergence that is 0 only where pi = pi_T. Small beta:
+    beta / 4 of the reverse KL; 1: half of Jensen-Shannon; large: total variation."""
     logits, teacher = policies(noise=0.7)
-    divergence = gate_divergence(beta, teacher)
+    divergence = divergence(teacher, beta)
     got = expected_gradient(gated(teacher, beta), logits)
-    assert close(got, gradient_of(divergence, logits), 1e-7)
-    assert divergence(torch.log_softmax(logits, -1)) > 1e-4
-    assert divergence(teacher).abs() < 1e-12
-
-def test_gate_of_beta_1_is_half_of_jensen_shannon_and_large_beta_total_variation():
-    """beta 1: KL(pi_T || M), one half of the JSD; beta to infinity: total variation."""
-    logits, teacher = policies()
-    q = teacher.exp()
-    half_jsd = gradient_of(lambda p: (q * (teacher - ((q + p.exp()) / 2).log())).sum(), logits)
-    assert close(expected_gradient(gated(teacher, 1.0), logits), half_jsd)
-    total_variation = gradient_of(lambda p: (p.exp() - q).abs().sum() / 2, logits)
-    assert close(expected_gradient(gated(teacher, 1e6), logits), total_variation)
-
-def test_mean_gap_is_minus_the_reverse_kl():
-    """The mean of the log-ratio in the loss is negative on-policy: it is -KL(pi || pi_T)."""
-    logits, teacher = policies()
-    logp = logits.detach().log_softmax(-1)
-    gap = 2 * gated(teacher, beta=0.0)(logp)         # a gate of 1/2 times the gap
-    mean_gap = (logp.exp() * gap).sum()
-    assert close(mean_gap, -reverse_kl(teacher)(logp)) and mean_gap < 0
+    want = gradient_of(divergence, logits)
+    assert (got - want).norm() <= tolerance * want.norm()
+    assert divergence(torch.log_softmax(logits, -1)) > 1e-6 and divergence(teacher).abs() < 1e-12
 
 def test_baseline_changes_no_expectation():
     """A constant: not at all. The mean of N tokens: the factor 1 - 1/N, no other direction."""
@@ -805,20 +716,16 @@ def test_baseline_changes_no_expectation():
         total += p[sample].prod() * torch.autograd.grad(loss, logits)[0]
     assert close(total, (1 - 1 / n) * plain)
 
-def gate_table(betas=(0.0, 0.1, 1.0, 5.0, 10.0, 1e6), scale=(3, 20), noise=1.0, states=128):
-    """The table of docs/gate.md, computed without sampling. 128 states of 1000 tokens; logits =
-    scale * N(0, 1), the scale rising from 3 to 20 over the states (flat to nearly certain); teacher
-    logits = logits + noise * N(0, 1).
-
-    Returns a dict per beta: mean gate, share of g > 1/2, norm (root mean square over states of the
-    expected gradient with respect to the logits), cosine with the reverse KL's gradient, variance
-    (trace, of one sampled token) without and with the mean gate as baseline; and a dict of entropy
-    and reverse KL in nats, and the norm of the reverse KL's gradient."""
+def gate_table(betas=(0.0, 0.1, 1.0, 5.0, 10.0, 1e6), noise=1.0):
+    """The table of docs/gate.md, without sampling: a dict per beta of means over 128 states of 1000
+    tokens, from flat to nearly certain, with teacher logits = logits + noise * N(0, 1); and a dict
+    of what does not depend on beta. Norms are root mean squares over states of an expected gradient
+    by the logits, variances those (trace) of one sampled token."""
     g = torch.Generator().manual_seed(0)
-    logits = torch.randn(states, 1000, generator=g, dtype=F64)
-    logits = (logits * torch.linspace(*scale, states, dtype=F64)[:, None]).requires_grad_()
+    logits = torch.randn(128, 1000, generator=g, dtype=F64)
+    logits = (logits * torch.linspace(3, 20, 128, dtype=F64)[:, None]).requires_grad_()
     logp = torch.log_softmax(logits, -1)
-    noisy = logits + noise * torch.randn(states, 1000, generator=g, dtype=F64)
+    noisy = logits + noise * torch.randn(128, 1000, generator=g, dtype=F64)
     teacher = torch.log_softmax(noisy, -1).detach()
     p = logp.exp().detach()
 
@@ -833,66 +740,48 @@ def gate_table(betas=(0.0, 0.1, 1.0, 5.0, 10.0, 1e6), scale=(3, 20), noise=1.0, 
     for beta in betas:
         gate = sdar.sdar_gate(logp, teacher, beta)
         expected = gradient(p * sdar.sdar_tokens(logp, teacher, beta))
-        spread = []
-        for baseline in (0, mean(gate)):
-            total = (p * (gate - baseline) ** 2 * score).sum(-1) - (expected ** 2).sum(-1)
-            spread.append(total.mean().item())
+        spread = [(mean((gate - x) ** 2 * score) - (expected ** 2).sum(-1).mean()).item()
+                  for x in (0, mean(gate))]
         cosine = ((expected * kl).sum() / expected.norm() / kl.norm()).item()
-        rows.append({"beta": beta, "gate": mean(gate), "active": mean(1.0 * (gate > 0.5)),
-                     "norm": (expected.norm() / states ** 0.5).item(),
+        rows.append({"gate": mean(gate), "active": mean(1.0 * (gate > 0.5)),
+                     "norm": (expected.norm() / 128 ** 0.5).item(),
                      "cosine": cosine if beta else math.nan,
                      "variance": spread[0], "with_baseline": spread[1]})
-    kl_norm = (kl.norm() / states ** 0.5).item()
+    kl_norm = (kl.norm() / 128 ** 0.5).item()
     return rows, {"entropy": mean(-logp), "kl": mean(logp - teacher), "kl_norm": kl_norm}
-
-def test_baseline_lowers_the_variance():
-    """By more than 2 at beta 5, by more than 5 at beta 1, and to 0 where the gate is constant."""
-    rows = {row["beta"]: row for row in gate_table()[0]}
-    assert rows[5.0]["variance"] / rows[5.0]["with_baseline"] > 2
-    assert rows[1.0]["variance"] / rows[1.0]["with_baseline"] > 5
-    assert rows[0.0]["norm"] < 1e-12 and rows[0.0]["variance"] > 0.05
-    assert abs(rows[0.0]["with_baseline"]) < 1e-12
-
-def sequences(logits):
-    """Token log-probabilities of all responses of at most three tokens from {word, end}; logits
-    (3,) of `end`."""
-    result = []
-    for length in (1, 2, 3):
-        for last in ((True,) if length < 3 else (True, False)):    # the third may be cut off
-            ends = [False] * (length - 1) + [last]
-            signed = [z if end else -z for z, end in zip(logits, ends)]
-            result.append(torch.nn.functional.logsigmoid(torch.stack(signed)))
-    return result
 
 def test_mean_over_a_response_rewards_short_ones():
     """With a mean over each episode a constant gate rewards 1 / length; a baseline removes that."""
-    logits = torch.tensor([-1.0, 0.3, 0.5], dtype=F64, requires_grad=True)
+    logits = torch.tensor([-1.0, 0.3, 0.5], dtype=F64, requires_grad=True)   # of ending a response
+    go_on, end = (torch.nn.functional.logsigmoid(x) for x in (-logits, logits))
+    responses = [end[:1], torch.stack([go_on[0], end[1]]), torch.cat([go_on[:2], end[2:]]), go_on]
 
-    def gradient(weights, baseline=0.0):
+    def gradient(weight, baseline=0.0):
         total = 0
-        for logp in sequences(logits):
-            tokens = sdar.sdar_tokens(logp, torch.zeros(len(logp), dtype=F64), 0.0, baseline)
-            w = weights(torch.ones(1, len(logp), dtype=F64))
-            total = total + logp.sum().exp().detach() * sdar.aggregate(tokens[None], w)
-        return torch.autograd.grad(total, logits)[0]
-
-    def per_episode(mask):
-        return sdar.token_weights(mask, torch.tensor([0]))
-    inverse_length = sum(logp.sum().exp() / len(logp) for logp in sequences(logits))
-    want = -0.5 * torch.autograd.grad(inverse_length, logits)[0]
-    assert close(gradient(per_episode), want, 1e-6) and want.norm() > 1e-2
+        for logp in responses:
+            tokens = sdar.sdar_tokens(logp, torch.zeros_like(logp), 0.0, baseline)
+            owner = torch.tensor([0])
+            w = sdar.token_weights(torch.ones(1, len(logp), dtype=F64), owner)
+            total += logp.sum().exp().detach() * sdar.aggregate(tokens[None], weight(w))
+        return torch.autograd.grad(total, logits, retain_graph=True)[0]
+    inverse_length = sum(logp.sum().exp() / len(logp) for logp in responses)
+    want = -0.5 * torch.autograd.grad(inverse_length, logits, retain_graph=True)[0]
+    assert close(gradient(lambda w: w), want) and want.norm() > 1e-2
     assert gradient(torch.ones_like).abs().max() < 1e-15
-    assert gradient(per_episode, baseline=0.5).abs().max() < 1e-15
+    assert gradient(lambda w: w, baseline=0.5).abs().max() < 1e-15
 
 def test_what_the_other_terms_optimise():
-    """Skill-SD: the reverse KL, off-policy too. k3, without importance ratio: the forward KL."""
+    """Skill-SD: the reverse KL, off-policy too. k3, without importance ratio: the forward KL.
+    Off-policy a constant gate pulls to the rollout policy; the paper's OPSD pushes away."""
     logits, teacher = policies()
     old = policies(seed=9)[0].detach().softmax(-1)
-    reverse = gradient_of(reverse_kl(teacher), logits)
     forward = gradient_of(lambda p: (teacher.exp() * (teacher - p)).sum(), logits)
+    kl_to_old = gradient_of(lambda p: (old * (old.log() - p)).sum(), logits)
     skill_sd = expected_gradient(lambda p: sdar.skill_sd_tokens(p, teacher, old.log()), logits, old)
-    assert close(skill_sd, reverse)
+    assert close(skill_sd, gradient_of(reverse_kl(teacher), logits))
     assert close(expected_gradient(lambda p: sdar.k3_kl(p, teacher), logits), forward)
+    assert close(expected_gradient(gated(teacher, beta=0.0), logits, old), 0.5 * kl_to_old)
+    assert close(expected_gradient(term_of("opsd", teacher), logits, old), -kl_to_old)
 
 # ======== Methods: every row of METHODS and RELEASED, by being listed =============================
 
@@ -904,7 +793,7 @@ VARIANTS = [dict(gate="entropy"), dict(gate="soft-or"), dict(gate="none"),
 every_row = pytest.mark.parametrize("row", [*ROWS.values(), *VARIANTS],
                                     ids=[*ROWS, *map(str, VARIANTS)])
 
-def learned(policy, turns, s, method=None, memory=None):
+def learned(policy, turns, s, method=None):
     """(metrics, flat gradient summed over mini-batches) of sdar.update of a copy of the policy on
     these turns, at a learning rate of 0."""
     gradients = []
@@ -913,7 +802,6 @@ def learned(policy, turns, s, method=None, memory=None):
         gradients.append(flat(p.grad for p in optimizer.param_groups[0]["params"]))
     s = dataclasses.replace(s, grad_clip=1e9)
     state = sdar.make_state(copied(policy, policy.model.dtype), s)
-    state.memory = {} if memory is None else memory
     state.optimizer.register_step_pre_hook(keep)
     method = method or sdar.method_of(s)
     return sdar.update(state, episodes_of_turns(turns), s, method, 0.0), sum(gradients)
@@ -941,25 +829,6 @@ def first_batch(policy, turns, s):
     sdar.assign_weights([turns], s)
     return sdar.step_loss(policy, turns, s, method, method.term)
 
-def made_turns(rows, seed=0):
-    """Turns from rows (group, rollout, number, reward, fields), each of 1 to 6 random tokens with
-    random log-probabilities in float64; `fields` are set as they are."""
-    rng = random.Random(seed)
-    g = torch.Generator().manual_seed(seed)
-    turns = []
-    for group, rollout, number, reward, values in rows:
-        length = values.get("length", rng.randint(1, 6))
-        prompt, response, other = ([rng.randrange(5, 300) for _ in range(n)]
-                                   for n in (rng.randint(1, 9), length, 12))
-        turn = sdar.Turn(prompt, response, other, group=group, rollout=rollout, number=number,
-                         reward=reward)
-        for name in SCORES:
-            setattr(turn, name, -4 * torch.rand(length, generator=g, dtype=F64))
-        for name in values.keys() - {"length"}:
-            setattr(turn, name, values[name])
-        turns.append(turn)
-    return turns
-
 def mixed_turns(policy=None, seed=0):
     """Two groups of three rollouts with one success each, two or three turns a rollout; with what
     the methods prepare: observations, next ones, roles, and in `extra` numbers for every token."""
@@ -967,21 +836,16 @@ def mixed_turns(policy=None, seed=0):
     for rollout in range(6):
         for number in range(2 + rollout % 2):
             fields = dict(observation=f"room {number % 2}", role="DENR"[(rollout + number) % 4])
+            if number <= rollout % 2:                # another turn follows
+                fields["after"] = [20 + rollout] * (1 + rollout + number)
             rows.append((rollout // 3, rollout, number, 10.0 * (rollout % 3 == 1), fields))
-    turns = made_turns(rows, seed)
-    rng = random.Random(seed)
+    turns = made_turns(rows, policy, seed)
     g = torch.Generator().manual_seed(seed)
-    for t, following in zip(turns, [*turns[1:], None]):
+    for t in turns:
         n = len(t.response_ids)
-        if policy:
-            own = logps_of(policy, t).detach()
-            for name in SCORES:
-                setattr(t, name, own + torch.rand(n, generator=g, dtype=F64) - 0.5)
-        for name in ("divergence", "teacher_entropy", "entropy"):
-            t.extra[name] = torch.rand(n, generator=g, dtype=F64)
+        t.extra = {name: torch.rand(n, generator=g, dtype=F64)
+                   for name in ("divergence", "teacher_entropy", "entropy")}
         t.extra["action"] = torch.arange(n) == 0
-        if following and following.rollout == t.rollout:
-            t.after = [rng.randrange(5, 300) for _ in range(rng.randint(1, 8))]
     return turns
 
 def turns_for(policy, s):
@@ -992,66 +856,51 @@ def turns_for(policy, s):
         t.after = t.after if s.algo == "paw" else []
     return turns
 
-@every_row
-def test_padding_changes_nothing(exact, monkeypatch, row):
-    """Whatever stands behind the mask, a method has the same loss and the same gradient."""
-    s = settings(lam=0.3, kl=0.1, **row)
-    metrics, gradient = learned(exact, turns_for(exact, s), s)
-    plain = sdar.batch_of
-
-    def dirty(turns, device="cpu"):
-        b = plain(turns, device)
-        garbage = torch.tensor([math.nan, math.inf, -math.inf, 1e9] * 3, dtype=F64)
-        garbage = garbage[:b.mask.shape[1]].expand(b.mask.shape)
-        for name in ("old", "teacher", "ref", "advantages"):
-            if getattr(b, name) is not None:
-                setattr(b, name, torch.where(b.mask, getattr(b, name), garbage))
-        for name in b.extra.keys() - {"action", "world"}:
-            b.extra[name] = torch.where(b.mask, b.extra[name].double(), garbage)
-        return b
-    monkeypatch.setattr(sdar, "batch_of", dirty)
-    again = learned(exact, turns_for(exact, s), s)
-    assert again[0]["loss"] == metrics["loss"] and torch.equal(again[1], gradient)
-    assert gradient.norm() > 1e-3
+def dirty_batch_of(turns, device="cpu", plain=sdar.batch_of):
+    """batch_of with garbage behind the mask."""
+    b = plain(turns, device)
+    garbage = torch.tensor([math.nan, math.inf, -math.inf, 1e9] * 3)
+    garbage = garbage[:b.mask.shape[1]].expand(b.mask.shape).double()
+    for values in (vars(b), b.extra):
+        for name in values.keys() - {"weights", "world", "action", "mask"}:
+            if getattr(values[name], "shape", None) == b.mask.shape:
+                values[name] = torch.where(b.mask, values[name].double(), garbage)
+    return b
 
 @every_row
-def test_micro_batches_change_no_gradient(exact, row):
-    """Tokens per micro-batch, row order and the length of padding: same gradient, same metrics."""
+def test_micro_batches_and_padding_change_no_gradient(exact, monkeypatch, row):
+    """Tokens per micro-batch, row order, padding and what stands in it: same gradient and metrics.
+    No gradient reaches the teacher's, the reference's or the old log-probabilities."""
     results = []
-    for micro_tokens, seed in ((1, 0), (70, 1), (10**6, 2)):
+    for micro_tokens, seed, batch_of in ((1, 0, sdar.batch_of), (70, 1, sdar.batch_of),
+                                         (10**6, 2, dirty_batch_of)):
+        monkeypatch.setattr(sdar, "batch_of", batch_of)
         s = settings(lam=0.3, kl=0.1, micro_tokens=micro_tokens, seed=seed, **row)
-        results.append(learned(exact, turns_for(exact, s), s))
-    metrics, gradient = results[0]
-    assert gradient.norm() > 1e-3
-    for other, again in results[1:]:
-        assert same(again, gradient)
-        assert other == {name: pytest.approx(value, rel=1e-5, abs=1e-7)
-                         for name, value in metrics.items()}
-
-@every_row
-def test_only_the_student_learns(exact, row):
-    """No gradient reaches the teacher's, the reference's or the old log-probabilities."""
-    s = settings(lam=0.3, kl=0.1, **row)
-    turns = turns_for(exact, s)
-    others = [getattr(t, name).requires_grad_() for t in turns for name in SCORES[1:]]
-    _, gradient = learned(exact, turns, s)
-    assert gradient.norm() > 1e-3
-    assert all(x.grad is None or x.grad.abs().max() == 0 for x in others)
+        turns = turns_for(exact, s)
+        others = [getattr(t, name).requires_grad_() for t in turns for name in SCORES[1:]]
+        results.append(learned(exact, turns, s))
+        assert all(x.grad is None for x in others)
+    (metrics, gradient), (other, again), (dirty, last) = results
+    assert gradient.norm() > 1e-3 and same(again, gradient) and same(last, gradient)
+    assert other == {name: pytest.approx(value, rel=1e-5, abs=1e-7)
+                     for name, value in metrics.items()}
+    assert dirty["loss"] == pytest.approx(metrics["loss"], rel=1e-5, abs=1e-7)
 
 @pytest.mark.parametrize("row", [row for row in [*ROWS.values(), *VARIANTS]
                                  if "lam" in sdar.method_of(settings(**row)).uses], ids=str)
 def test_lambda_0_is_grpo(exact, row):
-    """Switched off, a method is GRPO to the last bit, and OPSD, without policy loss, nothing."""
+    """Switched off, a method is GRPO to the last bit; OPSD, without policy loss, nothing but the
+    released entropy bonus."""
     turns = random_turns(exact)
     s = settings(lam=0.0, **row)
+    base = "grpo"
+    if s.algo == "opsd":
+        base = sdar.Method(advantages=sdar.METHODS["opsd"].advantages)
     off = learned(exact, turns, s)[1]
-    on = learned(exact, turns, dataclasses.replace(s, lam=0.3))[1]
-    grpo = learned(exact, turns, s, sdar.METHODS["grpo"])[1]
-    assert grpo.norm() > 1e-3 and not same(on, off, 1e-3)
-    no_policy_loss = sdar.Method(advantages=sdar.METHODS["opsd"].advantages)
-    nothing = learned(exact, turns, s, no_policy_loss)[1]     # but for the released entropy bonus
-    assert torch.equal(off, nothing if s.algo == "opsd" else grpo)
-    assert (nothing.norm() > 0) == (s.recipe == "released")
+    want = learned(exact, turns, s, sdar.METHODS.get(base, base))[1]
+    assert torch.equal(off, want)
+    assert (want.norm() > 0) == (s.algo != "opsd" or s.recipe == "released")
+    assert not same(learned(exact, turns, dataclasses.replace(s, lam=0.3))[1], off, 1e-3)
 
 def with_turns(turns, **changes):
     """The turns with these fields, or with what a function makes of each turn."""
@@ -1060,20 +909,18 @@ def with_turns(turns, **changes):
             setattr(t, name, value(t) if callable(value) else value)
     return turns
 
-def without_pairs(state, episodes, s):
-    """UCOB's pairs with a coefficient of 0."""
-    return with_turns(sdar.ucob_pairs(state, episodes, s), weight=0.0)
-
 OFF = {  # a follow-up with its part switched off: (turns, its method's changes, the method it is)
     "atod, a teacher that agrees": (dict(teacher_logp=lambda t: t.old_logp), {}, "grpo"),
-    "sgcd, a teacher that agrees": (
-        dict(extra=lambda t: t.extra | {"divergence": 0 * t.extra["divergence"]}), {}, "grpo"),
     "sgcd, no reference": (
         dict(extra=lambda t: {name: 0 * x for name, x in t.extra.items()}), {}, "grpo"),
+    "sgcd, gamma 0": ({}, dict(advantages=lambda *args: sdar.sgcd(*args, gamma=0.0)), "grpo"),
+    "triage, lambda 0": ({}, dict(
+        advantages=lambda *args: sdar.triage(*args, lam=0.0, whiten=False)), "grpo"),
     "craft, all three parts off": ({}, dict(
         term=lambda b, s: sdar.craft_term(b, s, p1=False, p2=False, p3=False)), "sdar"),
-    "ucob, no pairs": ({}, dict(rows=lambda state, episodes, s: []), "gigpo"),
-    "ucob, pairs without weight": ({}, dict(rows=without_pairs), "gigpo"),
+    "ucob, no pairs": ({}, dict(rows=lambda *args: []), "gigpo"),
+    "ucob, pairs without weight": ({}, dict(
+        rows=lambda *args: with_turns(sdar.ucob_pairs(*args), weight=0.0)), "gigpo"),
     "paw, nothing seen afterwards": (dict(after=[]), {}, "grpo")}
 
 @pytest.mark.parametrize("name", OFF)
@@ -1091,55 +938,38 @@ def test_followups_switched_off_are_what_they_build_on(exact, name):
 
 @pytest.mark.parametrize("kl", [0.0, 0.3])
 def test_methods_are_what_they_are(exact, kl):
-    """The loss of each method, the paper's and the public code's, is the sum of its parts."""
+    """The loss of each method is the sum of its parts; the public code has, for every method, a
+    bonus of 0.001 x the entropy at the rollout temperature, with gradient."""
     def gated(b):
         return sdar.sdar_tokens(b.logp, b.teacher, 5.0)
 
-    def from_reference(b):
-        return b.logp - b.ref
-
     def skill_sd(b):
         return sdar.skill_sd_tokens(b.logp, b.teacher, b.old)
+
     terms = {
-        "grpo": lambda b: 0 * b.logp, "skill-grpo": lambda b: 0 * b.logp,
-        "rlsd": lambda b: 0 * b.logp, "sdar": gated, "opsd": from_reference,
-        "grpo+opsd": from_reference, "opsd released": gated,
-        "grpo+opsd released": lambda b: 0.5 * (b.teacher - b.logp),
-        "skill-sd": skill_sd, "skill-sd released": skill_sd}
+        "grpo": None, "grpo released": None, "skill-grpo": None, "rlsd": None, "sdar": gated,
+        "opsd": lambda b: b.logp - b.ref, "grpo+opsd": lambda b: b.logp - b.ref,
+        "opsd released": gated, "skill-sd": skill_sd, "skill-sd released": skill_sd,
+        "grpo+opsd released": lambda b: 0.5 * (b.teacher.detach() - b.logp)}
     turns = random_turns(exact)
+    entropies = []
+    for t in turns:
+        logp = full_logps(exact, t.prompt_ids, t.response_ids, 0.7)
+        entropies.append(-(logp.exp() * logp).sum(-1))
+    entropy = torch.nn.utils.rnn.pad_sequence(entropies, batch_first=True)
     for name, term in terms.items():
-        s = settings(lam=0.1, kl=kl, **ROWS[name])
+        algo, _, recipe = name.partition(" ")
+        s = settings(algo=algo, recipe=recipe or "paper", lam=0.1, kl=kl, temperature=0.7)
         loss, b = first_batch(exact, turns, s)
         a = sdar.grpo(b, s) * (s.algo != "opsd")
         a = sdar.rlsd_advantages(a, b.old, b.teacher, 0.1) if s.algo == "rlsd" else a
-        policy_loss = sdar.grpo_tokens(b.logp, b.old, a)
-        want = policy_loss + 0.1 * term(b) + kl * sdar.k3_kl(b.logp, b.ref)
-        if s.recipe == "released":
-            want = want - 0.001 * b.entropy
+        want = sdar.grpo_tokens(b.logp, b.old, a) + kl * sdar.k3_kl(b.logp, b.ref)
+        want = want + 0.1 * term(b) if term else want
+        want = want - 0.001 * entropy * (s.recipe == "released")
         want = sdar.aggregate(want, b.weights)
         assert close(loss.detach(), want.detach(), 1e-6), name
-        gradients = [torch.autograd.grad(x, b.logp, retain_graph=True)[0] for x in (loss, want)]
-        assert close(*gradients, 1e-6), name
-        if name == "grpo+opsd released" and not kl:  # the teacher is not in its gradient
-            rest = loss - sdar.aggregate(policy_loss, b.weights)
-            assert close(torch.autograd.grad(rest, b.logp)[0], -0.1 * 0.5 * b.weights)
-
-def test_the_released_recipe_has_the_public_codes_entropy_bonus(exact):
-    """0.001 x the entropy at the rollout temperature, aggregated like the loss, with gradient."""
-    turns = random_turns(exact)
-    s = settings(algo="grpo", temperature=0.7)
-    first_batch(exact, turns, s)                     # advantages and weights
-    paper, released = (
-        sdar.step_loss(exact, turns, dataclasses.replace(s, recipe=recipe), sdar.METHODS["grpo"],
-                       None)[0] for recipe in ("paper", "released"))
-    bonus = 0
-    for t in turns:
-        logp = full_logps(exact, t.prompt_ids, t.response_ids, 0.7)
-        bonus = bonus - 0.001 * t.weight * (logp.exp() * logp).sum()
-    assert close((paper - released).detach(), bonus.detach(), 1e-6)
-    gradient = gradient_by(exact, bonus)
-    assert gradient.norm() > 1e-6 and same(gradient_by(exact, paper - released), gradient,
-                                               1e-4)    # a small difference of large ones
+        expected = flat(torch.autograd.grad(want, [*exact.model.parameters()], retain_graph=True))
+        assert same(gradient_by(exact, loss), expected, 1e-6), name
 
 def test_the_loss_of_a_step_is_the_papers_sum(exact):
     """-(1/G) sum_i Agg[A r] + lambda (1/G) sum_i Agg[l], episode by episode from the definition."""
@@ -1158,9 +988,8 @@ def test_tokens_sampled_are_the_tokens_trained(policy, env, monkeypatch):
     state, episodes, _ = play_step(policy, env, s)
     turns = turns_of(episodes)
     seen = []
-    base = state.policy.model.base_model
-    forward = base.forward
-    monkeypatch.setattr(base, "forward", lambda input_ids, **options: (
+    forward = state.policy.model.base_model.forward
+    monkeypatch.setattr(state.policy.model.base_model, "forward", lambda input_ids, **options: (
         seen.extend(input_ids.tolist()) or forward(input_ids=input_ids, **options)))
     sdar.update(state, episodes, s, sdar.method_of(s), 0.0)
     assert sorted(seen) == sorted(t.prompt_ids + t.response_ids for t in turns)
@@ -1169,13 +998,11 @@ def test_tokens_sampled_are_the_tokens_trained(policy, env, monkeypatch):
 @pytest.mark.parametrize("recipe", ["paper", "released"])
 def test_what_an_update_logs_are_means_over_tokens(exact, recipe):
     """Gate, gap, clipping and divergences in the metrics, once more in plain Python."""
-    turns = random_turns(exact)
-    for t in turns:
-        t.reward *= t.group == 0                     # a group without variance: advantages of 0
+    turns = with_turns(random_turns(exact), reward=lambda t: t.reward * (t.group == 0))
     s = settings(algo="sdar", kl=0.1, recipe=recipe)
     metrics = learned(exact, turns, s)[0]
     logged = []
-    for t, advantage in zip(turns, expected_advantages(turns, s)):
+    for t, advantage in zip(turns, expected_advantages(turns, s)):    # 0 in group 1
         rows = zip(*(x.tolist() for x in (t.logp, t.old_logp, t.teacher_logp, t.ref_logp)))
         for logp, old, teacher, ref in rows:
             ratio = math.exp(logp - old)
@@ -1193,56 +1020,51 @@ def test_what_an_update_logs_are_means_over_tokens(exact, recipe):
 
 # ---- which settings go with which method ---------------------------------------------------------
 
-@pytest.mark.parametrize("recipe, with_term", [
-    ("paper", {"sdar"}), ("released", {"sdar", "opsd", "grpo+opsd"})])
-def test_divergences_go_with_the_methods_that_have_sdars_term(recipe, with_term):
-    """A flag without effect on the chosen method is refused, not ignored."""
-    for algo in sdar.METHODS:
-        argv = ["--algo", algo, "--recipe", recipe, "--divergence", "jsd"]
-        if algo in with_term:
-            assert sdar.read_settings(argv)[0].divergence == "jsd"
+@pytest.mark.parametrize("words, rows", [
+    ("--lam 7", "sdar, opsd, grpo+opsd, skill-sd, rlsd"),
+    ("--beta 7", "sdar, skill-sd, rlsd, opsd released"),
+    ("--gate entropy", "sdar, opsd released"),
+    ("--divergence jsd", "sdar, opsd released, grpo+opsd released"),
+    ("--judge http://x", "triage, sgcd"), ("--teacher-model 7", "atod")])
+def test_a_setting_without_effect_on_the_method_is_refused(words, rows):
+    """A flag of other methods is refused, not ignored."""
+    rows = rows.split(", ")
+    flag = words.split()[0]
+    for algo, recipe in itertools.product(sdar.METHODS, ("paper", "released")):
+        argv = f"--model m --algo {algo} --recipe {recipe} {words}".split()
+        if algo in rows or f"{algo} {recipe}" in rows:
+            sdar.read_settings(argv)
         else:
-            with pytest.raises(UserError, match="--divergence has no effect"):
+            with pytest.raises(UserError, match=f"{flag} has no effect with --algo"):
                 sdar.read_settings(argv)
 
 @pytest.mark.parametrize("argv, kl", [
     ("--algo opsd", 0.0), ("--algo opsd --recipe released", 0.01), ("--algo opsd --kl 0.5", 0.5),
     ("--algo sdar", 0.01), ("--env search --recipe released", 0.001),
-    ("--env search --recipe released --kl 0.02", 0.02)])
-def test_weight_of_the_kl_term(argv, kl):
-    """The paper's OPSD has none; the public code has its own; flags given by hand go first."""
-    assert sdar.read_settings(["--model", "m", *argv.split()])[0].kl == kl
-
-@pytest.mark.parametrize("algo, name, kl", [
-    *((a, e, 0.0) for a in ("atod", "sgcd", "craft") for e in BENCHMARKS),
-    *((a, e, 0.001 if e == "search" else 0.01) for a in ("gigpo", "ucob") for e in BENCHMARKS),
-    ("triage", "search", 0.01), ("paw", "alfworld", 0.01)])
-def test_presets_of_the_followups(algo, name, kl):
-    """KL weight, penalty and the settings that have an effect."""
-    argv = ["--algo", algo, "--env", name, "--model", "m"]
-    s, _ = sdar.read_settings(argv)
-    assert s.kl == kl and s.invalid_penalty == (0.01 if name == "search" else 0.1)
+    ("--env search --recipe released --kl 0.02", 0.02),
+    *((f"--algo {algo} --env {env}", 0.0)
+      for algo in ("atod", "sgcd", "craft") for env in BENCHMARKS),
+    *((f"--algo {algo} --env {env}", 0.001 if env == "search" else 0.01)
+      for algo in ("gigpo", "ucob") for env in BENCHMARKS),
+    ("--algo triage --env search", 0.01), ("--algo paw", 0.01)])
+def test_presets(argv, kl):
+    """Each method's weight of the KL term; flags given by hand go first."""
+    s, _ = sdar.read_settings(["--model", "m", *argv.split()])
+    assert s.kl == kl and s.invalid_penalty == (0.01 if s.env == "search" else 0.1)
     assert (s.lr, s.clip, s.group_size, s.steps) == (1e-6, 0.2, 8, 150)
-    for flag, value, algos in (("--judge", "http://x", "triage sgcd"), ("--lam", "7", ""),
-                               ("--teacher-model", "7", "atod"), ("--beta", "7", ""),
-                               ("--gate", "entropy", "")):
-        if algo in algos.split():
-            assert sdar.read_settings([*argv, flag, value])
-        else:
-            with pytest.raises(UserError, match=f"{flag} has no effect with --algo {algo}"):
-                sdar.read_settings([*argv, flag, value])
 
 @pytest.mark.parametrize("kl", [0.0, 0.01])
 @pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
 def test_only_the_methods_that_need_them_pay_for_teacher_and_reference(policy, env, tmp_path,
                                                                        row, kl):
     """Scoring passes and the reference model exist only where the method uses them."""
-    _, episodes, phases = play_step(policy, env, settings(kl=kl, max_turns=1, out=str(tmp_path),
-                                                          **row))
+    s = settings(kl=kl, max_turns=1, out=str(tmp_path), **row)
+    _, episodes, phases = play_step(policy, env, s)
     turn = episodes[0].turns[0]
-    uses = set(sdar.method_of(settings(**row)).needs.split()) | ({"reference"} if kl else set())
+    uses = set(sdar.method_of(s).needs.split()) | ({"reference"} if kl else set())
     for name in ("teacher", "reference"):
         assert (f"seconds_{name}" in phases) == (name in uses)
+    assert (turn.other_ids is not None) == bool(uses & {"teacher", "views"})
     scored = (turn.teacher_logp, turn.ref_logp)
     assert [x is not None for x in scored] == [x in uses for x in ("teacher", "reference")]
     # on a CPU the sampler's own numbers serve, except where entropies are needed too
@@ -1268,15 +1090,18 @@ def benchmark_(request, worlds):
     environment = worlds[request.param]
     return s, environment, sdar.load_policy("tiny", "cpu", sdar.tiny_texts(environment, s, 10))
 
-def rollout_with_wins(plain):
-    """A rollout in which every second episode counts as a success."""
+@pytest.fixture
+def wins(monkeypatch):
+    """Every second episode of the first half of a rollout counts as a success."""
+    plain = sdar.rollout
+
     def rollout(*args, **options):
         episodes = plain(*args, **options)
         for i, e in enumerate(episodes):
-            e.reward = 10.0 * (i % 2)
+            e.reward = 10.0 * (i % 2 and i < len(episodes) / 2)
             with_turns(e.turns, reward=e.reward)
         return episodes
-    return rollout
+    monkeypatch.setattr(sdar, "rollout", rollout)
 
 LOGGED = {"gigpo": "rows_in_shared_states", "atod": "gap", "triage": "share_role_R",
           "sgcd": "mixed_groups", "craft": "craft_lambda", "ucob": "further_rows",
@@ -1285,10 +1110,9 @@ LOGGED = {"gigpo": "rows_in_shared_states", "atod": "gap", "triage": "share_role
 @pytest.mark.parametrize("row", [
     *ROWS.values(), *VARIANTS, dict(retrieval="full"), dict(retrieval="random"),
     dict(retrieval="ucb"), dict(recipe="released"), dict(mini_batch=0, small_gpu=True)], ids=str)
-def test_every_method_trains_on_every_benchmark(benchmark_, monkeypatch, row):
+def test_every_method_trains_on_every_benchmark(benchmark_, wins, row):
     """Two steps move the weights, with finite numbers, and the log has what the method needs."""
     base, environment, policy = benchmark_
-    monkeypatch.setattr(sdar, "rollout", rollout_with_wins(sdar.rollout))
     s = dataclasses.replace(base, kl=0.01, **row)
     sdar.check_settings(s)
     state = sdar.make_state(copied(policy), s)
@@ -1299,11 +1123,8 @@ def test_every_method_trains_on_every_benchmark(benchmark_, monkeypatch, row):
         assert m["step"] == step and m["grad_norm"] > 0 and "kl" in m and json.dumps(m)
         assert all(math.isfinite(v) for v in m.values() if isinstance(v, float))
     assert state.cursor == 2 * s.groups and not same_weights(policy.model, state.policy.model)
-    needs = sdar.method_of(s).needs
-    assert ("seconds_teacher" in m) == ("teacher" in needs) and LOGGED.get(s.algo, "kl") in m
-    if s.algo == "sdar":
-        assert 0 <= m["negative_gap"] <= 1
-        assert s.gate != "none" or m["gate"] == 1
+    assert LOGGED.get(s.algo, "kl") in m
+    assert s.gate != "none" or m["gate"] == 1
     if s.algo in ("gigpo", "ucob", "paw", "sgcd") and (s.algo, s.env) != ("paw", "search"):
         assert m[LOGGED[s.algo]] > 0                 # a random policy searches for nothing
 
@@ -1315,13 +1136,13 @@ def counted(b, s, state):
 
 @pytest.mark.parametrize("algo, steps", [*((algo, 2) for algo in LOGGED), ("craft", 12),
                                          ("counted", 2)])
-def test_every_followup_resumes_bit_for_bit(tmp_path, monkeypatch, algo, steps):
+def test_every_followup_resumes_bit_for_bit(tmp_path, monkeypatch, wins, algo, steps):
     """Interrupted, a run ends with the same weights, memory (CRAFT's rate, too) and metrics."""
-    monkeypatch.setattr(sdar, "rollout", rollout_with_wins(sdar.rollout))
     method = sdar.Method(advantages=counted, term=lambda b, s: b.extra["share"] * b.logp)
     monkeypatch.setitem(sdar.METHODS, "counted", method)
-    s = settings(algo=algo, out=str(tmp_path / "whole"), group_size=2, max_response=6,
-                 max_turns=2 if steps == 2 else 1, mini_batch=3, steps=steps, save_every=99)
+    s = settings(algo=algo, out=str(tmp_path / "whole"), groups=2 if steps == 2 else 3,
+                 group_size=2, max_response=6, max_turns=2 if steps == 2 else 1, mini_batch=3,
+                 steps=steps, save_every=99)
     whole = sdar.train(s)
     part = dataclasses.replace(s, out=str(tmp_path / "part"))
     sdar.train(dataclasses.replace(part, steps=steps - 1))
@@ -1345,15 +1166,11 @@ def test_adding_a_method_is_one_function_and_one_line(policy, env, monkeypatch):
                             "--max-response", "8", "--max-turns", "2", "--kl", "0"])[0]
     state, episodes, phases = play_step(policy, env, s)
     turns = with_turns(turns_of(episodes), reward=lambda t: 10.0 * (t.rollout % 2))
-    gradient = learned(state.policy, turns, s)[1]
-    advantages = expected_advantages(turns, s)
-    assert close([t.advantages[0] for t in turns],
-                 [a * math.exp(t.teacher_logp[0]) for t, a in zip(turns, advantages)], 1e-5)
-    coefficients = [-t.weight * a * t.teacher_logp.exp() for t, a in zip(turns, advantages)]
-    assert gradient.norm() > 0 and same(gradient, weighted_gradient(policy, turns, coefficients))
     metrics = sdar.learn_step(state, episodes, phases, s)
-    assert metrics["step"] == 1
-    assert metrics["grad_norm"] == pytest.approx(gradient.norm().item(), 1e-3)
+    want = weighted_gradient(policy, turns, [
+        -t.weight * a * t.teacher_logp.exp() for t, a in zip(turns, expected_advantages(turns, s))])
+    assert metrics["grad_norm"] == pytest.approx(want.norm().item(), 1e-3) and want.norm() > 0
+    assert same(learned(policy, turns, s)[1], want)
 
 def test_extra_goes_from_the_step_to_the_term(exact):
     """What `advantages` writes into Batch.extra over the whole step is there for `term`."""
@@ -1365,20 +1182,14 @@ def test_extra_goes_from_the_step_to_the_term(exact):
     gradient = learned(exact, turns, settings(micro_tokens=50, mini_batch=4), method)[1]
     coefficients = [t.weight * (t.teacher_logp + 10 * t.rollout) for t in turns]
     assert same(gradient, weighted_gradient(exact, turns, coefficients))
-    assert all(close(t.extra["rank"], t.teacher_logp + 10 * t.rollout) for t in turns)
-
-def further_rows(state, episodes, s):
-    """One turn of three tokens per episode, without a policy loss."""
-    return [sdar.Turn(e.turns[0].prompt_ids, [7, 8, 9 + i], number=-1, weight=0.05,
-                      advantages=torch.zeros(3)) for i, e in enumerate(episodes)]
 
 @pytest.mark.parametrize("mini_batch", [0, 4])
 def test_further_rows_add_their_loss_and_nothing_else(exact, mini_batch):
     """Method.rows: their loss counts; counts and means of the log stay those of the episodes."""
-    method = sdar.Method("teacher", term=sdar.sdar, rows=further_rows,
-                         row_term=lambda b, s: -2 * b.logp)
     turns = random_turns(exact)
-    rows = further_rows(None, episodes_of_turns(turns), None)
+    rows = [sdar.Turn(turns[i].prompt_ids, [7, 8, 9 + i], weight=0.05) for i in range(4)]
+    method = sdar.Method("teacher", term=sdar.sdar, rows=lambda *args: rows,
+                         row_term=lambda b, s: -2 * b.logp)
     want = weighted_gradient(exact, rows, [torch.full((3,), -2 * 0.05)] * 4)
     loss = -2 * 0.05 * sum(logps_of(exact, row).sum().item() for row in rows)
     for micro_tokens in (1, 70, 10**6):
@@ -1405,7 +1216,8 @@ def test_prepare_fills_the_teachers_prompt_after_the_rollout(policy, env, monkey
     ("plain", [0, 0, 0, 0]), ("skilled", [1, 1, 1, 1]), ("half", [1, 0, 1, 0]),
     ("ucob", [1, 0, 1, 0])])
 def test_who_acts_with_the_skill(policy, env, monkeypatch, acts, skilled):
-    """The agent sees no skill, the skill, or it in half of each group; the teacher the opposite."""
+    """The agent sees no skill, the skill, or it in half of each group; the teacher the opposite,
+    and nothing else differs."""
     monkeypatch.setitem(sdar.METHODS, "toy", sdar.Method("teacher", acts=acts))
     algo = "ucob" if acts == "ucob" else "toy"
     _, episodes, phases = play_step(policy, env, settings(algo=algo, group_size=2))
@@ -1413,20 +1225,20 @@ def test_who_acts_with_the_skill(policy, env, monkeypatch, acts, skilled):
     for e, with_skill in zip(episodes, skilled, strict=True):
         skill = env.skill(e.skill, True)
         for t in e.turns:
-            own, other = map(policy.tokenizer.decode, (t.prompt_ids, t.other_ids))
-            assert (skill in own) == bool(with_skill) and (skill in other) != (skill in own)
+            views = [policy.tokenizer.decode(ids) for ids in (t.prompt_ids, t.other_ids)]
+            with_it, without = views if with_skill else views[::-1]
+            same = len(os.path.commonprefix(views))
+            assert skill in with_it and skill not in without
+            assert with_it.endswith(without[same:])
             assert (t.teacher_logp is None) == (algo == "ucob")
 
 # ======== The follow-ups of SDAR ==================================================================
 
-def rows_of(values, turns):
-    """The rows of (B, T) without their padding."""
-    return [row[:len(t.response_ids)] for row, t in zip(values, turns)]
-
 # ---- GiGPO ---------------------------------------------------------------------------------------
 
 def test_gigpo_by_hand():
-    """Two rollouts, one wins in three turns: advantage over the group and over shared states."""
+    """Two rollouts, one wins in three turns: advantage over the group and over shared states, and
+    exactly 0 where all values are equal."""
     rows = [(0, 0, 0, 10.0, "a"), (0, 0, 1, 10.0, "b"), (0, 0, 2, 10.0, "a"),
             (0, 1, 0, 0.0, "a"), (0, 1, 1, 0.0, "c"), (1, 2, 0, 10.0, "a"), (1, 3, 0, 10.0, "a")]
     turns = made_turns([(*row, dict(observation=text)) for *row, text in rows])
@@ -1434,42 +1246,28 @@ def test_gigpo_by_hand():
     b = sdar.batch_of(turns)
     first, last = 10 * 0.95**2, 10.0                 # returns to go in state a of group 0
     mean = (first + last + 0) / 3
-    want = [5 + first - mean, 5, 5 + last - mean, -5 - mean, -5 - 0.1, 0, 0]
-    assert close(sdar.gigpo(b, settings())[:, 0], want, 1e-6)
+    got = sdar.gigpo(b, settings())[:, 0]
+    assert close(got[:5], [5 + first - mean, 5, 5 + last - mean, -5 - mean, -5 - 0.1], 1e-6)
+    assert got[5:].tolist() == [0, 0]
     assert b.log == {"states": 4, "rows_in_shared_states": 5, "share_in_shared_states": 5 / 7}
 
-def test_gigpo_without_its_step_part_is_grpo():
-    """With step weight 0 and a standard deviation: GRPO's advantages to the last bit."""
-    for seed, recipe in ((0, "paper"), (1, "released")):
-        s = settings(env="search", env_args="", recipe=recipe)
-        b = sdar.batch_of(mixed_turns(seed=seed))
-        assert torch.equal(sdar.gigpo(b, s, step_weight=0.0), sdar.grpo(b, s))
-        assert not torch.equal(sdar.gigpo(b, s), sdar.grpo(b, s))
-
 def test_gigpo_of_search_divides_by_the_deviation():
-    """Search-QA's step part has standard deviation 1 in each shared state, and 0 where alone."""
+    """GRPO's advantages, and a step part of standard deviation 1 in each shared state."""
     b = sdar.batch_of(mixed_turns())
     s = settings(env="search")
+    assert torch.equal(sdar.gigpo(b, s, step_weight=0.0), sdar.grpo(b, s))
     step = (sdar.gigpo(b, s) - sdar.grpo(b, s))[:, 0]
     for state in range(4):                           # two observations in each of two groups
         own = [step[i].item() for i, t in enumerate(b.turns)
                if (t.group, t.observation) == (state // 2, f"room {state % 2}")]
         assert abs(sum(own)) < 1e-5 and torch.tensor(own).std().item() == pytest.approx(1, 1e-4)
 
-@pytest.mark.parametrize("values, groups, want", [
-    ([3.0], [0], [0]), ([2.0, 2.0], [1, 1], [0, 0]), ([1.0, 3.0, 9.0], [0, 0, 5], [-1, 1, 0])])
-def test_values_minus_their_mean(values, groups, want):
-    """A lone value and equal ones have no advantage over themselves."""
-    values, groups = torch.tensor(values, dtype=F64), torch.tensor(groups)
-    assert sdar.minus_mean(values, groups).tolist() == want
-
 def test_states_are_shared_within_a_group_only():
-    """Equal observations share a state; for similarity 0.9, one word in twenty may differ."""
+    """Equal observations share a state; on Search-QA one word in twenty may differ."""
     text = " ".join(map(str, range(20)))
-    near = text.replace("19", "x")
-    far = text.replace("1", "x")
-    rows = [(0, text), (0, near), (0, far), (1, text), (0, text)]
-    turns = made_turns([(g, i, 0, 0.0, dict(observation=o)) for i, (g, o) in enumerate(rows)])
+    texts = [(0, text), (0, text.replace("19", "x")), (0, text.replace("1", "x")), (1, text),
+             (0, text)]
+    turns = made_turns([(g, i, 0, 0.0, dict(observation=o)) for i, (g, o) in enumerate(texts)])
     assert sdar.shared_states(turns).tolist() == [0, 1, 2, 3, 0]
     assert sdar.shared_states(turns, 0.9).tolist() == [0, 0, 1, 2, 0]
     for name, count in (("alfworld", 4), ("webshop", 4), ("search", 3)):
@@ -1479,51 +1277,30 @@ def test_states_are_shared_within_a_group_only():
 
 # ---- ATOD ----------------------------------------------------------------------------------------
 
-def weights_of_atod(old, teacher, lengths=None):
-    """atod_weights of one rollout whose turns have one token each, those of length 0 none."""
-    rows = [(0, 0, i, 0.0, dict(length=1, old_logp=torch.tensor([o], dtype=F64),
-                                teacher_logp=torch.tensor([t], dtype=F64)))
-            for i, (o, t) in enumerate(zip(old, teacher))]
-    b = sdar.batch_of(made_turns(rows))
-    if lengths:
-        b.mask &= torch.tensor(lengths)[:, None] > 0
-    return sdar.atod_weights(b.old, b.teacher, b.mask, b.rollout)
-
-@pytest.mark.parametrize("d, h, want", [
+@pytest.mark.parametrize("d, h, tokens, want", [
     (".101 .120 .228 .022 .054 .019 .138", ".037 .013 .025 .010 .022 .006 .008",
-     "1 .60 1 .15 .60 0 .60"),
+     "1 1 1 1 1 1 1", "1 .60 1 .15 .60 0 .60"),
     (".796 .705 .913 .876 .668 .696 1.214 .744", ".063 .132 .195 .158 .101 .132 .219 .158",
-     ".23 .48 .92 .76 .25 .47 1 .67")])
-def test_atod_weights_of_the_papers_figures(d, h, want):
-    """Two episodes of the paper: disagreement and surprise of each turn, and its weight."""
-    d, h, want = ([float(x) for x in row.split()] for row in (d, h, want))
-    assert close(weights_of_atod([-x for x in h], [-y - x for x, y in zip(d, h)]), want, 0.01)
-
-@pytest.mark.parametrize("old, teacher, lengths, want", [
-    ([-1.0], [-1.3], [1], [0.75]), ([-1.0, -1.0], [-1.3, -1.3], [1, 1], [0.75, 0.75]),
-    ([-1.0, -2.0, -9.0], [-1.5, -2.0, 0.0], [1, 1, 0], [1.0, 1.0, 0.0]),
-    ([-1.0, -2.0], [-1.5, -2.0], [0, 0], [0.0, 0.0])])
-def test_atod_weights_where_nothing_can_be_compared(old, teacher, lengths, want):
-    """One turn: 0.75. Equal turns: 0.75 each. A turn without tokens: 0, and no other's limit."""
-    assert close(weights_of_atod(old, teacher, lengths), want)
+     "1 1 1 1 1 1 1 1", ".23 .48 .92 .76 .25 .47 1 .67"),
+    (".3", "1", "1", ".75"), (".3 .3", "1 1", "1 1", ".75 .75"),
+    (".5 0 9", "1 2 9", "1 1 0", "1 1 0"), (".5 0", "1 2", "0 0", "0 0")])
+def test_atod_weights(d, h, tokens, want):
+    """Two episodes of the paper, by disagreement and surprise. A lone turn and equal turns: 0.75.
+    A turn without tokens: 0, and no other's limit."""
+    d, h, tokens, want = (torch.tensor([float(x) for x in row.split()], dtype=F64)[:, None]
+                          for row in (d, h, tokens, want))
+    rollout = torch.zeros(len(d), dtype=torch.long)
+    assert close(sdar.atod_weights(-h, -h - d, tokens > 0, rollout), want[:, 0], 0.01)
 
 @pytest.mark.parametrize("step, kappa, rho", [
     (0, 1, 1), (40, 0.55, 1.5), (72, 0.19, 1.9), (80, 0.1, 2), (500, 0.1, 2)])
 def test_atod_from_distillation_to_rl(step, kappa, rho):
-    """kappa w (log pi_T - log pi_old) + rho A, and each part alone where the other is 0."""
+    """kappa w (log pi_T - log pi_old) + rho A."""
     s = settings()
-    turns = mixed_turns()
-    b = sdar.batch_of(turns)
+    b = sdar.batch_of(mixed_turns())
     w = sdar.atod_weights(b.old, b.teacher, b.mask, b.rollout)[:, None]
-    assert 0 < w.mean() < 1
-    grpo = sdar.grpo(b, s)
-    pull = kappa * w * (b.teacher - b.old)
-    got = sdar.atod(b, s, state_at(step))
-    assert all(map(close, rows_of(got, turns), rows_of(pull + rho * grpo, turns)))
-    agreeing = dataclasses.replace(b, teacher=b.old)
-    assert torch.equal(sdar.atod(agreeing, s, state_at(step)), rho * grpo + 0 * b.old)
-    lost = dataclasses.replace(b, reward=0 * b.reward)
-    assert close(sdar.atod(lost, s, state_at(step)), pull)
+    want = kappa * w * (b.teacher - b.old) + rho * sdar.grpo(b, s)
+    assert close(sdar.atod(b, s, state_at(step)), want) and 0 < w.mean() < 1
 
 def test_teacher_model(policy, env, tmp_path, capsys):
     """It scores the student's own prompts and needs its tokenizer; a line says if there is none."""
@@ -1537,11 +1314,8 @@ def test_teacher_model(policy, env, tmp_path, capsys):
     for t in turns_of(sdar.play_step(state, env, None, s)[0]):
         assert t.other_ids is None
         assert close(t.teacher_logp, logps_of(teacher, t).detach(), 1e-4)
-    other = sdar.load_policy("tiny", "cpu", ["quite other words"] * 9)
-    with pytest.raises(UserError, match="has another tokenizer than tiny; take"):
-        sdar.load_teacher(other, s)
     out = tmp_path / "run"
-    with pytest.raises(UserError, match="--teacher-model"):
+    with pytest.raises(UserError, match="--teacher-model .* has another tokenizer than tiny; take"):
         sdar.train(dataclasses.replace(s, env="webshop", env_args="", out=str(out)))
     assert not out.exists() and not capsys.readouterr().out.count("atod_self")
     assert sdar.load_teacher(policy, settings(algo="atod")) is None
@@ -1552,36 +1326,16 @@ def test_teacher_model(policy, env, tmp_path, capsys):
 
 @pytest.mark.parametrize("name, lam", [("alfworld", 0.2), ("webshop", 0.2), ("search", 0.4)])
 def test_triage_adds_the_value_of_the_role(name, lam):
-    """A + lam c[role] without whitening; lam 0.4 on Search-QA; lam 0 is GRPO to the last bit."""
+    """A + lam c[role], whitened over the turns of the step by the population deviation; all 0
+    where all are equal."""
     b = sdar.batch_of(mixed_turns())
-    c = torch.tensor([{"D": 1, "E": 0.5, "N": -0.1, "R": -0.5}[t.role] for t in b.turns])
     s = settings(env=name)
-    grpo = sdar.grpo(b, s)
-    a = sdar.triage(b, s, whiten=False)
-    assert close(a - grpo, (lam * c)[:, None].expand(a.shape), 1e-6)
-    assert torch.equal(sdar.triage(b, s, lam=0.0, whiten=False), grpo)
-
-@pytest.mark.parametrize("lam", [None, 0.0])
-def test_triage_whitens_over_the_turns_of_the_step(lam):
-    """Mean 0 and population deviation 1, each turn once: an affine map that keeps the order."""
-    b = sdar.batch_of(mixed_turns())
-    plain, white = (sdar.triage(b, settings(), lam=lam, whiten=w)[:, 0].double()
-                    for w in (False, True))
-    assert white.mean().item() == pytest.approx(0, abs=1e-6)
-    assert white.std(correction=0).item() == pytest.approx(1, abs=1e-5)
-    assert close(white, (plain - plain.mean()) / plain.std(correction=0), 1e-4)
-
-def test_triage_without_variance():
-    """Equal rewards: the roles still teach. One role for all vanishes, and all equal is zero."""
-    b = sdar.batch_of(mixed_turns())
-    lost = dataclasses.replace(b, reward=0 * b.reward)
-    a = sdar.triage(lost, settings())[:, 0]
-    means = [a[[t.role == role for t in b.turns]].mean().item() for role in "DENR"]
-    assert means == sorted(means, reverse=True) and means[0] > 0 > means[3]
+    c = torch.tensor([{"D": 1, "E": 0.5, "N": -0.1, "R": -0.5}[t.role] for t in b.turns])
+    a = sdar.grpo(b, s)[:, 0].double() + lam * c
+    want = (a - a.mean()) / a.std(correction=0)
+    assert close(sdar.triage(b, s), want[:, None].expand(b.mask.shape), 1e-4)
     with_turns(b.turns, role="D")
-    assert sdar.triage(lost, settings()).abs().max() == 0
-    other = sdar.batch_of(with_turns(mixed_turns(), role=""))
-    assert close(sdar.triage(b, settings()), sdar.triage(other, settings()), 1e-5)
+    assert sdar.triage(dataclasses.replace(b, reward=0 * b.reward), s).abs().max() == 0
 
 def acted(actions, results, score=0.0, invalid=()):
     """An episode of these actions, each with what was seen after it."""
@@ -1600,7 +1354,7 @@ def test_roles_by_rule_on_the_papers_episode():
     steps, labels = zip(*(step.split() for step in text.split(", ")))
     actions = [f"{verbs[step[0]]} {step[1:]}" for step in steps]
     roles = sdar.roles_by_rule(acted(actions, [f"you see {a}" for a in actions], 1.0))
-    assert [r == "R" for r in roles] == [x == "R" for x in labels] and roles.count("R") == 10
+    assert [r == "R" for r in roles] == [x == "R" for x in labels]
     assert sum(a == b for a, b in zip(roles, labels)) >= 20, (roles, labels)
 
 @pytest.mark.parametrize("actions, results, options, roles", [
@@ -1620,21 +1374,15 @@ def test_roles_by_rule(actions, results, options, roles):
 @every_benchmark
 def test_roles_of_an_expert(worlds, name):
     """An expert's success ends with D and regresses in at most a tenth of its turns."""
-    environment = worlds[name]
     roles = []
-    for task in environment.tasks("train")[:20]:
-        session = environment.start(task)
-        turns = []
-        while not session.done and len(turns) < 60:
-            seen = session.observation
-            environment.step([session], [session.expert()])
-            turns.append(sdar.Turn([1], [2], observation=seen, action=session.action,
-                                   valid=session.valid, admissible=session.admissible))
-        own = sdar.roles_by_rule(sdar.Episode(task, session, turns=turns))
+    for task in worlds[name].tasks("train")[:20]:
+        session = play(worlds[name], task, 60)
+        seen, actions = zip(*session.turns)
+        own = sdar.roles_by_rule(acted(actions, [*seen[1:], session.observation], session.score))
         assert own[-1] == "D" or not session.score
         roles += own
     assert roles.count("R") <= 0.1 * len(roles) and roles.count("N") <= 0.3 * len(roles)
-    assert roles.count("E") + roles.count("D") > 0.7 * len(roles) and roles.count("E") > 5
+    assert roles.count("E") > 5
 
 def test_roles_are_logged(tmp_path):
     """Roles in episodes.jsonl, their shares in metrics.jsonl."""
@@ -1645,11 +1393,6 @@ def test_roles_are_logged(tmp_path):
     assert sum(metrics[f"share_role_{role}"] for role in "DENR") == pytest.approx(1)
 
 ROLE = '{"role": "%s", "evidence": "it says so"}'
-
-def judged(server, episode, answer):
-    """The metrics of TRIAGE's roles by a judge that gives this answer."""
-    server.reply = chat_reply(answer)
-    return sdar.add_roles(None, None, [episode], settings(algo="triage", judge=server.url))
 
 def test_judge_is_asked_for_every_turn(server):
     """It sees the task and five turns on each side, not the outcome; its last JSON counts."""
@@ -1666,85 +1409,67 @@ def test_judge_is_asked_for_every_turn(server):
     assert len(server.asked) == 14
     for path, data in server.asked:
         body = json.loads(data)
-        assert path == "/v1/chat/completions" and body["model"] == "some/model"
+        assert (path, body["model"]) == ("/v1/chat/completions", "some/model")
         assert body["temperature"] == 0
     text, = [text for text in asked_texts(server) if "JUDGE 7: " in text]
     numbers = [i for i in range(14) if f"'go to {i}', result 'seen {i}'" in text]
     assert numbers == list(range(1, 12)) and "a task" in text and "won" not in text
 
-@pytest.mark.parametrize("answer", [
+@pytest.mark.parametrize("answers", [[503, "no idea", ROLE % "E"], *([answer] * 4 for answer in (
     "I cannot say.", "{}", '{"role": "X", "evidence": ""}', '{"role": "D"}',
     '{"role": ["D"], "evidence": ""}', "{" * 9000, b"<html>", b"\xff\xfe", b"", b"[]",
     b'{"choices": []}', b'{"choices": [{"message": {"content": null}}]}', b"[" * 300_000,
     '{"role": "D", "evidence": ""}' + " " * 20_000,
     json.dumps({"choices": [{"message": {"content": ROLE % "D"}}]}).encode()[:-1]
-    + b" " * 2**20 + b"}"])
-def test_nonsense_of_a_judge_is_role_n_and_counted(server, no_waiting, answer):
-    """After four tries a reply that names no role counts as N; the run goes on."""
+    + b" " * 2**20 + b"}"))])
+def test_nonsense_of_a_judge_is_role_n_and_counted(server, no_waiting, answers):
+    """A judge is asked again; after four tries without a role the turn is N and the run goes on."""
+    server.reply = chat_reply(lambda text, number: answers[number - 1])
     episode = acted(["go to a"], ["A"])
-    metrics = judged(server, episode, lambda text, number: answer)
-    assert episode.turns[0].role == "N" and metrics["judge_failures"] == 1
-    assert metrics["share_role_N"] == 1 and len(server.asked) == 4
+    metrics = sdar.add_roles(None, None, [episode], settings(algo="triage", judge=server.url))
+    failed = len(answers) == 4
+    assert episode.turns[0].role == ("N" if failed else "E")
+    assert metrics["judge_failures"] == metrics["share_role_N"] == failed
+    assert len(server.asked) == len(answers)
 
-def test_judge_is_asked_again(server, no_waiting):
-    """An error of the server and a useless reply are followed by another try."""
-    episode = acted(["go to a"], ["A"])
-    judged(server, episode, lambda text, number: [503, "no idea", ROLE % "E"][number - 1])
-    assert episode.turns[0].role == "E" and len(server.asked) == 3
-
-@pytest.mark.parametrize("url", ["http://127.0.0.1:9", "nonsense", "http://127.0.0.1:1/v1"])
-def test_judge_that_cannot_be_reached_is_one_line(no_waiting, url):
-    """Address, cause and what to do."""
-    with pytest.raises(UserError, match="^--judge .* failed 4 times .*; check that it") as error:
-        sdar.add_roles(None, None, [acted(["a"], ["b"])], settings(algo="triage", judge=url))
-    assert "\n" not in str(error.value)
-
-def test_judge_that_refuses_or_hangs_is_one_line(server, no_waiting):
-    """A wrong address, no answer in time, and an error, after which the questions end."""
-    server.reply = chat_reply(lambda text, number: 404)
-    with pytest.raises(UserError, match="404"):
-        sdar.ask(server.url, ["?"], sdar.read_role)
-    slow = threading.Event()
-    server.reply = chat_reply(lambda text, number: slow.wait(5) and "" or "")
-    began = time.monotonic()
-    with pytest.raises(UserError, match="failed 4 times .*timed out"):
-        sdar.ask(server.url, ["?"], sdar.read_role, seconds=1.0)
+def test_judge_that_fails_is_one_line(server, no_waiting):
+    """No such server, a wrong address, an error, after which the questions end, or no answer in
+    time."""
+    waiting = threading.Event()
+    for url, status, pause, seconds, message in (
+            ("http://127.0.0.1:9", 0, 0, 300.0, "^--judge .* failed 4 times .*; check that it"),
+            ("nonsense", 0, 0, 300.0, "^--judge .* failed 4 times .*; check that it"),
+            (server.url, 404, 0.1, 300.0, "404"), (server.url, 500, 0.1, 300.0, "500"),
+            (server.url, "", 5, 1.0, "failed 4 times .*timed out")):
+        server.asked.clear()
+        server.reply = chat_reply(lambda *_: waiting.wait(pause) or status)
+        began = time.monotonic()
+        with pytest.raises(UserError, match=message) as error:
+            sdar.ask(url, ["?"] * 500, sdar.read_role, seconds)
+        assert len(server.asked) < 200 and "\n" not in str(error.value)
     assert time.monotonic() - began < 4              # all tries together, not each
-    slow.set()
-    server.asked.clear()
-    server.reply = chat_reply(lambda text, number: threading.Event().wait(0.1) or 500)
-    with pytest.raises(UserError, match="500"):
-        sdar.ask(server.url, ["?"] * 500, sdar.read_role)
-    assert len(server.asked) < 200
+    waiting.set()
 
 # ---- SGCD ----------------------------------------------------------------------------------------
 
-def weights_of(d, h, gamma=1.0):
-    """sgcd_weights of one response, with garbage behind it."""
+@pytest.mark.parametrize("gamma, d, h, want", [
+    (1, "0 0 .4 0 0 0 .02 .1 0 0 .2 0 0 0 0", "1 1 1 1 1 1 1 1 1 1 1 1.6 1 1 1",
+     "1 1 1.8 1.8 1.8 1 1.04 1.2 1.2 1.2 1.4 1 1 1 1"),
+    (0, "0 .4 0", "1 1 1", "1 1 1"), (2, "0 .4 0", "1 1 1", "1 2 1"),
+    (1, ".3 .3 .3", "1 1 1", "1 1 1"), (1, "", "", ""), (1, "5", "1", "1"),
+    (1, "0 .4 0 0", "1 1 1 1", "1 1.8 1 1"),
+    (1, ".4 0 0 0 0 0 0 0 0", "1 1 1 1 1 1 1 1 1", "1.8 1 1 1 1 1 1 1 1"),
+    (1, ".4 0 0 0 0 0 0 0 0 0", "1 1 1 1 1 1 1 1 1 1", "1.8 1.8 1 1 1 1 1 1 1 1"),
+    (1, ".4 .2 0 0 0 0 0 0 0 0", "1 1.6 9 9 9 9 9 9 9 9", "1.8 1.4 1 1 1 1 1 1 1 1")],
+    ids=["fifteen tokens", "off", "limit", "flat", "empty", "one token", "segments of one",
+         "still one", "two", "end and start"])
+def test_sgcd_weights(gamma, d, h, want):
+    """Segments of at most a fifth of the response, ended by the teacher's entropy; what stands
+    behind the response changes nothing."""
+    d, h, want = ([float(x) for x in row.split()] for row in (d, h, want))
     d, h = (torch.tensor([[*row, math.nan, math.inf]], dtype=F64) for row in (d, h))
-    mask = torch.arange(d.shape[1])[None] < d.shape[1] - 2
-    return sdar.sgcd_weights(d, h, mask, gamma)[0, :-2].tolist()
-
-def test_sgcd_weights_of_an_example():
-    """Fifteen tokens: segments of at most three, one of them ended by the teacher's entropy."""
-    d = [0.0] * 15
-    h = [1.0] * 15
-    d[2], d[6], d[7], d[10], h[11] = 0.4, 0.02, 0.1, 0.2, 1.6
-    want = [1, 1, 1.8, 1.8, 1.8, 1, 1.04, 1.2, 1.2, 1.2, 1.4, 1, 1, 1, 1]
-    assert close(weights_of(d, h), want)
-    assert weights_of(d, h, gamma=0.0) == [1.0] * 15
-    assert close(weights_of(d, h, gamma=2.0)[2], 2.0)
-
-@pytest.mark.parametrize("d, h, want", [
-    ([0.3] * 7, [1.0] * 7, [1.0] * 7), ([], [], []), ([5.0], [1.0], [1.0]),
-    ([0.0, 0.4, 0.0, 0.0], [1.0] * 4, [1, 1.8, 1, 1]),
-    ([0.4] + [0.0] * 8, [1.0] * 9, [1.8] + [1] * 8),
-    ([0.4] + [0.0] * 9, [1.0] * 10, [1.8] * 2 + [1] * 8),
-    ([0.4, 0.2, *[0.0] * 8], [1.0, 1.6, *[9.0] * 8], [1.8, 1.4, *[1.0] * 8])],
-    ids=["flat", "empty", "one token", "segments of one", "still one", "two", "end and start"])
-def test_sgcd_weights_at_the_edges(d, h, want):
-    """Short and flat responses, and peaks at both ends."""
-    assert close(weights_of(d, h), want)
+    mask = torch.arange(d.shape[1])[None] < len(want)
+    assert close(sdar.sgcd_weights(d, h, mask, gamma)[0, :len(want)], want)
 
 def test_disagreement_against_its_definition():
     """KL and entropy on the teacher's top words, the sampled word and one bucket, by hand."""
@@ -1753,29 +1478,25 @@ def test_disagreement_against_its_definition():
     token = torch.tensor([0, 7, 39, 3, 3])
     for k in (1, 6, 39, 100):
         got = sdar.disagreement(p, q, token, k)
-        for row, (x, y, word) in enumerate(zip(p.exp(), q.exp(), token)):
+        for row, x, y, word in zip(got, p.exp(), q.exp(), token):
             kept = {*y.argsort(descending=True)[:k].tolist(), int(word)}
             groups = [[i] for i in kept] + [[i for i in range(40) if i not in kept]]
             a, b = ([sum(z[i].item() for i in part) for part in groups if part] for z in (x, y))
             kl = sum(u * math.log(u / v) for u, v in zip(a, b))
-            assert close(got[row], [kl, -sum(v * math.log(v) for v in b)], 1e-9)
-    assert close(got[:, 0], (p.exp() * (p - q)).sum(-1), 1e-9)
+            assert close(row, [kl, -sum(v * math.log(v) for v in b)], 1e-9)
     assert sdar.disagreement(q, q, token, 6)[:, 0].tolist() == [0.0] * 5
 
 def test_sgcd_multiplies_the_token_losses_of_grpo():
-    """The loss of a token is W times GRPO's, the dual clip included, its gradient at most twice."""
+    """The loss of a token is W times GRPO's, the dual clip included; W is between 1 and 2."""
     b = sdar.batch_of(mixed_turns())
-    b.logp = (b.old + 3 * torch.randn(b.old.shape, dtype=F64)).requires_grad_()
+    logp = b.old + 3 * torch.randn(b.old.shape, dtype=F64)
     s = settings(algo="sgcd", invalid_penalty=0.0)
     w = sdar.sgcd_weights(b.extra["divergence"], b.extra["teacher_entropy"], b.mask)
     a = sdar.grpo(b, s)
-    plain, scaled = (sdar.grpo_tokens(b.logp, b.old, x) for x in (a, sdar.sgcd(b, s)))
-    assert close(scaled[b.mask].detach(), (w * plain)[b.mask].detach(), 1e-6)
+    plain, scaled = (sdar.grpo_tokens(logp, b.old, x) for x in (a, sdar.sgcd(b, s)))
+    assert close(scaled[b.mask], (w * plain)[b.mask], 1e-6) and (plain == -3 * a)[b.mask].any()
     assert 1 <= w.min() and w.max() <= 2 and w.max() > 1.3
-    assert (plain == -3 * a)[b.mask].any()
-    one, two = (torch.autograd.grad(x[b.mask].sum(), b.logp)[0] for x in (plain, scaled))
-    assert (two.abs() <= 2 * one.abs() + 1e-9).all() and two.abs().max() > one.abs().max()
-    assert torch.equal(sdar.sgcd(b, s, gamma=0.0), a) and b.log["sgcd_weight"] == 1
+    assert b.log["sgcd_weight"] == pytest.approx(w[b.mask].mean().item())
 
 def test_reference_is_the_shortest_success_and_the_longest_failure():
     """By action lists; of siblings alone, so never the rollout's own."""
@@ -1794,29 +1515,18 @@ def test_reference_goes_into_the_user_message(policy):
     other = sdar.with_reference(policy, ids, "go <|im_end|>there", s)
     want = sdar.render_chat(policy.tokenizer, "go there\n\nTask: find it")
     assert policy.tokenizer.decode(other) == want
-    tail = len(ids) - len(os.path.commonprefix([ids, other]))
-    assert other[-tail:] == ids[-tail:] and tail >= len(ids) - 4
+    tail = ids[len(os.path.commonprefix([ids, other])):]
+    assert other[-len(tail):] == tail
     for budget in (len(ids), len(ids) + 2):
         small = dataclasses.replace(s, max_teacher_prompt=budget)
         cut = sdar.with_reference(policy, ids, "go there " * 9, small)
-        assert len(cut) == budget and cut[-tail:] == ids[-tail:]
+        assert len(cut) == budget and cut[-len(tail):] == tail
 
-def step_with_wins(policy, env, s):
-    """(state, episodes): a rollout in which every second episode of group 0 is made a success."""
-    state = sdar.make_state(copied(policy), s)
-    generator = sdar.generator_for(policy, s, "test")
-    tasks = sdar.draw_tasks(env, s, 0, s.groups)
-    episodes = sdar.rollout(state.policy, env, tasks, s, 1.0, generator, s.group_size)
-    for i, e in enumerate(episodes):
-        e.reward = 10.0 * (i % 2 == 1 and i < s.group_size)
-        with_turns(e.turns, reward=e.reward)
-    return state, episodes
-
-def test_sgcd_compares_with_the_reference_in_mixed_groups(policy, env):
+def test_sgcd_compares_with_the_reference_in_mixed_groups(policy, env, wins):
     """Divergence and entropy of every token are those of the two prompts' full distributions."""
     s = settings(algo="sgcd", group_size=4, max_turns=2)
-    state, episodes = step_with_wins(policy, env, s)
-    assert sdar.add_references(state, env, episodes, s) == {"mixed_groups": 1}
+    state, episodes, phases = play_step(policy, env, s)
+    assert phases["mixed_groups"] == 1
     for t in turns_of(episodes):
         assert (t.other_ids is not None) == (t.group == 0)
         if t.group:
@@ -1832,37 +1542,22 @@ def test_sgcd_compares_with_the_reference_in_mixed_groups(policy, env):
     metrics = sdar.update(state, episodes, s, sdar.method_of(s), 0.0)
     assert 1 < metrics["sgcd_weight"] < 2 and metrics["grad_norm"] > 0
 
-def test_digest_of_a_server_replaces_the_plain_reference(policy, env, server, no_waiting):
+def test_digest_of_a_server_replaces_the_plain_reference(policy, env, server, wins, no_waiting):
     """--judge writes the reference; an empty digest is counted, and the plain one is used."""
     server.reply = chat_reply(lambda text, number: (
         "<think>hm</think> turn left " if "Attempt that succeeded" in text else "  "))
     s = settings(algo="sgcd", judge=server.url, group_size=2, max_turns=1)
-    state, episodes = step_with_wins(policy, env, s)
-    metrics = sdar.add_references(state, env, episodes, s)
-    assert metrics == {"mixed_groups": 1, "judge_failures": 1}
+    _, episodes, phases = play_step(policy, env, s)
+    assert (phases["mixed_groups"], phases["judge_failures"]) == (1, 1)
     lost, won = (policy.tokenizer.decode(e.turns[0].other_ids) for e in episodes[:2])
     assert "turn left" in lost and "hm" not in lost and "Another attempt that failed: " in won
     assert all(text.count("Attempt that ") == 1 for text in asked_texts(server))
 
 # ---- CRAFT ---------------------------------------------------------------------------------------
 
-def credit_of(advantages, gaps, sign="paper"):
-    """Credit of siblings of one token each."""
-    gap = torch.tensor(gaps, dtype=F64)[:, None]
-    live = torch.ones_like(gap, dtype=torch.bool)
-    return sdar.craft_credit(gap, live, torch.tensor(advantages, dtype=F64), sign)[:, 0]
-
-@pytest.mark.parametrize("gaps, want", [([0, 0, 0, 0], [-2, 2 / 3, 2 / 3, 2 / 3]),
-                                        ([1, 0, -1, 0.5], [-2, 1.1482, 1.0130, 1.3305])])
-def test_craft_credit_of_the_examples(gaps, want):
-    """One success among four: x, which for equal gaps is -G / (G - 1) A."""
-    c = credit_of([1.5, -0.5, -0.5, -0.5], gaps)
-    x = c.sign() * ((1 + c.abs()) / (1 - c.abs())).log() / 5
-    assert close(x, want, 1e-4)
-    assert any(gaps) or close(c, [-0.9999, 0.9311, 0.9311, 0.9311], 1e-4)
-
 def test_craft_credit_by_its_definition():
-    """Random advantages, gaps and lengths, token by token in plain Python."""
+    """Random advantages, gaps and lengths, token by token in plain Python; also where no sibling
+    is alive."""
     g = torch.Generator().manual_seed(0)
     gap = torch.randn(5, 7, generator=g, dtype=F64)
     live = torch.arange(7) < torch.tensor([7, 2, 5, 5, 6])[:, None]
@@ -1872,7 +1567,7 @@ def test_craft_credit_by_its_definition():
         for i, t in itertools.product(range(5), range(7)):
             others = [j for j in range(5) if j != i and live[j, t]]
             x = a[i] * gap[i, t] * (sign == "paper")
-            if int(live[:, t].sum()) >= 2 and others:
+            if others:
                 total = sum(math.exp(gap[j, t]) for j in others)
                 x = sum(math.exp(gap[j, t]) / total * a[j] for j in others) - a[i]
             x = float(x) * bool(live[i, t])
@@ -1901,43 +1596,31 @@ def test_craft_credit_opposes_the_advantage():
         for i, j in b.mask.nonzero().tolist():
             siblings = (b.group == b.group[i]) & (b.number == b.number[i]) & b.mask[:, j]
             if siblings.sum() >= 2:
-                c = b.extra["credit"][i, j].item()
-                assert c == 0 or c * a[i, j] < 0
-                found.add((c > 0) - (c < 0))
-    assert found == {-1, 0, 1}
+                found.add((b.extra["credit"][i, j] * a[i, j]).sign().item())
+    assert found == {-1, 0}
 
 @pytest.mark.parametrize("sign, side", [("paper", -1), ("loo", 1)])
 def test_both_derivatives_of_craft(sign, side):
-    """By log pi: sign(c) (mu - lambda |c|) as printed, sign(c) (mu + lambda |c|) repaired."""
+    """By log pi: sign(c) (mu - lambda |c|) as printed, sign(c) (mu + lambda |c|) repaired, whose
+    direction is that of the policy loss."""
     b, s = craft_batch(sign=sign)
     loss = sdar.aggregate(sdar.METHODS["craft"].term(b, s), b.weights)
     gradient = torch.autograd.grad(loss, b.logp)[0]
     c, lam, mu = (b.extra[name] for name in ("credit", "lambda", "mu"))
     live = b.mask & (c != 0)
-    assert live.sum() > 10 and lam[0, 0] == mu[0, 0] == 0.005 + 0.015 * 0.5
     want = b.weights * c.sign() * (mu + side * lam * c.abs())
-    assert close(gradient[live], want[live].double(), 1e-6)
-    half = b.weights * mu * (1 - (b.ref - b.logp).exp())
-    assert close(gradient[b.mask & (c == 0)], half[b.mask & (c == 0)].detach(), 1e-6)
+    assert live.sum() > 10 and close(gradient[live], want[live].double(), 1e-6)
     a = sdar.grpo(b, dataclasses.replace(s, invalid_penalty=0.0))
-    with_policy = gradient * -a > 0                  # its direction is that of the policy loss
-    assert with_policy[live & (a != 0)].all() == (sign == "loo")
+    assert (gradient * a < 0)[live & (a != 0)].all() == (sign == "loo")
 
 def test_siblings_with_the_same_advantage_give_no_credit():
-    """Exactly 0, whatever the weights round to: the sign of c chooses the KL term."""
+    """Exactly 0, whatever the weights round to: the sign of c chooses the KL term, here k3."""
     gap = torch.randn(6, 50, generator=torch.Generator().manual_seed(0))
     live = torch.ones_like(gap, dtype=torch.bool)
     live[5, :40] = False
-    a = torch.tensor([0.7, 0.7, 0.7, 0.7, 0.7, -2.1])
-    c = sdar.craft_credit(gap, live, a)
+    c = sdar.craft_credit(gap, live, torch.tensor([0.7, 0.7, 0.7, 0.7, 0.7, -2.1]))
     assert c[:, :40].abs().max() == 0 and (c[:5, 40:] < 0).all() and (c[5, 40:] > 0).all()
-
-def test_craft_without_a_sibling_or_without_variance():
-    """Alone: x = A D as printed, 0 repaired. Equal rewards: c = 0, and the KL is k3."""
-    for sign, want in (("paper", 2 / (1 + math.exp(-5 * 0.6)) - 1), ("loo", 0.0)):
-        assert close(credit_of([2.0], [0.3], sign), [want])
     b, s = craft_batch(successes=())
-    assert b.extra["credit"].abs().max() == 0
     term = sdar.METHODS["craft"].term(b, s)
     assert torch.equal(term, b.extra["mu"] * sdar.k3_kl(b.logp, b.ref))
 
@@ -1973,10 +1656,9 @@ def test_pairs_of_ucob(policy, targets, found):
     """The winner's response under the target's other view; the teacher reads the winner's own."""
     turns = turns_of(shared_episodes([10.0, 0.0, 0.0, 10.0]))
     rows = pairs(policy, episodes_of_turns(turns), targets=targets)
-    assert len(rows) == len(found)
-    for row, i in zip(rows, found):
-        same = i % 2 == 0                            # the winner, rollout 0, saw the skill
-        assert row.prompt_ids == (turns[i].other_ids if same else turns[i].prompt_ids)
+    prompts = [turns[1].prompt_ids, turns[2].other_ids]     # the winner, rollout 0, saw the skill
+    assert [row.prompt_ids for row in rows] == prompts[:len(found)]
+    for row in rows:
         assert row.other_ids == turns[0].prompt_ids
         assert row.response_ids == turns[0].response_ids
         assert torch.equal(row.teacher_logp, turns[0].old_logp)
@@ -1993,56 +1675,48 @@ def test_ucob_without_pairs(policy, rewards, observations, fields):
         with_turns(e.turns[:1], **fields)
     assert pairs(policy, episodes) == []
 
-def test_ucob_pairs_by_return_to_go(policy):
-    """Later turns of a success are worth more; the two largest gaps are taken, of one view too."""
+def test_ucob_pairs_by_return_to_go(policy, monkeypatch):
+    """Later turns of a success are worth more; the two largest gaps are taken, of one view too.
+    A weight is twice min(gap / 0.2, 2), as all tokens are the action; nothing at 0.05 or less."""
     one_view = shared_episodes([10.0, 0.0, 0.0, 0.0, 0.0])[::2]
     assert len(pairs(policy, one_view)) == 2 and pairs(policy, one_view, targets="paper") == []
     success, = shared_episodes([10.0], "aaa")
     rows = pairs(policy, [success])                  # the same state three times: 9.025, 9.5, 10
     assert [row.prompt_ids for row in rows] == [t.other_ids for t in success.turns[:2]]
     assert all(row.response_ids == success.turns[2].response_ids for row in rows)
-
-@pytest.mark.parametrize("gap, scale", [(0.04, []), (0.1, [1.0]), (0.4, [4.0]), (3.0, [4.0])])
-def test_weight_of_a_small_gap(policy, monkeypatch, gap, scale):
-    """Twice min(gap / 0.2, 2), because all tokens count as the action; nothing at 0.05 or less."""
-    value = torch.tensor([1.0, 1 - gap], dtype=F64)
-    monkeypatch.setattr(sdar, "returns_to_go", lambda b: value)
-    rows = pairs(policy, shared_episodes([10.0, 10.0]))
-    assert [row.extra["scale"][0].item() for row in rows] == pytest.approx(scale)
+    for gap, scale in ((0.04, []), (0.1, [1.0]), (0.4, [4.0]), (3.0, [4.0])):
+        monkeypatch.setattr(sdar, "returns_to_go", lambda b: torch.tensor([1.0, 1 - gap]))
+        rows = pairs(policy, shared_episodes([10.0, 10.0]))
+        assert [row.extra["scale"][0].item() for row in rows] == pytest.approx(scale)
 
 def test_action_tokens(policy):
     """The tokens between the tags of an action, a search or an answer; without one all."""
     for text, action in (("<think>é go</think><action>go to desk 1</action>", "go to desk 1"),
                          ("<think>a</think><search>who is ö</search>", "who is ö"),
-                         ("<ACTION>look</ACTION>", "look"), ("<answer>x</answer>", "x")):
+                         ("<ACTION>look</ACTION>", "look"), ("<answer>x</answer>", "x"),
+                         *[(x, x) for x in ("go to desk", "<action>go", "<action></action>",
+                                            "</action><action>")]):
         ids = ids_of(policy, text)
         mask = sdar.action_tokens(policy, sdar.Turn([], ids))
         inside = policy.tokenizer.decode([i for i, m in zip(ids, mask) if m])
         assert action in inside and len(inside) <= len(action) + 4
-    for text in ("go to desk", "<action>go", "<action></action>", "</action><action>"):
-        assert sdar.action_tokens(policy, sdar.Turn([], ids_of(policy, text))).all()
 
 def test_top_kl_against_its_definition():
     """Renormalised on the teacher's top words, by hand; equal policies give 0 and no gradient."""
     g = torch.Generator().manual_seed(0)
     p, q = (torch.log_softmax(torch.randn(4, 60, generator=g, dtype=F64), -1) for _ in "pq")
-    got = sdar.top_kl(p, q)
+    p.requires_grad_()
+    got = sdar.top_kl(p, q).detach()
     for row, x, y in zip(got, p.exp(), q.exp()):
         kept = y.argsort(descending=True)[:32]
         x, y = (z[kept] / z[kept].sum() for z in (x, y))
-        assert close(row, (y * (y / x).log()).sum())
-    logits = torch.randn(3, 60, generator=g, dtype=F64, requires_grad=True)
-    same_policy = torch.log_softmax(logits, -1)
-    value = sdar.top_kl(same_policy, same_policy.detach())
-    assert close(value.detach(), [0.0] * 3)
-    assert torch.autograd.grad(value.sum(), logits)[0].abs().max() < 1e-12
-    assert close(sdar.top_kl(p[:, :9], q[:, :9])[0], sdar.top_kl(p[:, :9], q[:, :9], 9)[0])
+        assert close(row, (y * (y / x).log()).sum().detach())
+    value = sdar.top_kl(p, p.detach())
+    assert close(value.detach(), [0.0] * 4)
+    assert torch.autograd.grad(value.sum(), p)[0].abs().max() < 1e-12
+    assert sdar.top_kl(q[:, :9], q[:, :9]).shape == (4,)         # fewer words than the top has
 
 # ---- losses of whole rows: UCOB's pairs and PaW's next observations ------------------------------
-
-def own_turns(policy):
-    """Mixed turns that the policy itself has played: old log-probabilities are its own."""
-    return with_turns(mixed_turns(policy), old_logp=lambda t: logps_of(policy, t).detach())
 
 def pair_loss(policy, turns):
     """(0.1 sum(g w KL) over the tokens of UCOB's pairs, their number), without a gradient through
@@ -2079,12 +1753,13 @@ def world_loss(policy, turns, rho=0.2):
 @pytest.mark.parametrize("micro_tokens, mini_batch", [(1, 0), (90, 0), (10**6, 0), (10**6, 5)])
 def test_the_losses_of_ucob_and_paw_are_their_bases_and_their_rows(
         exact, algo, base, definition, counter, micro_tokens, mini_batch):
-    """Loss and gradient from the definition, whatever the micro-batches and mini-batches."""
-    turns = own_turns(exact)
-    if algo == "ucob":
-        with_turns(turns, after=[])
+    """Loss and gradient from the definition, whatever the micro-batches and mini-batches; what is
+    read after a response changes no log-probability of it."""
+    turns = with_turns(mixed_turns(exact), old_logp=lambda t: logps_of(exact, t).detach())
+    bare = [dataclasses.replace(t, after=[]) for t in turns]
+    turns = turns if algo == "paw" else bare
     s = settings(micro_tokens=micro_tokens, mini_batch=mini_batch)
-    plain, base_gradient = learned(exact, turns, dataclasses.replace(s, algo=base))
+    plain, base_gradient = learned(exact, bare, dataclasses.replace(s, algo=base))
     metrics, gradient = learned(exact, turns, dataclasses.replace(s, algo=algo))
     total, count = definition(exact, turns)
     want = metrics["updates"] * gradient_by(exact, total)
@@ -2093,82 +1768,17 @@ def test_the_losses_of_ucob_and_paw_are_their_bases_and_their_rows(
     assert metrics[counter] == count >= 3
     assert metrics["update_tokens"] == plain["update_tokens"]
 
-@pytest.mark.parametrize("rho", [None, 0.0])
-def test_paw_without_a_world_loss_is_grpo(exact, rho):
-    """All succeed, or no token surprises: GRPO. Longer rows round otherwise, no more."""
-    turns = own_turns(exact)
-    method = sdar.METHODS["paw"]
-    if rho is None:
-        with_turns(turns, reward=10.0)
-    else:
-        method = dataclasses.replace(method, after_loss=lambda b: sdar.paw_loss(b, rho=rho))
-    with_turns(turns[::3], valid=False)
-    s = settings(algo="paw", invalid_penalty=0.5)
-    metrics, gradient = learned(exact, turns, s, method)
-    plain, grpo = learned(exact, turns, dataclasses.replace(s, algo="grpo"))
-    assert grpo.norm() > 1e-3 and same(gradient, grpo, 1e-12)
-    assert metrics["loss"] == pytest.approx(plain["loss"], abs=1e-12)
-
-def test_tokens_after_a_response_leave_its_log_probabilities(exact):
-    """Causal: the response's log-probabilities are those without the observation."""
-    turns = own_turns(exact)
-    for t in turns:
-        t.advantages = t.extra["world"] = torch.ones(len(t.response_ids))
-    _, b = sdar.step_loss(exact, turns, settings(algo="paw"), sdar.METHODS["paw"], None)
-    for i, t in enumerate(turns):
-        n, k = len(t.response_ids), len(t.after)
-        assert close(b.logp[i, :n].detach(), logps_of(exact, t).detach())
-        assert not b.logp[i, n:].any() and not b.after[i, :n].any() and not b.after[i, n + k:].any()
-        if k:
-            seen = sdar.Turn(t.prompt_ids + t.response_ids, t.after)
-            assert close(b.after[i, n:n + k].detach(), logps_of(exact, seen).detach())
-
-@pytest.mark.parametrize("rho", [0.2, 1.0, 5.0])
-def test_the_world_loss_tolerates_noise(rho):
-    """Its gradient is -(1/n) sum [p <= rho] p grad log p: 0 for impossible tokens."""
-    p = torch.tensor([[1.0, 1e-9, 0.1, 0.2, 0.3, 0.9]], dtype=F64)
-    after = p.log().requires_grad_()
-    turn = sdar.Turn([1], [2], after=[1] * 5)
-    b = types.SimpleNamespace(after=after, turns=[turn], extra={"world": torch.ones(1, 1)})
-    loss = sdar.paw_loss(b, rho)
-    counted = p[0, 1:] <= rho
-    assert close(loss.detach(), ((1 - p[0, 1:]) * counted).sum() / 5, 1e-9)
-    gradient = torch.autograd.grad(loss, after)[0][0, 1:]
-    assert close(gradient, -p[0, 1:] * counted / 5, 1e-9)
-
 def test_paw_reads_the_next_observations(policy, env):
     """In every turn but the last, with the entropy of the whole vocabulary by the old policy."""
-    _, episodes, phases = play_step(policy, env, settings(algo="paw", max_turns=3, max_response=2))
-    assert "seconds_old_policy" in phases
+    _, episodes, _ = play_step(policy, env, settings(algo="paw", max_turns=3, max_response=2))
     for e in episodes:
         assert e.turns[-1].after == []
         for t, following in zip(e.turns, e.turns[1:]):
-            ids = ids_of(policy, following.observation)
-            assert t.after == ids[:2] and len(ids) > 2
+            assert t.after == ids_of(policy, following.observation)[:2]
         for t in e.turns:
             q = full_logps(policy, t.prompt_ids, t.response_ids).detach()
             assert close(t.extra["entropy"], -(q.exp() * q).sum(-1), 1e-4)
             assert torch.equal(t.extra["action"], sdar.action_tokens(policy, t))
-
-def test_paw_selects_by_the_entropy_of_the_action():
-    """Three quarters of the step's turns, the most uncertain; other tokens change nothing."""
-    turns = mixed_turns()
-
-    def world(**changes):
-        b = dataclasses.replace(sdar.batch_of(turns), **changes)
-        sdar.paw(b, settings(algo="paw"), state_at())
-        return b.extra["world"]
-    chosen = {i for i, row in enumerate(world()) if row[0] > 0}
-    pool = {i for i, t in enumerate(turns) if t.after}
-    least = min(turns[i].extra["entropy"][0] for i in chosen)
-    assert chosen < pool and len(chosen) == math.ceil(0.75 * len(pool))
-    assert all(turns[i].extra["entropy"][0] <= least for i in pool - chosen)
-    before = world()
-    for t in turns:
-        t.extra["entropy"][1:] = math.nan
-    assert torch.equal(world(), before)
-    lost = torch.zeros(len(turns), dtype=F64)
-    assert world(reward=lost)[:, 0].sum().item() == pytest.approx(1)
 
 # ---- published rows ------------------------------------------------------------------------------
 
@@ -2181,8 +1791,7 @@ def test_paw_selects_by_the_entropy_of_the_action():
 def test_published_rows_of_the_followups(name, algos, want):
     """Only papers of methods that were run, each with its label; the figures of the papers."""
     rows = ev.followup_rows([dict(env=name, algo=algo) for algo in algos])
-    assert bool(rows) == bool(want)
-    assert {" ".join(row[1:]) for row in rows} >= set(want)
+    assert bool(rows) == bool(want) and {" ".join(row[1:]) for row in rows} >= set(want)
     assert all(row[0] in ev.LABELS.values() and 0 < float(row[2]) < 100 for row in rows)
     assert not any("fixed" in row[1] for row in rows) or name != "search"
 
@@ -2215,13 +1824,11 @@ def test_chunked_head_equals_dense(monkeypatch, kind, chunk):
     else:
         got = sdar.over_vocabulary(sdar.DIVERGENCES[kind], linear, hidden, taught, 0.7)
         want = KINDS[kind](p, q.detach())
-    upstream = torch.linspace(-1, 1, 13, dtype=F64)
-    leaves = (hidden, linear.weight, linear.bias, taught)
-    grads = [torch.autograd.grad((x * upstream).sum(), leaves, allow_unused=True)
-             for x in (got, want)]
     assert got.dtype == F64 and close(got.detach(), want.detach())
-    assert all(close(a, b) for a, b in zip(grads[0][:3], grads[1][:3]))
-    assert grads[0][3] is None                       # the teacher's side is detached
+    leaves = (hidden, linear.weight, linear.bias, taught)        # the teacher's side is detached
+    got, want = (torch.autograd.grad((x * torch.linspace(-1, 1, 13)).sum(), leaves,
+                                     allow_unused=True) for x in (got, want))
+    assert all(map(close, got[:3], want[:3])) and got[3] is None
 
 @pytest.mark.parametrize("kind", [*KINDS, "a function of one's own"])
 def test_compare_is_over_the_full_vocabulary(exact, monkeypatch, kind):
@@ -2229,51 +1836,37 @@ def test_compare_is_over_the_full_vocabulary(exact, monkeypatch, kind):
     monkeypatch.setattr(sdar, "HEAD_CHUNK", 4)
     function = KINDS.get(kind, lambda p, q: (q.topk(3).values.exp() * p.topk(3).values).sum(-1))
     turns = random_turns(exact)
-    s = settings(temperature=0.7, lam=0.3, divergence=kind)
-    b = first_batch(exact, turns, dataclasses.replace(s, divergence="sampled"))[1]
-    weights = torch.rand(b.mask.shape, generator=torch.Generator().manual_seed(0), dtype=F64)
+    s = settings(temperature=0.7, lam=0.3)
+    b = first_batch(exact, turns, s)[1]
     got = b.compare(sdar.DIVERGENCES.get(kind, function))
     rows = [function(full_logps(exact, t.prompt_ids, t.response_ids, 0.7),
                      full_logps(exact, t.other_ids, t.response_ids, 0.7).detach()) for t in turns]
     want = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
     assert close(got.detach(), want.detach()) and got.detach().abs().max() > 0.01
+    weights = torch.rand(b.mask.shape, generator=torch.Generator().manual_seed(0), dtype=F64)
     gradients = [torch.autograd.grad((x * weights).sum(), [*exact.model.parameters()],
                                      retain_graph=True) for x in (got, want)]
     assert all(map(close, *gradients))
     if kind in KINDS:                                # gated per token, or not
-        gate = sdar.sdar_gate(b.logp, b.teacher, s.beta)
-        assert close(sdar.METHODS["sdar"].term(b, s).detach(), (0.3 * gate * want).detach())
-        ungated = sdar.METHODS["sdar"].term(b, dataclasses.replace(s, gate="none"))
-        assert close(ungated.detach(), (0.3 * want).detach())
-
-def test_exact_reverse_kl_option_has_the_reverse_kl_gradient():
-    """Against the formula sum_v pi (log pi - log pi_T) grad log pi."""
-    linear, hidden, taught, _ = head()
-    p, q = (torch.log_softmax(linear(x), -1).detach() for x in (hidden, taught))
-    ratio = p - q - (p.exp() * (p - q)).sum(-1, keepdim=True)
-    formula = (p.exp() * ratio) @ linear.weight.detach()                       # (N, D)
-    exact = sdar.over_vocabulary(sdar.DIVERGENCES["reverse-kl"], linear, hidden, taught)
-    assert close(torch.autograd.grad(exact.sum(), hidden)[0], formula)
+        gates = {"gap": sdar.sdar_gate(b.logp, b.teacher, s.beta), "none": 1.0}
+        for gate, value in gates.items():
+            term = sdar.sdar(b, dataclasses.replace(s, divergence=kind, gate=gate))
+            assert close(term.detach(), (0.3 * value * want).detach())
 
 def test_entropy_is_exact_and_without_gradient(exact):
     """In nats, from the full distribution, at the temperature; computed only where it is used."""
-    linear, hidden, _, targets = head()
-    p = torch.log_softmax(linear(hidden) / 0.7, -1)
-    logp, entropy = sdar.chunked_logps(linear, hidden, targets, 0.7, with_entropy=True)
-    assert close(entropy, -(p.exp() * p).sum(-1).detach())
-    assert logp.requires_grad and not entropy.requires_grad
-    assert sdar.chunked_logps(linear, hidden, targets)[1] is None
     turns = random_turns(exact)
-    first_batch(exact, turns, settings())
-    none, by_need, by_gate = (sdar.step_loss(exact, turns, s, method, None)[1].entropy
-                              for s, method in ((settings(), sdar.Method()),
-                                                (settings(), sdar.Method("entropy")),
-                                                (settings(gate="entropy"), sdar.METHODS["sdar"])))
-    assert none is None
-    for t, *rows in zip(turns, by_gate, by_need):
-        p = full_logps(exact, t.prompt_ids, t.response_ids)
-        want = -(p.exp() * p).sum(-1).detach()                                 # (T,)
-        assert all(close(row[:len(want)], want) for row in rows)
+    s = settings(temperature=0.7)
+    first_batch(exact, turns, s)                     # sets advantages and weights
+    rows = []
+    for t in turns:
+        p = full_logps(exact, t.prompt_ids, t.response_ids, 0.7).detach()
+        rows.append(-(p.exp() * p).sum(-1))
+    want = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    for method, gate in ((sdar.Method("entropy"), "gap"), (sdar.METHODS["sdar"], "entropy")):
+        _, b = sdar.step_loss(exact, turns, dataclasses.replace(s, gate=gate), method, None)
+        assert close(b.entropy, want) and not b.entropy.requires_grad
+    assert sdar.step_loss(exact, turns, s, sdar.Method(), None)[1].entropy is None
 
 def test_head_in_half_precision_and_of_nothing():
     """bf16 logits become float32 log-probabilities; no token at all gives an empty tensor."""
@@ -2302,25 +1895,24 @@ def test_the_teacher_never_loses_its_skill(policy, env):
     """At every budget the skill is whole in the prompt, or the prompt is refused."""
     session = session_with_history(env)
     skill = env.skill(session.category)
-    refused = 0
-    lengths = []
+    found = []
     for budget in range(100, 2400, 60):
         s = settings(max_teacher_prompt=budget, history=5, prompt_style="paper")
         try:
             (ids, shortened), = sdar.prompts(policy, [session], s, [skill])
         except UserError as error:
-            assert "--max-teacher-prompt" in str(error)
-            refused += 1
+            assert str(error).endswith(f"shortened to {budget}; raise --max-teacher-prompt")
+            assert not found
             continue
         text = policy.tokenizer.decode(ids)
         assert skill in text and session.task in text and len(ids) <= budget
-        lengths.append((len(ids), shortened))
-    assert len(lengths) > 3 and refused > 3
-    assert any(shortened for _, shortened in lengths) and not lengths[-1][1]
-    assert [n for n, _ in lengths] == sorted(n for n, _ in lengths)
+        found.append((len(ids), -shortened))
+    assert 3 < len(found) < 36 and found == sorted(found)
+    assert found[0][1] and not found[-1][1]
 
 def test_a_prompt_loses_no_more_than_it_must(policy, env):
-    """A budget just met costs nothing; one token less costs the oldest turn, then the next."""
+    """A budget just met costs nothing; one token less costs the oldest turn, then the next, then a
+    part of the observation; where nothing is left an error names the budget to raise."""
     session = session_with_history(env, 3)
     texts = [session.prompt("", n, brief=True) for n in range(4)]
     size = [len(ids) for ids in sdar.encode_chats(policy.tokenizer, texts)]
@@ -2331,40 +1923,31 @@ def test_a_prompt_loses_no_more_than_it_must(policy, env):
         ids, shortened = sdar.prompts(policy, [session], s, [""])[0]
         return len(ids), shortened
 
-    for turns in range(4):
-        assert cut(size[turns]) == (size[turns], turns < 3)
-    for turns in (3, 2, 1):
-        assert cut(size[turns] - 1) == (size[turns - 1], True)
+    assert [cut(n) for n in size] == [*((n, True) for n in size[:3]), (size[3], False)]
+    assert [cut(n - 1) for n in size[1:]] == [(n, True) for n in size[:3]]
     assert cut(size[0] - 1)[0] < size[0]
+    with pytest.raises(UserError, match="cannot be shortened to 5; raise --max-prompt$"):
+        cut(5)
 
 def test_prompts_of_many_are_those_of_each(policy, env):
     """Sessions encoded together, some shortened, have the ids that each has alone."""
     sessions = [session_with_history(env, turns) for turns in (0, 6, 2)]
-    sessions.append(env.start(env.tasks("train")[3]))
-    skills = ["", env.all_skills(), "Look twice.", ""]
+    skills = ["", env.all_skills(), "Look twice."]
     sizes = [len(ids) for ids, _ in sdar.prompts(policy, sessions, settings(history=5), skills)]
-    for s in (settings(history=5), settings(history=5, max_prompt=max(sizes[0], sizes[3]),
-                                            max_teacher_prompt=sizes[1] - 1)):
-        together = sdar.prompts(policy, sessions, s, skills)
-        for session, skill, got in zip(sessions, skills, together):
-            assert sdar.prompts(policy, [session], s, [skill]) == [got]
-            assert len(got[0]) <= (s.max_teacher_prompt if skill else s.max_prompt)
-    assert [cut for _, cut in together] == [False, True, False, False]
-
-@pytest.mark.parametrize("skill, flag", [("", "--max-prompt"), ("Look.", "--max-teacher-prompt")])
-def test_a_prompt_that_cannot_be_shortened_names_its_flag(policy, env, skill, flag):
-    """The error says which budget to raise."""
-    s = settings(max_prompt=5, max_teacher_prompt=5)
-    with pytest.raises(UserError, match=f"cannot be shortened to 5; raise {flag}$"):
-        sdar.prompts(policy, [env.start(env.tasks("train")[0])], s, [skill])
+    s = settings(history=5, max_prompt=sizes[0], max_teacher_prompt=sizes[1] - 1)
+    together = sdar.prompts(policy, sessions, s, skills)
+    assert together == [sdar.prompts(policy, [session], s, [skill])[0]
+                        for session, skill in zip(sessions, skills)]
+    assert [cut for _, cut in together] == [False, True, False]
 
 def test_a_turn_says_that_a_prompt_was_shortened(policy, env):
     """Also where it was the teacher's alone; the student's prompt is then what it was."""
     tasks = env.tasks("train")[:2]
+    skills = skills_for(env, tasks)
 
     def played(**changes):
-        return turns_of(sdar.rollout(policy, env, tasks, settings(max_turns=3, **changes), 0, None,
-                                     skills=skills_for(env, tasks), both=True))
+        s = settings(max_turns=3, **changes)
+        return turns_of(sdar.rollout(policy, env, tasks, s, 0, None, skills=skills, both=True))
 
     whole = played()
     longest = max(len(t.other_ids) for t in whole)
@@ -2372,20 +1955,6 @@ def test_a_turn_says_that_a_prompt_was_shortened(policy, env):
     assert not any(t.shortened for t in whole)
     assert [t.prompt_ids for t in cut] == [t.prompt_ids for t in whole]
     assert [t.shortened for t in cut] == [len(t.other_ids) == longest for t in whole]
-
-def test_the_teachers_prompt_is_the_students_with_the_skill(policy, env):
-    """They differ by nothing else; a method without teacher does not pay for it."""
-    tasks = env.tasks("train")[:2]
-    skills = skills_for(env, tasks)
-    for both in (True, False):
-        episodes = sdar.rollout(policy, env, tasks, settings(), 0, None, 1, skills, both=both)
-        for (_, skill), turn in [(x, t) for x, e in zip(skills, episodes) for t in e.turns]:
-            student = policy.tokenizer.decode(turn.prompt_ids)
-            assert skill not in student and (turn.other_ids is not None) == both
-            if both:
-                teacher = policy.tokenizer.decode(turn.other_ids)
-                same = len(os.path.commonprefix([student, teacher]))
-                assert skill in teacher and teacher.endswith(student[same:])
 
 def test_a_teacher_without_skill_is_an_error(env, monkeypatch):
     """An empty skill would make the teacher a second student."""
@@ -2405,13 +1974,12 @@ def test_special_tokens_in_text_are_text(policy, hostile):
 
 def test_half_of_a_character_can_be_encoded_trained_on_and_logged(policy, tmp_path):
     """A lone surrogate, as from a broken web page, becomes a question mark."""
-    text = "a lamp \ud83d"
-    ids = sdar.encode_chats(policy.tokenizer, [text])
-    assert ids == sdar.encode_chats(policy.tokenizer, ["a lamp ?"])
-    sdar.build_tiny([text] * 3, 0)
-    row = {"step": 1, "observation": text}
+    broken, whole = (sdar.encode_chats(policy.tokenizer, [x]) for x in ("a \ud83d", "a ?"))
+    assert broken == whole
+    sdar.build_tiny(["a lamp \ud83d"] * 3, 0)
+    row = {"step": 1, "observation": "a \ud83d"}
     sdar.write_log(settings(out=str(tmp_path)), "episodes.jsonl", row)
-    assert sdar.read_lines(tmp_path / "episodes.jsonl") == [{"step": 1, "observation": "a lamp ?"}]
+    assert sdar.read_lines(tmp_path / "episodes.jsonl") == [row | {"observation": "a ?"}]
 
 def test_the_tags_of_tiny_are_tokens(policy, tmp_path):
     """One token a tag, also after saving, and text comes back from its tokens as it was."""
@@ -2439,38 +2007,30 @@ def test_training_tasks_run_through_every_epoch(env):
 
 def test_random_retrieval_is_the_same_after_a_restart(env):
     """The draw depends on seed and step alone."""
-    def draw(step):
-        state = sdar.State(None, None, step=step)
-        s = settings(retrieval="random")
-        return [name for name, _ in sdar.choose_skills(env, env.tasks("train")[:20], s, state)]
-
-    assert draw(3) == draw(3) != draw(4) and len(set(draw(3))) > 3
+    draws = [sdar.choose_skills(env, env.tasks("train")[:20], settings(retrieval="random"),
+                                sdar.State(None, None, step=step)) for step in (3, 3, 4)]
+    assert draws[0] == draws[1] != draws[2] and len(set(draws[0])) > 3
 
 def test_the_bandit_tries_every_skill_and_then_exploits(env):
     """UCB: each skill once, then mostly the one that wins; km never uses it."""
-    tasks = [t for t in env.tasks("train") if env.start(t).category == "pick_and_place"][:1]
+    task = next(t for t in env.tasks("train") if env.start(t).category == "pick_and_place")
     s = settings(retrieval="ucb", group_size=2)
     state = sdar.State(None, None)
     good = env.skill_names[2]
     chosen = []
     for _ in range(60):
-        (name, text), = sdar.choose_skills(env, tasks, s, state)
+        (name, text), = sdar.choose_skills(env, [task], s, state)
         assert text == env.skill(name, True)
         session = types.SimpleNamespace(category="pick_and_place", won=name == good)
-        sdar.count_skills(state.bandit, [sdar.Episode(tasks[0], session, name)] * 2, s)
+        sdar.count_skills(state.bandit, [sdar.Episode(task, session, name)] * 2, s)
         chosen.append(name)
     assert sorted(chosen[:len(env.skill_names)]) == sorted(env.skill_names)
     assert chosen[-20:].count(good) > 12
-    assert sum(n for n, _ in state.bandit["pick_and_place"].values()) == 60
-    assert state.bandit["pick_and_place"][good] == [chosen.count(good)] * 2
-    (name, _), = sdar.choose_skills(env, tasks, settings(), state)
-    assert name == "pick_and_place"
+    assert state.bandit["pick_and_place"] == {
+        name: [chosen.count(name), chosen.count(name) * (name == good)] for name in chosen}
+    assert sdar.choose_skills(env, [task], settings(), state)[0][0] == "pick_and_place"
 
 # ======== Rollout and generation ==================================================================
-
-SCHEDULES = [  # rows, steps between looks, share that must end before a refill; steps it takes
-    (64, 1, 1, 282), (5, 1, 1, 355), (5, 1, 0.2, 331), (5, 4, 0.2, 358), (7, 8, 0.5, 361),
-    (1, 3, 0.2, 548), (12, 5, 1, 282)]
 
 def random_prompt(rng, length, words=300):
     """Token ids that are words of any small model."""
@@ -2538,20 +2098,6 @@ def small_model(kind, **changes):
         p.data += 0.1 * torch.randn_like(p)
     return model.eval()
 
-class Replay:
-    """Stands in for a CUDA graph: does again what was recorded, into the same tensor."""
-
-    def __init__(self, policy, kv, n, span):
-        self.policy = policy
-        self.size = (kv, n, span)
-        if kv.logits is None:
-            kv.logits = torch.zeros(kv.rows, len(policy.head.weight))
-
-    def replay(self):
-        """Fill the logits of the recorded rows."""
-        kv, n, _ = self.size
-        kv.logits[:n] = sdar.decode_step(self.policy, *self.size)
-
 def replay_steps(monkeypatch, policy):
     """Decode as on a GPU, in recorded steps of few sizes; returns the list of recorded sizes."""
     recorded = []
@@ -2560,18 +2106,16 @@ def replay_steps(monkeypatch, policy):
 
     def record_step(_, kv, n, span):
         recorded.append((n, span))
-        return Replay(policy, kv, n, span)
+        if kv.logits is None:
+            kv.logits = torch.zeros(kv.rows, len(policy.head.weight))
+
+        def replay():                     # as a CUDA graph does: into the same tensor
+            kv.logits[:n] = sdar.decode_step(policy, kv, n, span)
+        return types.SimpleNamespace(replay=replay)
 
     monkeypatch.setattr(sdar, "record_step", record_step)
     monkeypatch.setattr(sdar, "fast_step", lambda _, kv, n, span: plain(gpu, kv, n, span))
     return recorded
-
-def emit(monkeypatch, policy, *responses):
-    """Make `generate` sample these token ids, response after response; EOS when they are over."""
-    script = iter([i for ids in responses for i in ids])
-    end = policy.tokenizer.eos_token_id
-    monkeypatch.setattr(sdar, "sample", lambda logits, *_: (torch.tensor([next(script, end)]),
-                                                              torch.zeros(1)))
 
 @pytest.mark.parametrize("kind", ["tiny", "qwen2", "qwen3", "llama"])
 def test_greedy_generation_is_that_of_transformers(policy, kind):
@@ -2590,7 +2134,9 @@ def test_greedy_generation_is_that_of_transformers(policy, kind):
             assert ours[i] == theirs[0, len(prompt):].tolist()
     assert len({tuple(ids) for ids in ours.values()}) > 2
 
-@pytest.mark.parametrize("rows, look, refill, steps", SCHEDULES)
+@pytest.mark.parametrize("rows, look, refill, steps", [
+    (64, 1, 1, 282), (5, 1, 1, 355), (5, 1, 0.2, 331), (5, 4, 0.2, 358), (7, 8, 0.5, 361),
+    (1, 3, 0.2, 548), (12, 5, 1, 282)])
 def test_any_schedule_gives_each_prompt_the_response_that_it_gets_alone(
         policy, alone, monkeypatch, rows, look, refill, steps):
     """Whoever's place a row takes, and when; no row leaves its buffer, no step is for nothing."""
@@ -2609,38 +2155,27 @@ def test_any_schedule_gives_each_prompt_the_response_that_it_gets_alone(
     if refill == 1:                       # in turns: nobody is asked before all have answered
         assert given == [12, 12, 0]
 
-@pytest.mark.parametrize("last, slots", [(1, 256), (56, 512)])
-def test_a_row_that_waits_long_or_ends_at_its_buffers_end_stays_inside(policy, monkeypatch, last,
-                                                                       slots):
+@pytest.mark.parametrize("length, limit", [(150, 1), (200, 56)])
+def test_a_row_that_waits_long_or_ends_at_its_buffers_end_stays_inside(policy, monkeypatch, length,
+                                                                       limit):
     """Also a long prompt's that ends at once and has no successor, or between two looks."""
     set_schedule(monkeypatch, 8, 0.2)
-    mine = dataclasses.replace(policy, cache=None)
-    long = [40] * (150 if last == 1 else 200)
-    waiting = {i: [20 + i] * 4 for i in range(5)} | {5: long}
-    limits = {i: 40 + 11 * i for i in range(5)} | {5: last}
-    rounds = dict.fromkeys(range(6), 0)
-    for ended in sdar.generate(mine, waiting, settings(rollout_rows=6), 0, (), None, limits):
-        for i, ids in ended.items():
-            assert len(ids) == limits[i]
-            rounds[i] += 1
-            if i < 5 and rounds[i] < 9:
-                waiting[i] = [20 + i] * 4
-    assert list(rounds.values()) == [9] * 5 + [1] and mine.cache.length == slots
+    prompts = {(i, turn): [20 + i] * 4 for i in range(5) for turn in range(9)}
+    limits = {(i, turn): 40 + 11 * i for i, turn in prompts}
+    responses, _ = converse(policy, prompts | {(5, 0): [40] * length}, limits | {(5, 0): limit}, 6)
+    assert {key: len(ids) for key, ids in responses.items()} == limits | {(5, 0): limit}
 
 def test_recorded_steps_change_no_token(policy, alone, monkeypatch):
     """What a GPU does, replayed here: few sizes, recorded once, good after an update in place."""
     mine = copied(policy)
     recorded = replay_steps(monkeypatch, mine)
     set_schedule(monkeypatch, 4, 0.2)
-    prompts, limits = dialogues()
-    assert converse(mine, prompts, limits, 5)[0] == alone
+    assert converse(mine, *dialogues(), 5)[0] == alone
     assert len(recorded) < 12 and all(n in (1, 2, 4, 5) and span % 256 == 0 for n, span in recorded)
-    rng = random.Random(1)
-    prompts = dict(enumerate(random_prompt(rng, n) for n in range(5, 30)))
+    prompts = {i: random_prompt(random.Random(i), 5 + i) for i in range(25)}
     s = settings(rollout_rows=25)
     first = answers(mine, prompts, s)
     recorded.clear()
-    assert answers(mine, prompts, s) == first and not recorded
     with torch.no_grad():
         mine.model.get_input_embeddings().weight.mul_(0.5)
     replayed = answers(mine, prompts, s)
@@ -2649,164 +2184,119 @@ def test_recorded_steps_change_no_token(policy, alone, monkeypatch):
     assert answers(mine, prompts, s) == replayed
     assert recorded[0] == (25, 256)       # not 32: there are no more rows
 
-@pytest.mark.parametrize("refill, order, least", [
-    (1, "look ask read step", 2), (0.2, "step ask read look", 4)])
-def test_a_gpu_does_not_wait_for_the_environment(policy, monkeypatch, refill, order, least):
+@pytest.mark.parametrize("refill, order", [(1, "look ask read step"), (0.2, "step ask read look")])
+def test_a_gpu_does_not_wait_for_the_environment(policy, monkeypatch, refill, order):
     """The next prompts are asked for and read while steps are under way that nobody looked at."""
     set_schedule(monkeypatch, 2, refill)
     events = []
+    generate = sdar.generate
+    plain = sdar.sample
 
     class Drawn(torch.Tensor):
         def tolist(self):
-            if self.dim() == 2:
-                events.append("look")
+            events.extend(["look"] * (self.dim() == 2))
             return super().tolist()
+
+    def asking(*args):
+        for ended in generate(*args):
+            events.append("ask")
+            yield ended
 
     def record(module, args, options):
         events.append("step" if options["input_ids"].shape[1] == 1 else "read")
 
-    plain = sdar.sample
+    monkeypatch.setattr(sdar, "generate", asking)
     monkeypatch.setattr(sdar, "sample", lambda *a: [x.as_subclass(Drawn) for x in plain(*a)])
     hook = policy.model.base_model.register_forward_pre_hook(record, with_kwargs=True)
-    waiting = {i: [20 + i] * 7 for i in range(8)}
-    limits = {i: 3 + i % 8 * 5 for i in range(24)}
-    mine = dataclasses.replace(policy, cache=None)
-    for ended in sdar.generate(mine, waiting, settings(rollout_rows=8), 0, (), None, limits):
-        events.append("ask")
-        for i in ended:
-            if i < 16:
-                waiting[i + 8] = [30 + i] * 9
+    converse(policy, *dialogues(), 8)
     hook.remove()
-    assert " ".join(events).count(order) >= least
+    assert " ".join(events).count(order) >= 2
 
 def test_episodes_that_do_not_wait_for_each_other_are_the_same(policy, env, monkeypatch):
     """A rollout where each goes on as soon as it can gives the episodes of one in turns."""
     mine = dataclasses.replace(policy, cache=None, end_ids=frozenset(range(0, 640, 6)))
     s = settings(max_turns=5, rollout_rows=6, max_response=20)
     tasks = env.tasks("train")[:9]
+    skills = skills_for(env, tasks)
     calls = []
     step = env.step
     monkeypatch.setattr(env, "step", lambda sessions, *a, **k: (
         calls.append(len(sessions)), step(sessions, *a, **k)))
-
-    def played():
-        calls.clear()
-        skills = skills_for(env, tasks)
-        return turns_of(sdar.rollout(mine, env, tasks, s, 0, None, skills=skills, both=True))
-
-    in_turns = played()
+    in_turns = sdar.rollout(mine, env, tasks, s, 0, None, skills=skills, both=True)
     assert calls == [9] * 5
     set_schedule(monkeypatch, 2, 0.2)
-    free = played()
-    assert sum(calls) == 45 and len(calls) > 5 and free == in_turns
-    assert len({len(t.response_ids) for t in free}) > 2
+    free = sdar.rollout(mine, env, tasks, s, 0, None, skills=skills, both=True)
+    assert sum(calls) == 2 * 45 and len(calls) > 10 and turns_of(free) == turns_of(in_turns)
+    assert len({len(t.response_ids) for t in turns_of(free)}) > 2
 
-@pytest.mark.parametrize("rows, refill", [(500, 1), (150, 0.2)])
-def test_sampled_responses_follow_the_policy(policy, rows, refill, monkeypatch):
-    """Two tokens of 2,000 responses have the probabilities that scoring gives, whoever leaves."""
-    set_schedule(monkeypatch, 1, refill)
-    prompt = list(range(40, 60))
-    with torch.no_grad():
-        p = torch.softmax(policy.model(torch.tensor([prompt])).logits[0, -1], -1)
-    likely = p.topk(3).indices.tolist()
-    ending = dataclasses.replace(policy, cache=None, end_ids=frozenset(likely[:1]))
-    s = settings(max_response=2, rollout_rows=rows)
-    generator = torch.Generator().manual_seed(3)
-    prompts = dict.fromkeys(range(2000), prompt)
-    out = [*answers(ending, prompts, s, 1.0, generator=generator).values()]
-    assert len(out) == 2000
-    for token in likely:
-        assert abs(sum(ids[0] == token for ids in out) / 2000 - p[token].item()) < 0.04
-    assert all(len(ids) == 2 - (ids[0] == likely[0]) for ids in out)
-    with torch.no_grad():
-        logits = policy.model(torch.tensor([prompt + [likely[1]]])).logits[0, -1]
-    after = torch.softmax(logits, -1)
-    second = [ids[1] for ids in out if ids[0] == likely[1]]
-    top = after.argmax().item()
-    share = second.count(top) / len(second)
-    assert abs(share - after[top].item()) < 4 / math.sqrt(len(second))
-
-def test_sampling_follows_the_softmax():
-    """Frequencies of 40,000 draws at two temperatures; temperature 0 is the argmax."""
-    logits = torch.tensor([2.0, 1.0, 0.0, -1.0]).repeat(40_000, 1)
-    for temperature in (1.0, 0.4):
-        drawn, logp = sdar.sample(logits, temperature, torch.Generator().manual_seed(1))
-        share = torch.bincount(drawn, minlength=4) / len(drawn)
-        assert torch.allclose(share, torch.softmax(logits[0] / temperature, -1), atol=0.01)
-        assert torch.allclose(logp, torch.log_softmax(logits[0] / temperature, -1)[drawn])
-    assert sdar.sample(logits[:3], 0, None)[0].tolist() == [0, 0, 0]
-    rough = torch.randn(5000, 300, generator=torch.Generator().manual_seed(2)).bfloat16()
-    drawn = [sdar.sample(x, 1.0, torch.Generator().manual_seed(3))[0]
-             for x in (rough, rough.float())]
-    assert torch.equal(*drawn)            # bf16 logits do not mean bf16 probabilities
-
-def test_sampled_log_probabilities_are_those_of_scoring(policy, env):
-    """On a CPU the sampler's own serve as the old policy; a validation has none."""
-    s = settings(max_turns=3, temperature=0.7)
-    for temperature, kept in ((0.7, True), (0.4, False)):
-        generator = torch.Generator().manual_seed(5)
-        episodes = sdar.rollout(policy, env, env.tasks("train")[:3], s, temperature, generator, 2)
-        turns = [t for e in episodes for t in e.turns]
-        assert [t.old_logp is not None for t in turns] == [kept] * len(turns)
-        old = [t.old_logp for t in turns]
-        sdar.score_turns(policy.model, turns, "prompt_ids", "old_logp", s, "old policy")
-        for x, t in zip(old, turns):
-            assert not kept or torch.allclose(x, t.old_logp, atol=2e-5)
+@pytest.mark.parametrize("temperature, kept", [(0.7, True), (0.4, False)])
+def test_sampled_log_probabilities_are_those_of_scoring(policy, env, monkeypatch, temperature,
+                                                        kept):
+    """Whoever leaves first. On a CPU they serve as the old policy; a validation has none."""
+    set_schedule(monkeypatch, 2, 0.2)
+    s = settings(max_turns=3, temperature=0.7, rollout_rows=4)
+    generator = torch.Generator().manual_seed(5)
+    tasks = env.tasks("train")[:3]
+    turns = turns_of(sdar.rollout(policy, env, tasks, s, temperature, generator, 2))
+    assert [t.old_logp is not None for t in turns] == [kept] * len(turns)
+    for t in turns if kept else []:
+        p = full_logps(policy, t.prompt_ids, t.response_ids, 0.7).detach()
+        assert close(t.old_logp, p.gather(1, torch.tensor([t.response_ids]).T)[:, 0], 1e-4)
 
 def test_loaded_weights_are_aligned(finished):
     """As fresh ones are: else a resumed run decodes with other rounding."""
     for p in sdar.load_policy(str(finished), "cpu").model.parameters():
         assert p.data_ptr() % 64 == 0
 
-def test_sampling_reaches_rare_words_and_no_impossible_one(monkeypatch):
-    """Words of probability 1e-8, which a sum in fp32 would lose; none of probability 0."""
-    def sampled(logits, number):
+def test_sampling_inverts_the_cumulative_distribution(monkeypatch):
+    """Of every word, also of probability 1e-8, which a sum in fp32 would lose, and of bf16 logits;
+    a word of probability 0 is never drawn."""
+    def sampled(logits, number, temperature=1.0):
         monkeypatch.setattr(torch, "rand",
                             lambda *_, dtype, **__: torch.full((1, 1), number, dtype=dtype))
-        return sdar.sample(logits, 1.0, None)[0].item()
+        token, logp = sdar.sample(logits[None], temperature, None)
+        return token.item(), logp.item()
 
-    logits = torch.full((1, 150_001), math.log(1e-8))
-    logits[0, 0] = 0.0
-    above = np.cumsum(torch.softmax(logits, -1)[0].double().numpy())
-    for word in (1, 2, 70_000, 149_999, 150_000):
-        assert sampled(logits, (above[word - 1] + above[word]) / 2 / above[-1]) == word
-    logits = torch.full((1, 500), -math.inf)
-    logits[:, [130, 131, 300]] = torch.tensor([0.0, 1.0, 2.0])
-    assert (sampled(logits, 0.0), sampled(logits, 1 - 2**-53)) == (130, 300)
+    rare = torch.full((150_001,), math.log(1e-8))
+    rare[0] = 0.0
+    rough = torch.randn(5000, generator=torch.Generator().manual_seed(2)).bfloat16()
+    for logits, temperature in ((rare, 1.0), (rough, 1.0), (rough, 0.4)):
+        p = torch.softmax(logits.float() / temperature, -1)
+        above = np.cumsum(p.double().numpy())
+        for word in (1, 2, 700, len(p) - 2, len(p) - 1):
+            got = sampled(logits, (above[word - 1] + above[word]) / 2 / above[-1], temperature)
+            assert got == (word, pytest.approx(p[word].log().item(), abs=1e-4))
+    logits = torch.full((500,), -math.inf)
+    logits[[130, 131, 300]] = torch.tensor([0.0, 1.0, 2.0])
+    assert (sampled(logits, 0.0)[0], sampled(logits, 1 - 2**-53)[0]) == (130, 300)
 
 @pytest.mark.parametrize("look", [1, 4])
 def test_a_response_ends_with_a_closing_tag_or_eos(policy, monkeypatch, look):
     """The tag as one token or spelled in characters; what was sampled beyond it is dropped."""
     set_schedule(monkeypatch, look, 1)
-    tokenizer = policy.tokenizer
-    eos = tokenizer.eos_token_id
-    wanted = [ids_of(policy, act("look")), tokenizer.convert_tokens_to_ids(list("a<b></search>")),
-              tokenizer.convert_tokens_to_ids(list("</action")) + [eos], [eos]]
-    for ids in wanted:
-        emit(monkeypatch, policy, ids, [50] * 20)
+    letters = policy.tokenizer.convert_tokens_to_ids
+    eos = policy.tokenizer.eos_token_id
+    for ids in (ids_of(policy, act("look")), letters(list("a<b></search>")),
+                [*letters(list("</action")), eos], [eos]):
+        script = iter(ids + [50] * 20)
+        monkeypatch.setattr(sdar, "sample", lambda *_: (torch.tensor([next(script)]),
+                                                        torch.zeros(1)))
         stop = ("</action>", "</search>")
         assert answers(policy, {0: [40]}, settings(max_response=40), 1, stop=stop) == {0: ids}
 
 def test_finished_episodes_cost_nothing(policy, env, monkeypatch):
-    """Nothing more is generated, stepped or scored for an episode that is over."""
+    """Nothing more is generated or stepped for an episode that is over."""
     stepped = []
-    rows = set()
     step = env.step
 
-    def stops_one(sessions, texts, think_closed=False):
-        step(sessions, texts, think_closed=think_closed)
-        stepped.append((len(sessions), max(rows)))
-        rows.clear()
+    def stops_one(sessions, texts, **options):
+        step(sessions, texts, **options)
+        stepped.append(len(sessions))
         sessions[0].done = True
 
-    def count_rows(module, args, options):
-        rows.add(len(options["input_ids"]))
-
     monkeypatch.setattr(env, "step", stops_one)
-    hook = policy.model.base_model.register_forward_pre_hook(count_rows, with_kwargs=True)
     episodes = sdar.rollout(policy, env, env.tasks("train")[:5], settings(max_turns=9), 0, None)
-    hook.remove()
-    assert stepped == [(n, n) for n in (5, 4, 3, 2, 1)]
+    assert stepped == [5, 4, 3, 2, 1]
     assert sorted(len(e.turns) for e in episodes) == [1, 2, 3, 4, 5]
 
 @pytest.mark.parametrize("benchmark, reward", [
@@ -2822,7 +2312,7 @@ def test_only_a_success_is_rewarded(policy, env, monkeypatch, benchmark, reward)
     monkeypatch.setattr(env, "step", step)
     s = settings(env=benchmark, max_turns=1)
     won, cut = sdar.rollout(policy, env, env.tasks("train")[:2], s, 0, None)
-    assert won.reward == won.turns[0].reward == reward and not cut.session.done
+    assert won.reward == won.turns[0].reward == reward
     assert cut.reward == cut.turns[0].reward == 0
 
 def test_a_group_is_a_draw_of_a_task_not_the_task(policy, env, monkeypatch):
@@ -2837,41 +2327,18 @@ def test_a_group_is_a_draw_of_a_task_not_the_task(policy, env, monkeypatch):
 # ======== Scoring and the update ==================================================================
 
 @pytest.fixture(scope="module")
-def played(policy, env):
-    """Episodes of two tasks, three each, with made-up rewards and the teacher's scores."""
-    s = settings()
-    tasks = env.tasks("train")[:2]
-    generator = torch.Generator().manual_seed(0)
-    skills = skills_for(env, tasks)
-    episodes = sdar.rollout(policy, env, tasks, s, 1.0, generator, 3, skills, both=True)
+def episodes(policy, env):
+    """Of two tasks, three each, with made-up rewards, scored, with advantages."""
+    episodes = play_step(policy, env, settings(mini_batch=1))[1]
     for e, reward in zip(episodes, [10.0, 0.0, 0.0, 0.0, 10.0, 10.0]):
-        e.reward = reward
         with_turns(e.turns, reward=reward)
-    turns = turns_of(episodes)
-    for prompt, result in (("other_ids", "teacher_logp"), ("prompt_ids", "old_logp")):
-        sdar.score_turns(policy.model, turns, prompt, result, s, "")
-    for turn, row in zip(turns, sdar.grpo(sdar.batch_of(turns), s)):
-        turn.advantages = row[:len(turn.response_ids)].clone()
-    sdar.assign_weights([turns], s)
+    first_batch(policy, turns_of(episodes), settings())
     return episodes
-
-@pytest.fixture
-def episodes(played):
-    """A copy of `played` that a test may change."""
-    return [dataclasses.replace(e, turns=[dataclasses.replace(t, extra={}) for t in e.turns])
-            for e in played]
 
 def give_gradients(model, gradients):
     """A backward pass with these gradients of the parameters."""
     pairs = zip(model.parameters(), gradients)
     sum((p * g.to(p.dtype)).sum() for p, g in pairs).backward()
-
-def in_bf16(policy):
-    """A copy with bf16 weights."""
-    low = copied(policy)
-    for p in low.model.parameters():
-        p.data = p.data.bfloat16()
-    return low
 
 def test_response_logps_are_those_of_the_full_logits(policy, monkeypatch):
     """In chunks and padded; the mask comes from lengths, so EOS and the pad id count as tokens."""
@@ -2880,27 +2347,22 @@ def test_response_logps_are_those_of_the_full_logits(policy, monkeypatch):
     ends = [policy.tokenizer.eos_token_id, policy.tokenizer.pad_token_id, 0]
     prompts = [random_prompt(rng, n) for n in (3, 12, 7)]
     responses = [random_prompt(rng, n) + ends for n in (6, 1, 3)]
-    for temperature in (1.0, 0.7):
-        logp, mask = sdar.response_logps(policy.model, prompts, responses,
-                                         settings(temperature=temperature))
-        assert mask.sum(1).tolist() == [9, 4, 6] and (logp[~mask] == 0).all()
-        for row, prompt, response in zip(logp, prompts, responses):
-            full = full_logps(policy, prompt, response, temperature)
-            want = full.gather(1, torch.tensor(response)[:, None])[:, 0]
-            assert torch.allclose(row[:len(response)], want, atol=1e-5)
+    logp, mask = sdar.response_logps(policy.model, prompts, responses, settings(temperature=0.7))
+    assert mask.sum(1).tolist() == [9, 4, 6] and (logp[~mask] == 0).all()
+    for row, prompt, response in zip(logp, prompts, responses):
+        full = full_logps(policy, prompt, response, 0.7)
+        assert close(row[:len(response)], full.gather(1, torch.tensor([response]).T)[:, 0], 1e-5)
 
 class Spy(TorchDispatchMode):
-    """Records the names of the operations and the shapes of the tensors that they made."""
+    """Records operations: (name, shape of the tensor that it made)."""
 
     def __init__(self):
         super().__init__()
         self.called = []
-        self.shapes = []
 
     def __torch_dispatch__(self, function, kinds, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        self.called.append(function.overloadpacket.__name__)
-        self.shapes += [tuple(result.shape)] if isinstance(result, torch.Tensor) else []
+        self.called.append((function.overloadpacket.__name__, getattr(result, "shape", ())))
         return result
 
 @pytest.mark.parametrize("changes", [dict(gate="soft-or"), dict(divergence="jsd")], ids=str)
@@ -2916,13 +2378,14 @@ def test_a_micro_batch_makes_no_whole_logits_and_waits_for_no_gpu(policy, episod
         loss.backward()
         sdar.token_sums(b, s, loss)
     policy.model.zero_grad(set_to_none=True)
-    rows = {math.prod(shape) // words for shape in spy.shapes if shape and shape[-1] == words}
+    names, shapes = zip(*spy.called)
+    rows = {shape.numel() // words for shape in shapes if shape and shape[-1] == words}
     assert sum(len(t.response_ids) for t in turns) > 100
-    assert 16 in rows and max(rows - {width}) == 16      # the head's own weight is (width, words)
-    after = spy.called[spy.called.index("addmm"):]
+    assert max(rows - {width}) == 16                 # the head's own weight is (width, words)
+    after = {*names[names.index("addmm"):]}
     assert "_log_softmax_backward_data" in after
     waits = {"masked_scatter_backward", "masked_select", "nonzero", "item", "_local_scalar_dense"}
-    assert not set(after) & waits or "divergence" in changes
+    assert not after & waits or "divergence" in changes
 
 def test_scoring_and_training_keep_no_keys_and_values(policy, monkeypatch):
     """The model would make a cache if it were not told."""
@@ -2932,15 +2395,15 @@ def test_scoring_and_training_keep_no_keys_and_values(policy, monkeypatch):
 
 def test_mini_batches_are_of_equal_size(policy, episodes, monkeypatch):
     """A remainder of two turns would be a whole step of Adam for them. Every turn is in one."""
-    seen = []
+    minis = []
     step = sdar.optimizer_step
     monkeypatch.setattr(sdar, "optimizer_step", lambda state, mini, *a: (
-        seen.append(mini), step(state, mini, *a))[1])
+        minis.append(mini), step(state, mini, *a))[1])
     turns = turns_of(episodes)
     s = settings(mini_batch=len(turns) - 1)
     sdar.update(sdar.make_state(copied(policy), s), episodes, s, sdar.METHODS["sdar"], 1e-3)
-    assert [len(mini) for mini in seen] == [len(turns) - len(turns) // 2, len(turns) // 2]
-    assert sorted(id(t) for mini in seen for t in mini) == sorted(map(id, turns))
+    assert [len(mini) for mini in minis] == [len(turns) - len(turns) // 2, len(turns) // 2]
+    assert sorted(id(t) for mini in minis for t in mini) == sorted(map(id, turns))
 
 def test_micro_batches_cover_everything_within_the_budget():
     """Each turn once; more than one only within the budget, padding counted; a large one alone."""
@@ -2976,112 +2439,100 @@ def test_bf16_rounds_the_weights_and_not_the_rotary_frequencies(policy, env, tmp
 def test_masters_take_the_step_that_bf16_would_lose(policy, tmp_path, small_gpu):
     """At lr 1e-6 the masters of a bf16 model move as fp32 AdamW does, also after a checkpoint."""
     s = settings(lr=1e-6, out=str(tmp_path), small_gpu=small_gpu)
-    low = in_bf16(policy)
-    state = sdar.make_state(low, s)
-    full = [p.detach().float().clone().requires_grad_() for p in low.model.parameters()]
+    state = sdar.make_state(copied(policy, torch.bfloat16), s)
+    full = [p.detach().float().clone().requires_grad_() for p in state.policy.model.parameters()]
     before = [p.detach().clone() for p in full]
     adamw = torch.optim.AdamW(full, lr=1e-6, weight_decay=0.01)
-
-    def step(state, seed):
-        torch.manual_seed(seed)
+    torch.manual_seed(0)
+    for step in range(4):
         for f in full:
             f.grad = (torch.randn_like(f) * 1e-3).bfloat16().float()
         give_gradients(state.policy.model, [f.grad for f in full])
         sdar.apply_update(state, 1e-6, 1e9)
         adamw.step()
-
-    def check(state):
         for master, f, b, p in zip(state.masters, full, before, state.policy.model.parameters()):
             assert not torch.equal(master, b) and master.device.type == "cpu"
             rounding = 2e-2 if small_gpu else 0           # a fused kernel rounds once less
             assert torch.allclose(master - b, f - b, rtol=rounding, atol=0)
             assert torch.equal(p, master.to(p.dtype))
             assert not small_gpu or p.data_ptr() != master.data_ptr()
-
-    for seed in range(3):
-        step(state, seed)
-    check(state)
-    sdar.save_checkpoint(state, s)
-    path = sdar.last_checkpoint(tmp_path)
-    again = sdar.load_checkpoint(path, s)             # on a CPU the model comes back in fp32
-    assert all(torch.equal(a, b) for a, b in zip(again.masters, state.masters))
-    step(again, 3)
-    check(again)
-
-def two_updates(policy, env, s):
-    """(metrics of two training steps, flat weights after them, passes through the last layer)."""
-    state = sdar.make_state(copied(policy), s)
-    passes = []
-    state.policy.model.model.layers[-1].mlp.register_forward_pre_hook(lambda *_: passes.append(1))
-    rows = []
-    for _ in range(2):
-        episodes, phases = sdar.play_step(state, env, None, s)
-        for i, t in enumerate(turns_of(episodes)):
-            t.reward = float(i % 3)
-        rows.append(without_clock(sdar.learn_step(state, episodes, phases, s)))
-    return rows, flat(p.detach() for p in state.policy.model.parameters()), len(passes)
+        if step == 2:
+            sdar.save_checkpoint(state, s)
+            saved = state.masters
+            state = sdar.load_checkpoint(sdar.last_checkpoint(tmp_path), s)    # in fp32 on a CPU
+            assert all(map(torch.equal, state.masters, saved))
 
 def test_a_small_gpu_changes_no_number(policy, env):
     """Masters in host memory and recomputed activations give the same steps, to rounding."""
-    s = settings(mini_batch=5, max_turns=2, temperature=0.5)
-    plain, weights, passes = two_updates(policy, env, s)
-    small, moved, more = two_updates(policy, env, dataclasses.replace(s, small_gpu=True))
+    results = []
+    for small_gpu in (False, True):
+        s = settings(mini_batch=5, max_turns=2, temperature=0.5, small_gpu=small_gpu)
+        state = sdar.make_state(copied(policy), s)
+        passes = []
+        layer = state.policy.model.model.layers[-1].mlp
+        layer.register_forward_pre_hook(lambda *_: passes.append(1))
+        rows = []
+        for _ in range(2):
+            episodes, phases = sdar.play_step(state, env, None, s)
+            for i, t in enumerate(turns_of(episodes)):
+                t.reward = float(i % 3)
+            rows.append(without_clock(sdar.learn_step(state, episodes, phases, s)))
+        weights = flat(p.detach() for p in state.policy.model.parameters())
+        results.append((rows, weights, len(passes)))
+    (plain, weights, count), (small, moved, more) = results
     for a, b in zip(plain, small, strict=True):
         for name, value in a.items():
             close_to = value if type(value) is dict else pytest.approx(value, rel=1e-3, abs=1e-5)
             assert b[name] == close_to, name
     start = flat(p.detach() for p in policy.model.parameters())
     assert (moved - weights).norm() < 0.01 * (weights - start).norm()
-    assert more == passes + sum(row["updates"] for row in plain)      # each one recomputed
+    assert more == count + sum(row["updates"] for row in plain)       # each one recomputed
 
 @pytest.mark.parametrize("before, after", [(False, True), (True, False)])
 def test_a_resumed_optimizer_takes_the_kernel_of_its_new_place(policy, tmp_path, before, after):
     """--small-gpu has a fused AdamW, which keeps its step counts elsewhere: it may be switched."""
-    states = [sdar.make_state(copied(policy), settings(small_gpu=x)) for x in (before, after)]
-    give_gradients(states[0].policy.model, [torch.ones_like(p) for p in states[0].masters])
-    sdar.apply_update(states[0], 1e-3, 1.0)
     s = settings(small_gpu=before, out=str(tmp_path))
-    sdar.save_checkpoint(states[0], s)
+    state = sdar.make_state(copied(policy), s)
+    give_gradients(state.policy.model, [torch.ones_like(p) for p in state.masters])
+    sdar.apply_update(state, 1e-3, 1.0)
+    sdar.save_checkpoint(state, s)
     path = sdar.last_checkpoint(tmp_path)
     again = sdar.load_checkpoint(path, dataclasses.replace(s, small_gpu=after))
-    fused = [state.optimizer.param_groups[0]["fused"] for state in (*states, again)]
-    assert fused[0] != fused[1] == fused[2] and len(again.optimizer.state) == len(again.masters)
+    fused = [bool(x.optimizer.param_groups[0]["fused"]) for x in (state, again)]
+    assert fused == [before, after] and len(again.optimizer.state) == len(again.masters)
+    give_gradients(again.policy.model, [torch.ones_like(p) for p in again.masters])
+    assert sdar.apply_update(again, 1e-3, 1.0)[1]
 
-def test_gradients_that_are_not_finite_are_dropped_and_counted(policy, episodes, monkeypatch):
+@pytest.mark.parametrize("broken", ["all", "first"])
+def test_gradients_that_are_not_finite_are_dropped_and_counted(policy, episodes, monkeypatch,
+                                                               broken):
     """One of several: its step is not taken. All of them: one line, and nothing has moved."""
     s = settings(mini_batch=9)
     state = sdar.make_state(copied(policy), s)
-    before = copied(state.policy).model
     loss = sdar.step_loss
     apply = sdar.apply_update
-    results = []
-    good = False
+    norms = []
 
-    def broken(*args):
+    def step_loss(*args):
         value, b = loss(*args)
-        return value * (1.0 if good and results else math.nan), b
+        return value * (math.nan if broken == "all" or not norms else 1.0), b
 
-    def recorded(*args):
-        results.append(apply(*args))
-        return results[-1]
-
-    monkeypatch.setattr(sdar, "step_loss", broken)
-    monkeypatch.setattr(sdar, "apply_update", recorded)
-    with pytest.raises(UserError, match="diverged.*--lr"):
-        sdar.update(state, episodes, s, sdar.METHODS["sdar"], 1e-3)
-    assert same_weights(before, state.policy.model)
-    results.clear()
-    good = True
-    metrics = sdar.update(state, episodes, s, sdar.METHODS["sdar"], 1e-3)
-    assert metrics["updates_skipped"] == 1 < metrics["updates"] == len(results)
-    assert metrics["grad_norm"] == pytest.approx(np.mean([n for n, taken in results if taken]))
-    assert not same_weights(before, state.policy.model)
+    monkeypatch.setattr(sdar, "step_loss", step_loss)
+    monkeypatch.setattr(sdar, "apply_update", lambda *args: norms.append(apply(*args)) or norms[-1])
+    if broken == "all":
+        with pytest.raises(UserError, match="diverged.*--lr"):
+            sdar.update(state, episodes, s, sdar.METHODS["sdar"], 1e-3)
+    else:
+        metrics = sdar.update(state, episodes, s, sdar.METHODS["sdar"], 1e-3)
+        assert metrics["updates_skipped"] == 1 < metrics["updates"] == len(norms)
+        assert metrics["grad_norm"] == pytest.approx(np.mean([norm for norm, _ in norms[1:]]))
+    assert same_weights(policy.model, state.policy.model) == (broken == "all")
 
 @pytest.mark.parametrize("small_gpu", [False, True])
 @pytest.mark.parametrize("limit", [1.0, math.inf])
 def test_gradients_of_micro_batches_add_up_in_fp32_and_are_clipped(policy, small_gpu, limit):
     """256 + 1 + 1 + ... is 256 in bf16. The norm in the log is the one before clipping."""
-    state = sdar.make_state(in_bf16(policy), settings(small_gpu=small_gpu))
+    state = sdar.make_state(copied(policy, torch.bfloat16), settings(small_gpu=small_gpu))
     for value in [256.0] + [1.0] * 9:
         give_gradients(state.policy.model, [torch.full_like(m, value) for m in state.masters])
     assert all(p.grad is None for p in state.policy.model.parameters())
@@ -3099,7 +2550,7 @@ def test_the_learning_rate_rises_to_its_full_value(policy, episodes, monkeypatch
     monkeypatch.setattr(sdar, "update", lambda state, episodes, s, method, lr: {"lr": lr})
     s = settings(algo="grpo", steps=8, lr=0.4, lr_warmup=warmup)
     state = sdar.make_state(policy, s)
-    got = [sdar.learn_step(state, episodes, {}, s)["lr"] for _ in range(8)]
+    got = [sdar.learn_step(state, episodes, {}, s)["lr"] for _ in rates]
     assert got == pytest.approx(rates) and state.cursor == 8 * s.groups
 
 # ---- behaviour cloning ---------------------------------------------------------------------------
@@ -3113,9 +2564,7 @@ def test_cloning_minimises_the_loss_of_an_experts_tokens(policy, env, monkeypatc
     monkeypatch.setattr(sdar, "apply_update", lambda state, *_: (
         got.extend(m.grad for m in state.masters), (0.0, True))[1])
     loss = sdar.clone_step(state, env, s)
-    total = 0.0
-    count = 0
-    spoken = 0.0
+    prompted = spoken = count = 0
     for i, task in enumerate(sdar.draw_tasks(env, s, 0, sdar.WARM_TASKS)):
         seed = sdar.seed_for(s, "expert", 0, i)
         session = env.start(task, seed=seed)
@@ -3127,12 +2576,11 @@ def test_cloning_minimises_the_loss_of_an_experts_tokens(policy, env, monkeypatc
             assert ids[-len(response):] == response
             logp = full_logps(state.policy, ids[:1], ids[1:])
             logp = logp.gather(1, torch.tensor([ids[1:]]).T)[:, 0]
-            own = logp[len(ids) - len(response) - 1:]
-            total = total - own.sum() - share * (logp.sum() - own.sum())
+            spoken = spoken - logp[-len(response):].sum()
+            prompted = prompted - logp[:-len(response)].sum()
             count += len(response)
-            spoken -= own.sum().item()
-    assert loss == pytest.approx(spoken / count, rel=1e-4)
-    wanted = gradient_by(state.policy, total / count)
+    assert loss == pytest.approx(spoken.item() / count, rel=1e-4)
+    wanted = gradient_by(state.policy, (spoken + share * prompted) / count)
     assert wanted.abs().max() > 1e-2 and torch.allclose(flat(got), wanted, atol=1e-5)
 
 def test_cloning_lowers_the_loss_and_leaves_a_fresh_optimizer(env):
@@ -3147,7 +2595,6 @@ def test_cloning_lowers_the_loss_and_leaves_a_fresh_optimizer(env):
         assert counts == ({step} if step < 16 else set())
     assert losses[-1] < 0.9 * losses[0]
     assert state.optimizer.param_groups[0]["betas"] == (0.9, 0.999)
-    assert all(m is p for m, p in zip(state.masters, policy.model.parameters()))
 
 def test_half_of_the_experts_prompts_hold_the_skill(policy, env):
     """So that the teacher knows how to use it."""
@@ -3181,11 +2628,11 @@ def test_metrics_of_episodes_by_hand():
                  "cut": 0.0, "failures": {"out_of_turns": 2, "malformed": 1},
                  "success_by_type": {"a": [1, 4]}}
 
-def ended(valid=(True, True), **session):
-    """An episode with these valid and malformed turns that has not been won."""
-    turns = [sdar.Turn([0], [0], valid=v, cut=not v) for v in valid]
-    session = types.SimpleNamespace(**dict(won=False, done=False, group="Pick", score=0) | session)
-    return sdar.Episode("task", session, turns=turns)
+def ended(*turns, **session):
+    """An episode without success; of each turn its fields."""
+    turns = [sdar.Turn(**{"prompt_ids": [1], "response_ids": [2]} | fields) for fields in turns]
+    session = dict(won=False, done=False, group="Pick", score=0.0) | session
+    return sdar.Episode("task", types.SimpleNamespace(**session), turns=turns)
 
 @pytest.mark.parametrize("valid, session, kind", [
     ((True, True), dict(done=True), "wrong_end"), ((False, True), {}, "malformed"),
@@ -3194,14 +2641,7 @@ def ended(valid=(True, True), **session):
     ((True, True), dict(found_object=True), "out_of_turns")])
 def test_failures_are_told_apart(valid, session, kind):
     """A wrong end, malformed turns, an object never within reach, or no turns left."""
-    assert sdar.failure(ended(valid, **session)) == kind
-
-def test_outcomes_count_failures_types_and_cut_responses():
-    """Failures by kind, [won, all] by task type, the share of responses cut at the limit."""
-    other = ended((False, True, True, True), found_object=False, group="Heat")
-    found = sdar.episode_metrics([ended(won=True), ended(), other])
-    assert found["failures"] == {"out_of_turns": 1, "object_never_found": 1}
-    assert found["success_by_type"] == {"Pick": [1, 2], "Heat": [0, 1]} and found["cut"] == 1 / 8
+    assert sdar.failure(ended(*(dict(valid=v) for v in valid), **session)) == kind
 
 def test_a_response_is_cut_only_if_nothing_ended_it(env, policy, monkeypatch):
     """A closing tag or EOS as the last token that the limit allows is no cut."""
@@ -3217,15 +2657,15 @@ def test_the_logged_entropy_is_the_policys(env, policy):
     s = settings(algo="grpo", max_turns=1, max_response=8, group_size=8, groups=10)
     state, episodes, phases = play_step(policy, env, s)
     logged = sdar.learn_step(state, episodes, phases, s)["entropy"]
-    differences = []
+    entropy = []
+    sampled = []
     for t in turns_of(episodes):
         p = full_logps(policy, t.prompt_ids, t.response_ids).detach()
-        sampled = p.gather(1, torch.tensor(t.response_ids)[:, None])[:, 0]
-        differences += (-sampled + (p.exp() * p).sum(-1)).tolist()
-        logged -= -sampled.sum().item() / sum(len(t.response_ids) for t in turns_of(episodes))
-    assert logged == pytest.approx(0, abs=1e-3)      # the log has the mean of -log pi
-    error = np.std(differences) / math.sqrt(len(differences))
-    assert error < 0.2 and abs(np.mean(differences)) < 4 * error
+        entropy += (-(p.exp() * p).sum(-1)).tolist()
+        sampled += (-p.gather(1, torch.tensor([t.response_ids]).T)[:, 0]).tolist()
+    assert logged == pytest.approx(np.mean(sampled), abs=1e-3)
+    error = np.std(np.subtract(sampled, entropy)) / math.sqrt(len(sampled))
+    assert error < 0.2 and abs(np.mean(sampled) - np.mean(entropy)) < 4 * error
 
 # ======== Runs: reproducible, resumed, interrupted ================================================
 
