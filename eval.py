@@ -587,7 +587,7 @@ def study_rows(paths):
 
 def run_row(run):
     """[a run's row of STUDY], [] if it is not finished. It takes the validation after the last step
-    and the seconds of RL's steps; setting: the panel and what the run had been told."""
+    and the seconds of RL's steps; setting: the panel and what differs from GRPO's defaults."""
     saved = sdar.read_json(run / "config.json", f"{run} holds no run (no config.json)")
     last = (sdar.read_lines(run / "validation.jsonl") or [{}])[-1]
     if last.get("step") != saved["steps"]:
@@ -596,9 +596,9 @@ def run_row(run):
     told = {"env": saved["env"], "model": saved["model"], "panel": last["panel"]}
     if sdar.is_path("model", saved["model"]):         # the warm start of this seed
         del told["model"]
-    plain = sdar.preset({name: saved[name] for name in ("env", "algo", "model")})
+    plain = sdar.preset({"env": saved["env"], "model": saved["model"], "algo": "grpo"})
     for name, usual in vars(plain).items():
-        if name not in OF_NO_WEIGHT and saved.get(name, usual) != usual:
+        if name not in (*OF_NO_WEIGHT, "algo") and saved.get(name, usual) != usual:
             told[name] = saved[name]
     seconds = sum(row.get("seconds", 0) for row in sdar.read_lines(run / "metrics.jsonl"))
     setting = ", ".join(f"{name} {value}" for name, value in told.items())
@@ -800,8 +800,9 @@ def plot_forest(Figure, arms):
         axes.plot([100 * x for x in differences], [y] * len(differences), "C0.", alpha=0.4)
         axes.plot([100 * x for x in limits], [y, y], "C0")
         axes.plot(100 * mean, y, "C0D")
-    axes.set_yticks(range(len(arms)), [f"{name} against {base}, {len(differences)} pairs"
-                                       for name, base, differences in arms])
+    names = [f"{name} against {base}, {len(differences)} pair{'s' * (len(differences) > 1)}"
+             for name, base, differences in arms]
+    axes.set_yticks(range(len(arms)), names)
     axes.set_ylim(len(arms) - 0.5, -0.5)
     axes.set_xlabel("difference of success, points; dots: pairs, bar: 95 % over seeds")
     return figure

@@ -3088,8 +3088,8 @@ SPOILT = {  # what is wrong: (file, what is done to it, word of the message)
     "system first": (TEMPLATE, "{{ raise_exception('system first') }}", "system first"),
     "template cut off": (TEMPLATE, LOOP + "{{ m.content }", "unexpected"),
     "template divides": (TEMPLATE, "{{ 1 / 0 }}", "division"),
-    "template at random": (TEMPLATE, LOOP + "{{ range(9999) | random }} {{ m.content }}{% endfor %}",
-                           "another text each time"),
+    "template at random": (
+        TEMPLATE, LOOP + "{{ range(9999) | random }} {{ m.content }}{% endfor %}", "each time"),
     "message is gone": (TEMPLATE, PARTS, "leaves out or changes messages"),
     "message cut short": (TEMPLATE, LOOP + "{{ m.content[:20] }}{% endfor %}", "leaves out"),
     **{f"message | {change}": (TEMPLATE, LOOP + "{{ m.content | " + change + " }}{% endfor %}",
@@ -6225,11 +6225,13 @@ def test_runs_are_paired_with_the_baseline_that_is_named(tmp_path, capsys):
     ("1,sdar", "2,sdar", "sdar has seed 2 twice"), ("44,100", "44,many", "damaged"),
     ("successes", "won", "seed,method,setting,successes"), ("44,100", "44,0", "damaged")])
 def test_a_study_that_cannot_be_paired_is_one_line(tmp_path, capsys, old, new, hint):
-    """A seed that is there twice, other columns, what is no number."""
+    """A seed that is there twice, other columns, what is no number, a single run."""
     path = study_file(tmp_path, STUDY.replace(old, new))
     assert hint in refused(capsys, "table", path, "--paired")
-    assert "takes one of: grpo; sdar; sdar, lam 0.1" in refused(
+    assert "give --paired one of: grpo; sdar; sdar, lam 0.1" in refused(
         capsys, "table", study_file(tmp_path), "--paired", "other")
+    alone = study_file(tmp_path, "\n".join(STUDY.splitlines()[:2]) + "\n")
+    assert "share a seed" in refused(capsys, "table", alone, "--paired")
 
 def test_run_folders_become_lines_of_a_study(tmp_path, capsys):
     """--csv keeps what was told, the last validation and seconds, and reads as the runs do."""
@@ -6670,7 +6672,8 @@ def test_readme_shows_what_a_run_prints(tmp_path, capsys):
     ("hello", "hello"), ("--steps", "--steps"), ("--zzz", "--help"),
     ("--modle tiny", "did you mean --model?"), ("--max-promt=4", "did you mean --max-prompt?"),
     ("--groups two --grou 3", "--grou"), ("--groups 0", "--groups"),
-    ("--lr -1", "--lr cannot be -1.0; it must be a finite number, above 0"), ("--beta nan", "--beta"),
+    ("--lr -1", "--lr cannot be -1.0; it must be a finite number, above 0"),
+    ("--beta nan", "--beta"),
     ("--kl inf", "--kl"), ("--temperature 0", "--temperature"), ("--group-size 1", "--group-size"),
     ("--steps -1", "--steps"), ("--seed -99999999999999999999999", "--seed"),
     ("--env alfworl", "alfworld"), ("--algo magic", "--algo"), ("--gap other", "choice: 'other'"),
