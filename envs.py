@@ -418,7 +418,8 @@ class AlfworldSession:
         for _, action in self.turns:
             step += [action] == [act for _, act in self._script[step:step + 1]]
         if step == len(self._script):
-            raise UserError("the expert knows no further step, because other actions were played")
+            raise UserError("the expert has no further step: the episode is over, or other actions "
+                            "were played")
         return "<think>{}</think><action>{}</action>".format(*self._script[step])
 
     def prompt(self, skill="", history=2, room=None, brief=False):

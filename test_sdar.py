@@ -4255,7 +4255,7 @@ def test_experts_of_built_in_games_win(house, detours):
             assert (session.category, session.group) == (kind, group)
             assert session.won and session.score == 1.0
             lengths.add(len(session.turns))
-            one_line("no step left", session.expert)
+            one_line("no further step", session.expert)
     assert len(lengths) > 3
 
 def test_built_in_splits_are_disjoint():
@@ -5546,7 +5546,7 @@ def test_published_rows_stand_beside_real_tasks_alone(capsys):
     ("--model {run} --skills /does/not/exist", "/does/not/exist"),
     ("--model {run} --skill /does/not/exist", "--skill"),         # not guessed to be --skills
     ("--model {run} --out /no/folder/x.json", "cannot write"),
-    ("", "--model"), ("--model nothing/here", "nothing/here"), ("gates .", "gates"),
+    ("", "--model"), ("--model nothing/here", "nothing/here"), ("gates .", "no episodes"),
     ("bench --no-such-flag", "--no-such-flag"), ("bench --pairs 0", "--pairs"),
     ("bench --random-weights 9B", "9B"), ("plot .", "config.json"), ("table", "RUN"),
     ("comapre a b", "choose compare, or"), ("tabel a", "choose table, or"),
@@ -5978,7 +5978,7 @@ def test_the_documented_games_expert_and_rewards(policy, tmp_path, monkeypatch):
     ("import envs\n", "import no_such_module\n", "", "no_such_module"),
     ("class Guess:", "class Guess", "", "SyntaxError"),
     ("", "", "--env nothing.py:Guess", "cannot load nothing.py:Guess"),
-    ("", "", "--env guess.py", "--env guess.py"),
+    ("", "", "--env guess.py", "guess.py' is unknown"),
     ("", "", "--env-args size=3", "no option 'size'"), ("", "", "--data .", "no option 'data'")])
 def test_own_environments_that_cannot_be_used(tmp_path, monkeypatch, capsys, old, new, flags, hint):
     """One line before training names what lacks or is not taken; no run folder is left."""
@@ -6620,7 +6620,7 @@ def test_readme_is_one_sitting():
     assert re.search(r"!\[.*?\]\((.*?)\)", text)[1] == "docs/gates.png"
     assert (HERE / "docs" / "gates.png").stat().st_size < 200_000
     for part in ("git clone ", "Python 3.", "hf upload ", "eprint={2605.15155}", "docs/results.md",
-                 "Kept out on purpose: LoRA, vLLM, notebooks, Docker",
+                 "Deliberately left out: LoRA, vLLM, notebooks, Docker",
                  *(f"`--algo {name}`" for name in sdar.METHODS)):
         assert part in text, part
 
@@ -6799,7 +6799,7 @@ def test_help_explains_every_setting(capsys):
     one_row = " ".join(text.split())
     for f in dataclasses.fields(sdar.Settings):
         assert sdar.flag(f.name) + " " in text and f.metadata["help"][:40] in one_row
-    assert "one GRPO group each (default: 4)" in one_row       # of `tiny`, the default model
+    assert "one GRPO group each (default: 8)" in one_row       # of `tiny`, the default model
     assert "KL term to the reference policy (default: 0.0)" in one_row
     assert "(default: False)" not in text and "(default: )" not in text and "0.0003)" in text
     assert "5120)" in help_text("--env webshop --model x/y --help")
