@@ -158,7 +158,7 @@ PRESETS = {  # a row applies if all its words are the run's env, algo, recipe or
                  max_response=48, lr=3e-4, kl=0.0, steps=4, warm_start=150, warm_lr=3e-3,
                  val_every=4, val_episodes=64),
     "tiny alfworld": dict(env_args="house=4 task_types=Pick detours=2", max_turns=8, groups=8,
-                          mini_batch=128, steps=60, warm_start=300, warm_lr=4e-3, val_every=20,
+                          mini_batch=128, steps=50, warm_start=300, warm_lr=4e-3, val_every=25,
                           val_temperature=1.0, val_episodes=140),
     "tiny webshop": dict(mini_batch=256, lr=1e-4),
 }
